@@ -1,0 +1,197 @@
+"""Every product of the library: polar factors of batches of matrices, by way of Gram matrices.
+
+With d = min(m, n) the Gram matrix of an m x n matrix is d x d, and matrices of any length that
+agree in d share one polynomial.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from teon_optax import _policy
+from teon_optax._coefficients import Method, Triple
+
+
+def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
+    """M M^T, or M^T M of a matrix that is not wider than high: [d, d]."""
+    m, n = M.shape
+    left, right = (M, M.T) if m < n else (M.T, M)
+    return jnp.matmul(left, right, precision=precision)
+
+
+def _apply(precision: jax.lax.PrecisionLike, P: jax.Array, M: jax.Array) -> jax.Array:
+    """M multiplied by P on the side of its Gram matrix: [m, n]."""
+    m, n = M.shape
+    left, right = (P, M) if m < n else (M, P)
+    return jnp.matmul(left, right, precision=precision)
+
+
+def _scaled(M: jax.Array) -> jax.Array:
+    """M by its largest magnitude, in float32 at least: its squares are in range."""
+    M = M.astype(jnp.promote_types(M.dtype, jnp.float32))
+    peak = jnp.max(jnp.abs(M))
+    return M / jnp.where(peak == 0, 1, peak)
+
+
+def _norm(G: jax.Array, method: Method) -> jax.Array:
+    """What M is divided by, from its Gram matrix; 1 for zero."""
+    square = jnp.sqrt(jnp.sum(jnp.square(G))) if method.norm == "schatten4" else jnp.trace(G)
+    return jnp.where(square == 0, 1, method.margin * jnp.sqrt(square))
+
+
+def _factor(
+    precision: jax.lax.PrecisionLike,
+    triples: Sequence[Triple],
+    normalization: Method | None,
+    G: jax.Array,
+) -> jax.Array:
+    """The product P of a segment's steps, from one Gram matrix alone: [d, d].
+
+    Step j maps M to M Q_j with Q_j = a I + Z and Z = b G + c G^2, so
+
+        P <- P Q_j = P Z + a P          G <- Q_j G Q_j = Z W + a W,  W = G Z + a G
+
+    The identity is never rounded: it is no part of an operand. With `normalization`, G is divided
+    by the square of the method's norm first and P by the norm last, which normalizes M at no cost.
+    """
+    multiply = functools.partial(jnp.matmul, precision=precision)
+    norm = 1 if normalization is None else _norm(G, normalization)
+    G = G / jnp.square(norm)
+
+    def next_gram(G: jax.Array, Z: jax.Array, a: jax.typing.ArrayLike) -> jax.Array:
+        W = multiply(G, Z) + a * G
+        G = multiply(Z, W) + a * W
+        return (G + G.T) / 2
+
+    def step(carry: tuple[jax.Array, jax.Array], triple: jax.Array) -> tuple[Any, None]:
+        P, G = carry
+        a, b, c = triple
+        Z = b * G + c * multiply(G, G)
+        return (multiply(P, Z) + a * P, next_gram(G, Z, a)), None
+
+    # The first step needs no product with P, and the last none for G; the others are one loop.
+    (a, b, c), *rest = triples
+    Z = b * G + c * multiply(G, G)
+    P = Z + a * jnp.eye(len(G), dtype=G.dtype)
+    if rest:
+        *middle, (a_last, b, c) = rest
+        coefficients = jnp.asarray(np.reshape(middle, (-1, 3)), G.dtype)
+        (P, G), _ = jax.lax.scan(step, (P, next_gram(G, Z, a)), coefficients)
+        P = multiply(P, b * G + c * multiply(G, G)) + a_last * P
+    return P / norm
+
+
+def _svd_orthogonalize(M: jax.Array) -> jax.Array:
+    """U V^T; directions of a zero singular value stay zero.
+
+    An SVD of the Gram matrix would lose half of the digits.
+    """
+    U, singular_values, Vt = jnp.linalg.svd(M, full_matrices=False)
+    floor = max(M.shape) * jnp.finfo(M.dtype).eps * singular_values[0]
+    kept = jnp.where(singular_values > floor, 1, 0).astype(M.dtype)
+    return jnp.matmul(U * kept[None], Vt, precision=jax.lax.Precision.HIGHEST)
+
+
+def _together(
+    batches: Sequence[jax.Array],
+    scales: Sequence[jax.typing.ArrayLike],
+    method: Method | None,
+    cut: Sequence[int],
+    precision: jax.lax.PrecisionLike,
+) -> list[jax.Array]:
+    """One polynomial for all batches.
+
+    Each segment of the cut forms the Gram matrices of the (half-done) matrices, iterates on these
+    alone, and multiplies the matrices once.
+    """
+    batches = [jax.vmap(_scaled)(batch) for batch in batches]
+    scales = [jnp.asarray(scale, batch.dtype) for scale, batch in zip(scales, batches, strict=True)]
+    if method is None:
+        done = [jax.vmap(_svd_orthogonalize)(batch) for batch in batches]
+        return [scale * batch for scale, batch in zip(scales, done, strict=True)]
+    ends = np.cumsum([len(batch) for batch in batches])[:-1]
+    gram, apply = functools.partial(_gram, precision), functools.partial(_apply, precision)
+    for steps, stop in zip(cut, np.cumsum(cut), strict=True):
+        triples = method.coefficients[stop - steps : stop]
+        factor = functools.partial(_factor, precision, triples, method if stop == steps else None)
+        grams = jnp.concatenate([jax.vmap(gram)(batch) for batch in batches])
+        factors = jnp.split(jax.vmap(factor)(grams), ends)
+        if stop == len(method.coefficients):
+            factors = [scale * P for scale, P in zip(scales, factors, strict=True)]
+        batches = [jax.vmap(apply)(P, batch) for P, batch in zip(factors, batches, strict=True)]
+    return batches
+
+
+def _in_chunks(
+    function: Callable[[jax.Array], jax.Array], batch: jax.Array, budget: int
+) -> jax.Array:
+    """`function` of some matrices at a time, in the batch's own memory."""
+    B, m, n = batch.shape
+    size = _policy.chunk(B, budget // batch[0].nbytes)
+
+    def one_chunk(start: jax.typing.ArrayLike, count: int, rows: jax.Array) -> jax.Array:
+        chunk = jax.lax.dynamic_slice_in_dim(rows, start, count * m).reshape(count, m, n)
+        done = function(chunk).astype(rows.dtype).reshape(count * m, n)
+        return jax.lax.dynamic_update_slice_in_dim(rows, done, start, axis=0)
+
+    # Rows, since a leaf is read from these without a reshape in its own kernel.
+    rows = batch.reshape(B * m, n)
+    rows = jax.lax.fori_loop(
+        0, B // size, lambda i, rows: one_chunk(i * size * m, size, rows), rows
+    )
+    if B % size:
+        rows = one_chunk((B - B % size) * m, B % size, rows)
+    return rows.reshape(B, m, n)
+
+
+@functools.partial(jax.jit, static_argnames=("method", "cut", "precision", "budget"))
+def orthogonalize_batches(
+    batches: Sequence[jax.Array],
+    scales: Sequence[jax.typing.ArrayLike],
+    *,
+    method: Method | None,
+    cut: tuple[int, ...],
+    precision: jax.lax.PrecisionLike,
+    budget: int,
+) -> list[jax.Array]:
+    """Scaled polar factors of some batches that agree in d.
+
+    Batches that fit the budget share one polynomial; otherwise each is worked off in chunks.
+
+    Args:
+      batches: Arrays [B, m, n], of any floating dtype.
+      scales: Factor of each batch's result.
+      method: As `resolve` gives it.
+      cut: Lengths of the segments; their sum is the number of steps.
+      precision: Of every product.
+      budget: Bytes of matrices that are worked on at a time.
+
+    Returns:
+      Arrays of the same shapes, in the dtype of the batch or in float32 at least.
+    """
+    together = functools.partial(_together, method=method, cut=cut, precision=precision)
+    if sum(batch.nbytes for batch in batches) <= budget:
+        return together(batches, scales)
+    return [
+        _in_chunks(lambda chunk, scale=scale: together([chunk], [scale])[0], batch, budget)
+        for batch, scale in zip(batches, scales, strict=True)
+    ]
+
+
+def method_cut(
+    method: Method | None, m: int, n: int, precision: jax.lax.PrecisionLike
+) -> tuple[int, ...]:
+    """The cut of the method's steps for m x n matrices; empty for the SVD."""
+    if method is None:
+        return ()
+    return _policy.cut(len(method.coefficients), max(m, n) / min(m, n), precision)
+
+
+def check_precision(precision: jax.lax.PrecisionLike) -> None:
+    """Raises what jax raises for a precision that it does not know, before any update."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(lambda M: jnp.matmul(M, M, precision=precision), one)
