@@ -1,0 +1,91 @@
+"""Polar factors of plain arrays: of matrices, and of the unfoldings of a stack."""
+
+import jax
+import jax.numpy as jnp
+
+from teon_optax import _policy
+from teon_optax._coefficients import MethodLike, resolve
+from teon_optax._polar import method_cut, orthogonalize_batches
+
+
+def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:
+    array = jnp.asarray(array)
+    if array.ndim < ndim or 0 in array.shape or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"`{call}` takes a real floating array of at least {ndim} axes, none of them empty; "
+            f"got {array.dtype} of shape {array.shape}."
+        )
+    return array
+
+
+def polar(matrix: jax.typing.ArrayLike, method: MethodLike = "polar_express") -> jax.Array:
+    """The polar factor U V^T of a matrix M = U S V^T, or its approximation by a polynomial of M.
+
+    Args:
+      matrix: (..., m, n), real floating; leading axes are a batch.
+      method: "polar_express" (5 steps for singular values down to 1e-3 of the Frobenius norm),
+        "schatten" (4 steps down to 5e-3 of the Schatten-4 norm), "jordan", "you", "svd" (exact), or
+        a tuple of coefficients (a, b, c), one triple a step.
+
+    Returns:
+      (..., m, n) in the matrix's dtype; computed in float32 at least. Zero gives zero.
+
+    Raises:
+      ValueError: If the matrix is not real floating, has an empty axis, or the method is unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> polar(jnp.array([[3.0, 0.0], [0.0, -2.0]]), method="svd").tolist()
+      [[1.0, 0.0], [0.0, -1.0]]
+    """
+    matrix, resolved = _checked("polar(matrix)", matrix, 2), resolve(method)
+    batch = matrix.reshape(-1, *matrix.shape[-2:])
+    backend = jax.default_backend()
+    precision = _policy.products(backend, batch.dtype)
+    (result,) = orthogonalize_batches(
+        [batch],
+        [1],
+        method=resolved,
+        cut=method_cut(resolved, batch.shape[1], batch.shape[2], precision),
+        precision=precision,
+        budget=_policy.budget(backend),
+    )
+    return result.reshape(matrix.shape).astype(matrix.dtype)
+
+
+def mode_orthogonalize(
+    tensor: jax.typing.ArrayLike, mode: int = 1, method: MethodLike = "polar_express"
+) -> jax.Array:
+    """Orthogonalizes the mode-i unfolding of a stack of K layers, and folds it back.
+
+    In the paper's layout W is (m, n) = (fan_out, fan_in), and the unfoldings are
+    mode 1: m x nK, mode 2: n x mK, mode 3: K x mn.
+
+    Args:
+      tensor: (..., m, n, K), real floating; leading axes are a batch.
+      mode: 1, 2 or 3.
+      method: As for `polar`.
+
+    Returns:
+      (..., m, n, K) in the tensor's dtype.
+
+    Raises:
+      ValueError: If the tensor is not real floating, has an empty axis, or mode or method are
+        unknown.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> stack = jnp.stack([jnp.eye(2), jnp.eye(2)], axis=-1)
+      >>> mode_orthogonalize(stack, mode=1, method="svd")[0, 0].round(3).tolist()
+      [0.7070000171661377, 0.7070000171661377]
+
+    References:
+      TEON, arXiv 2601.23261, algorithm 1.
+    """
+    tensor = _checked("mode_orthogonalize(tensor)", tensor, 3)
+    if mode not in (1, 2, 3):
+        raise ValueError(f"`mode_orthogonalize(mode={mode!r})`: mode should be 1, 2 or 3.")
+    first = jnp.moveaxis(tensor, mode - 4, -3)
+    unfolded = first.reshape(*first.shape[:-2], -1)
+    folded = polar(unfolded, method).reshape(first.shape)
+    return jnp.moveaxis(folded, -3, mode - 4)
