@@ -1,0 +1,199 @@
+"""The rule that a user writes, and the paths of leaves that it is matched against."""
+
+import dataclasses
+import operator
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import FlattenedIndexKey, GetAttrKey
+from optax.contrib import MuonDimensionNumbers
+
+_WRAPPER_ATTRIBUTES = ("value", "data_array")
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Rule:
+    """How some leaves are orthogonalized; the first rule that matches takes the leaf.
+
+    Attributes:
+      pattern: Regular expression, searched (`re.search`) in the leaf's path. A named group
+        `(?P<layer>\\d+)` gives the layer number; where the group is optional and does not match,
+        the layer is 0.
+      stack: K, how many consecutive layers of a type are orthogonalized jointly. 0 sends the leaf
+        to the fallback optimizer, 1 is Muon, 2 or more is TEON.
+      mode: Mode of the unfolding (arXiv 2601.23261). 1 shares the Gram matrix over fan_out, 2 over
+        fan_in, 3 over the layers.
+      dims: Axes that are summed over (fan_in) and axes of the result (fan_out) of the whole leaf;
+        all others are batch. None is a matrix (fan_in, fan_out) in the axes that `layer_axis`
+        leaves.
+      layer_axis: Axis of the leaf that counts layers (`nn.scan`, `nnx.vmap`).
+      split: A fused projection's parts along the first fan_out axis: their number, or their sizes.
+
+    Raises:
+      ValueError: If an argument has the wrong type or range, or two of them contradict each other.
+
+    Examples:
+      >>> from teon_optax import Rule
+      >>> Rule(
+      ...     r"block_(?P<layer>\\d+)/attn/(query|key|value)/kernel", stack=2
+      ... )  # the paper's choice
+      Rule(r"block_(?P<layer>\\d+)/attn/(query|key|value)/kernel", stack=2)
+    """
+
+    pattern: str
+    stack: int = 1
+    mode: int = 1
+    dims: MuonDimensionNumbers | None = None
+    layer_axis: int | None = None
+    split: int | tuple[int, ...] = 1
+
+    def __post_init__(self) -> None:
+        groups = self.compiled().groupindex
+        self._set("stack", self._integer("stack", self.stack))
+        self._set("mode", self._integer("mode", self.mode))
+        if self.stack < 0:
+            raise ValueError(
+                f"`{self}` has a negative stack: write 0 for the fallback, 1 for Muon, K >= 2 for "
+                "TEON."
+            )
+        if self.mode not in (1, 2, 3):
+            raise ValueError(
+                f"`{self}` has mode {self.mode}: write 1 (joint over fan_out, the paper's choice), "
+                "2 (over fan_in) or 3 (over layers)."
+            )
+        if self.layer_axis is not None:
+            self._set("layer_axis", self._integer("layer_axis", self.layer_axis))
+        self._check_dims()
+        self._check_split()
+        if self.stack >= 2 and self.layer_axis is None and "layer" not in groups:
+            raise ValueError(
+                f"`{self}` cannot tell which layer a leaf belongs to: put `(?P<layer>\\d+)` in the "
+                "pattern, or pass `layer_axis=` for leaves of `nn.scan` and `vmap`."
+            )
+
+    def search(self, path: str) -> re.Match[str] | None:
+        """The match of the pattern anywhere in `path`, or None."""
+        return self.compiled().search(path)
+
+    def compiled(self) -> re.Pattern[str]:
+        if not isinstance(self.pattern, str):
+            raise ValueError(
+                f"`Rule({self.pattern!r})`: pattern should be a string, a regular expression."
+            )
+        try:
+            return re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`Rule({self.pattern!r})`: the pattern is no regular expression: {error}. "
+                "Escape special characters with a backslash in a raw string, as in r'h\\.0'."
+            ) from error
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+
+    def _integer(self, name: str, value: Any) -> int:
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            return operator.index(value)
+        except TypeError:
+            raise ValueError(
+                f"`Rule({self.pattern!r}, {name}={value!r})`: {name} should be an integer, not "
+                f"{type(value).__name__}."
+            ) from None
+
+    def _check_dims(self) -> None:
+        if self.dims is None:
+            return
+        if not isinstance(self.dims, MuonDimensionNumbers):
+            raise ValueError(
+                f"`Rule({self.pattern!r}, dims={self.dims!r})`: dims should be "
+                "`optax.contrib.MuonDimensionNumbers(reduction_axis, output_axis)`."
+            )
+        axes = [self._axes("dims", a) for a in self.dims]
+        if not all(axes):
+            raise ValueError(
+                f"`Rule({self.pattern!r}, dims={self.dims!r})`: name at least one axis of each "
+                "kind."
+            )
+        self._set("dims", MuonDimensionNumbers(*(a[0] if len(a) == 1 else a for a in axes)))
+        layer = () if self.layer_axis is None else (self.layer_axis,)
+        named = (*axes[0], *axes[1], *layer)
+        if len(set(named)) != len(named):
+            raise ValueError(
+                f"`{self}` names an axis twice: reduction axes, output axes and layer_axis must "
+                "not overlap."
+            )
+
+    def _axes(self, name: str, axes: Any) -> tuple[int, ...]:
+        axes = axes if isinstance(axes, Sequence) else (axes,)
+        return tuple(self._integer(name, axis) for axis in axes)
+
+    def _check_split(self) -> None:
+        sizes = self._axes("split", self.split)
+        if not sizes or min(sizes) < 1:
+            raise ValueError(
+                f"`Rule({self.pattern!r}, split={self.split!r})`: split should be a positive "
+                "number of equal parts, or a tuple of positive sizes."
+            )
+        self._set("split", sizes if isinstance(self.split, Sequence) else sizes[0])
+
+    def __repr__(self) -> str:
+        """The call that makes this rule, defaults left out: it can be pasted back as code."""
+        raw = (
+            self.pattern.isprintable()
+            and '"' not in self.pattern
+            and not self.pattern.endswith("\\")
+        )
+        changed = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in dataclasses.fields(self)[1:]
+            if getattr(self, field.name) != field.default
+        ]
+        pattern = f'r"{self.pattern}"' if raw else repr(self.pattern)
+        return f"Rule({', '.join([pattern, *changed])})"
+
+
+def fan_axes(dims: MuonDimensionNumbers) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Reduction (fan_in) and output (fan_out) axes of `dims`, each as a tuple."""
+    reduction, output = ((a,) if isinstance(a, int) else tuple(a) for a in dims)
+    return reduction, output
+
+
+def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
+    """Every leaf with the path that rules are searched in, in the tree's order.
+
+    The path is `keystr` with "/" between keys, without the keys that boxes add at the end: `value`
+    of a Flax variable or partitioned box, `data_array` and the flattened index of a named array.
+    `value` is such a key only where it is an attribute and has no siblings: `nnx.Optimizer` shows
+    the variable to `init` and its bare array to `update`, while a dataclass may call its V
+    projection `value`. Leaves that `optax.masked` took out are no leaves here, though still
+    siblings.
+    """
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
+    children: dict[tuple, set] = {}
+    for keys, _ in flat:
+        for depth, key in enumerate(keys):
+            children.setdefault(keys[:depth], set()).add(key)
+
+    def is_wrapper(keys: tuple) -> bool:
+        if isinstance(keys[-1], FlattenedIndexKey):
+            return True
+        is_box = isinstance(keys[-1], GetAttrKey) and keys[-1].name in _WRAPPER_ATTRIBUTES
+        return is_box and len(children[keys[:-1]]) == 1
+
+    paths = []
+    for keys, leaf in flat:
+        if is_masked(leaf):
+            continue
+        while keys and is_wrapper(keys):
+            keys = keys[:-1]
+        paths.append((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf))
+    return paths
