@@ -1,0 +1,51 @@
+"""How long an orthogonalized update is."""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+
+ScaleLike = str | jax.typing.ArrayLike
+
+
+def _spectral(fan_in: int, fan_out: int, K: int, rank: int) -> float:
+    """arXiv 2601.23261: the update's spectral norm is sqrt(fan_out / fan_in), one layer's."""
+    del K, rank
+    return math.sqrt(fan_out / fan_in)
+
+
+def _muon(fan_in: int, fan_out: int, K: int, rank: int) -> float:
+    """K. Jordan, Muon, 2024: the same, but narrowing layers are not scaled down."""
+    del K, rank
+    return math.sqrt(max(1, fan_out / fan_in))
+
+
+def _rms(
+    rms: jax.typing.ArrayLike, fan_in: int, fan_out: int, K: int, rank: int
+) -> jax.typing.ArrayLike:
+    """A joint factor of full rank has squared norm `rank`, over K fan_in fan_out entries."""
+    return rms * math.sqrt(K * fan_in * fan_out / rank)
+
+
+_SCALES = {"spectral": _spectral, "muon": _muon}
+
+
+def scaling(scale: ScaleLike) -> Callable[[int, int, int, int], jax.typing.ArrayLike]:
+    """The factor of a group's update as a function of its (fan_in, fan_out, K, rank).
+
+    Args:
+      scale: "spectral", "muon", or the root mean square that updates of full rank get.
+
+    Raises:
+      ValueError: If it is none of these.
+    """
+    if isinstance(scale, str):
+        if scale in _SCALES:
+            return _SCALES[scale]
+    elif not isinstance(scale, (int, float)) or 0 < scale < math.inf:
+        return functools.partial(_rms, scale)
+    raise ValueError(
+        f"`scale={scale!r}` should be 'spectral' (sqrt(fan_out / fan_in), the paper's), 'muon' "
+        "(sqrt(max(1, fan_out / fan_in))) or a positive number, the update's root mean square."
+    )
