@@ -1,0 +1,222 @@
+"""The optax transformations: `orthogonalize`, and momentum before it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from teon_optax._coefficients import MethodLike, resolve
+from teon_optax._engine import orthogonalize_updates
+from teon_optax._plan import checked_rules, plan
+from teon_optax._polar import check_precision
+from teon_optax._rules import Rule
+from teon_optax._scaling import ScaleLike, scaling
+
+INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
+
+
+class TeonState(NamedTuple):
+    """State of `scale_by_teon`.
+
+    Attributes:
+      count: Number of updates so far, int32.
+      mu: The momentum, in the tree and shapes of params.
+    """
+
+    count: jax.typing.ArrayLike
+    mu: optax.Updates
+
+
+def orthogonalize(
+    rules: Iterable[Rule] | None = None,
+    *,
+    method: MethodLike = "polar_express",
+    scale: ScaleLike = "spectral",
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformation:
+    """Orthogonalizes what it is given, jointly over groups of layers. Stateless.
+
+    Per group of K layers M_1 .. M_K, kernels (fan_in, fan_out), and the mode's joint matrix M = U S
+    V^T:
+
+        update = scale * unfolded(U V^T)
+
+    Leaves that no rule takes pass through.
+
+    Args:
+      rules: Which leaves, and which of them together; None means `default_rules` of the tree.
+      method: "polar_express", "schatten", "jordan", "you", "svd", or a tuple of coefficients; see
+        `polar`.
+      scale: "spectral" is sqrt(fan_out / fan_in), "muon" sqrt(max(1, fan_out / fan_in)), and a
+        number the root mean square of the update, whatever its shape and K. fan_in and fan_out are
+        one layer's.
+      precision: Of every product (`jax.lax.PrecisionLike`). None computes in float32 on CPU, and
+        with one-pass products, made accurate by the way they are used, on TPU and GPU.
+
+    Returns:
+      An `optax.GradientTransformation`. Updates keep their dtypes.
+
+    Raises:
+      ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
+
+    Examples:
+      The paper's recipe, from parts of optax:
+
+      >>> import optax
+      >>> from teon_optax import orthogonalize
+      >>> optimizer = optax.chain(
+      ...     optax.trace(0.95, nesterov=True),
+      ...     orthogonalize(),
+      ...     optax.add_decayed_weights(0.1),
+      ...     optax.scale_by_learning_rate(0.01),
+      ... )
+
+    References:
+      TEON, arXiv 2601.23261, algorithm 1.
+    """
+    rules = None if rules is None else checked_rules(rules)
+    run = _orthogonalizer(rules, method, scale, precision)
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        plan(params, rules)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        return run(updates), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _orthogonalizer(
+    rules: tuple[Rule, ...] | None,
+    method: MethodLike,
+    scale: ScaleLike,
+    precision: jax.lax.PrecisionLike,
+) -> Callable[[optax.Updates], optax.Updates]:
+    """The checked arguments as one function of updates."""
+    resolved, scale_function = resolve(method), scaling(scale)
+    check_precision(precision)
+
+    def run(updates: optax.Updates) -> optax.Updates:
+        planned = plan(updates, rules)
+        return orthogonalize_updates(updates, planned, resolved, scale_function, precision)
+
+    return run
+
+
+def scale_by_teon(
+    rules: Iterable[Rule] | None = None,
+    *,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    method: MethodLike = "polar_express",
+    scale: ScaleLike = "spectral",
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformation:
+    """Momentum, then `orthogonalize`.
+
+    The momentum is that of `optax.contrib.scale_by_muon`: an exponential average with bias
+    correction. With rules of stack 1, `method="jordan"` and `scale="muon"` updates are those of
+    `optax.contrib.scale_by_muon` and its `scale_by_shape`. Leaves that no rule takes get the
+    momentum alone.
+
+    Args:
+      rules: As for `orthogonalize`.
+      beta: Decay of the momentum.
+      nesterov: Whether to use Nesterov's momentum.
+      mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params.
+      method: As for `orthogonalize`.
+      scale: As for `orthogonalize`.
+      precision: As for `orthogonalize`.
+
+    Returns:
+      An `optax.GradientTransformation` with state `TeonState(count, mu)`.
+
+    Raises:
+      ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from teon_optax import Rule, scale_by_teon
+      >>> params = {f"block_{i}": {"query": {"kernel": jnp.eye(2)}} for i in range(2)}
+      >>> transform = scale_by_teon([Rule(r"block_(?P<layer>\\d+)/query", stack=2)], method="svd")
+      >>> updates, _ = transform.update(params, transform.init(params))
+      >>> updates["block_0"]["query"]["kernel"].round(2).tolist()[0]
+      [0.7099999785423279, 0.0]
+    """
+    rules = None if rules is None else checked_rules(rules)
+    run = _orthogonalizer(rules, method, scale, precision)
+    if isinstance(beta, (int, float)) and not 0 <= beta < 1:
+        raise ValueError(f"`beta={beta!r}` should be at least 0 and less than 1.")
+    mu_dtype = _checked_mu_dtype(mu_dtype)
+
+    def init_fn(params: optax.Params) -> TeonState:
+        plan(params, rules)
+        return TeonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, TeonState]:
+        del params
+        count = optax.safe_increment(state.count)
+        wide, mu = _upcast(updates), _upcast(state.mu)
+        # As `optax.tree.update_moment`, in fewer operations per leaf.
+        mu = optax.tree.add_scale(mu, 1 - beta, optax.tree.sub(wide, mu))
+        orthogonalized = run(_momentum(mu, wide, beta, count, nesterov))
+        mu = optax.tree.cast_like(mu, state.mu)
+        return optax.tree.cast_like(orthogonalized, updates), TeonState(count, mu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _momentum(
+    mu: optax.Updates,
+    updates: optax.Updates,
+    beta: jax.typing.ArrayLike,
+    count: jax.typing.ArrayLike,
+    nesterov: bool,
+) -> optax.Updates:
+    """The bias-corrected momentum, from the average of updates and the last of them."""
+    if not nesterov:
+        return optax.tree.bias_correction(mu, beta, count)
+    # As `bias_correction` of both, as two scalars that all leaves share.
+    of_mu = beta / (1 - beta ** optax.safe_increment(count))
+    of_updates = (1 - beta) / (1 - beta**count)
+    return optax.tree.add_scale(optax.tree.scale(of_mu, mu), of_updates, updates)
+
+
+def _upcast(tree: Any) -> Any:
+    """In float32 at least: bias correction takes the first float16 gradients out of range."""
+
+    def upcast(leaf: jax.Array) -> jax.Array:
+        wide = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if wide else leaf
+
+    return jax.tree.map(upcast, tree)
+
+
+def _checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
+    if mu_dtype is None:
+        return None
+    if isinstance(mu_dtype, (jax.Array, np.ndarray)):
+        raise ValueError(
+            f"`mu_dtype={mu_dtype!r}` is an array: {INJECTED}, or write its name, 'bfloat16'."
+        )
+    try:
+        dtype = jnp.dtype(mu_dtype)
+    except TypeError as error:
+        raise ValueError(
+            f"`mu_dtype={mu_dtype!r}` is no dtype: write 'bfloat16' or 'float32'."
+        ) from error
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"`mu_dtype={mu_dtype!r}` should be a real floating dtype, such as 'bfloat16'."
+        )
+    return dtype
