@@ -1,0 +1,131 @@
+"""`teon`, the optimizer that users switch to."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from teon_optax._coefficients import MethodLike
+from teon_optax._default_rules import default_rules
+from teon_optax._plan import checked_rules, plan
+from teon_optax._rules import Rule
+from teon_optax._scaling import ScaleLike
+from teon_optax._transform import INJECTED, scale_by_teon
+
+
+def teon(
+    learning_rate: optax.ScalarOrSchedule,
+    rules: Iterable[Rule] | None = None,
+    *,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    method: MethodLike = "polar_express",
+    scale: ScaleLike = "spectral",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    fallback: optax.GradientTransformation | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformationExtraArgs:
+    """TEON: Muon whose orthogonalization spans a stack of layers.
+
+    Leaves that `rules` take get `scale_by_teon`, decoupled weight decay and the learning rate; all
+    others get `fallback`. `print(plan(params, rules))` shows which are which.
+
+    Args:
+      learning_rate: A number or a schedule.
+      rules: As for `orthogonalize`; None means `default_rules(params)`: query, key and value
+        projections of two consecutive layers jointly, other hidden matrices alone.
+      beta: As for `scale_by_teon`.
+      nesterov: As for `scale_by_teon`.
+      method: As for `orthogonalize`.
+      scale: As for `orthogonalize`.
+      weight_decay: Strength of the weight decay, multiplied by the learning rate; the default
+        fallback's too.
+      weight_decay_mask: Tree of booleans (or its prefix, or a function of params that gives it):
+        where to decay.
+      mu_dtype: As for `scale_by_teon`; the default fallback's too.
+      fallback: A whole optimizer for the other leaves, learning rate included. None is
+        `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`.
+      precision: As for `orthogonalize`.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs` whose `update` needs `params`.
+
+    Raises:
+      ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from teon_optax import teon
+      >>> params = {f"block_{i}": {"query": {"kernel": jnp.eye(4)}} for i in range(2)}
+      >>> optimizer = teon(0.02, weight_decay=0.1)
+      >>> state = optimizer.init(params)
+      >>> gradients = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = optimizer.update(gradients, state, params)
+      >>> params = optax.apply_updates(params, updates)
+
+    References:
+      TEON, arXiv 2601.23261.
+    """
+    rules = None if rules is None else checked_rules(rules)
+    if isinstance(weight_decay_mask, (bool, np.ndarray, jax.Array)):
+        raise ValueError(
+            f"`weight_decay_mask={weight_decay_mask!r}` should be a tree of booleans or a function "
+            f"of params; {INJECTED}."
+        )
+    if fallback is None:
+        fallback = optax.adamw(
+            learning_rate,
+            0.9,
+            0.95,
+            weight_decay=weight_decay,
+            mask=weight_decay_mask,
+            mu_dtype=mu_dtype,
+        )
+    elif not isinstance(fallback, optax.GradientTransformation):
+        raise ValueError(
+            f"`fallback={fallback!r}` should be an optimizer, such as `optax.adamw(1e-3)`."
+        )
+
+    def transform(tree_rules: tuple[Rule, ...] | None) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_teon(
+                tree_rules,
+                beta=beta,
+                nesterov=nesterov,
+                mu_dtype=mu_dtype,
+                method=method,
+                scale=scale,
+                precision=precision,
+            ),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    transform(rules)  # for its checks of the arguments, before any tree is seen
+
+    def partitioned(tree: Any) -> optax.GradientTransformationExtraArgs:
+        # Default rules need the whole tree: what is an embedding tells what is a head.
+        tree_rules = default_rules(tree) if rules is None else rules
+        taken = {leaf for kind in plan(tree, tree_rules).types for leaf in kind.leaves}
+        leaves, structure = jax.tree.flatten(tree)
+        labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]
+        return optax.partition(
+            {"teon": transform(tree_rules), "fallback": fallback}, structure.unflatten(labels)
+        )
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return partitioned(params).init(params)
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        return partitioned(updates).update(updates, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
