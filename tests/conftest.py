@@ -1,0 +1,30 @@
+"""Where and how every test runs: eight CPU devices, strict arithmetic, reproducible properties."""
+
+import os
+
+# Read when JAX and Matplotlib are imported, also by the scripts that tests start.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["MPLBACKEND"] = "Agg"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+# Not XLA_FLAGS: the scripts that tests start would inherit the eight devices.
+jax.config.update("jax_num_cpu_devices", 8)
+
+hypothesis.settings.register_profile(
+    "reproducible", derandomize=True, deadline=None, max_examples=50
+)
+hypothesis.settings.load_profile("reproducible")
+
+
+@pytest.fixture(autouse=True)
+def strict_arithmetic(request):
+    """No operation changes a dtype or broadcasts a rank unless the code says so."""
+    promotes_dtypes = request.node.get_closest_marker("promotes_dtypes")
+    with (
+        jax.numpy_dtype_promotion("standard" if promotes_dtypes else "strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        yield
