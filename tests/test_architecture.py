@@ -1,0 +1,152 @@
+"""The library's shape, held: imports, products, lengths, documentation."""
+
+import ast
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import teon_optax
+
+LIBRARY = pathlib.Path(teon_optax.__file__).parent
+CHECKOUT = pathlib.Path(__file__).parents[1]
+
+# Every module and the modules of ours that it imports.
+IMPORTS = {
+    "__init__": {
+        "_alias",
+        "_coefficients",
+        "_default_rules",
+        "_mode",
+        "_plan",
+        "_rules",
+        "_transform",
+    },
+    # Mathematics: arrays, no pytree.
+    "_coefficients": set(),
+    "_policy": set(),
+    "_polar": {"_coefficients", "_policy"},
+    "_mode": {"_coefficients", "_polar", "_policy"},
+    # Structure: pytrees and strings, no arithmetic.
+    "_rules": set(),
+    "_families": {"_rules"},
+    "_readings": {"_families", "_rules"},
+    "_default_rules": {"_families", "_readings", "_rules"},
+    "_matrices": {"_rules"},
+    "_table": set(),
+    "_plan": {"_default_rules", "_matrices", "_rules", "_table"},
+    # Where they meet.
+    "_engine": {"_coefficients", "_matrices", "_plan", "_polar", "_policy"},
+    "_scaling": set(),
+    "_transform": {"_coefficients", "_engine", "_plan", "_polar", "_rules", "_scaling"},
+    "_alias": {"_coefficients", "_default_rules", "_plan", "_rules", "_scaling", "_transform"},
+}
+PRODUCTS = {"dot", "dot_general", "einsum", "inner", "matmul", "tensordot", "vdot"}
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported_modules(tree):
+    """Dotted names of a file's imports: `from a import b` is a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = ".".join(filter(None, ["teon_optax" if node.level else "", node.module]))
+            yield from (f"{package}.{alias.name}" for alias in node.names)
+
+
+def dotted_names(tree):
+    """Imports and attribute chains, such as jax.numpy.einsum in full."""
+    yield from imported_modules(tree)
+    yield from (ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+
+
+def library_files():
+    return sorted(LIBRARY.rglob("*.py"))
+
+
+def all_files():
+    ours = (
+        path
+        for name in ("tests", "examples", "benchmarks")
+        for path in CHECKOUT.glob(f"{name}/**/*.py")
+    )
+    return [*library_files(), *sorted(ours)]
+
+
+def test_every_module_is_in_the_table():
+    assert [str(path.relative_to(LIBRARY)) for path in library_files()] == [
+        f"{module}.py" for module in sorted(IMPORTS)
+    ]
+
+
+@pytest.mark.parametrize("module", IMPORTS)
+def test_module_imports_what_the_table_says(module):
+    names = imported_modules(parse(LIBRARY / f"{module}.py"))
+    ours = {name.split(".")[1] for name in names if name.startswith("teon_optax.")}
+    assert ours == IMPORTS[module]
+
+
+def test_contributing_shows_the_same_table():
+    page = (CHECKOUT / "CONTRIBUTING.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(\w+)\.py` \|.*\|(.*)\|$", page, re.M)
+    shown = {module: set(re.findall(r"`(\w+)`", imports)) for module, imports in rows}
+    assert shown == {name: imports for name, imports in IMPORTS.items() if name != "__init__"}
+
+
+def test_init_only_re_exports():
+    docstring, *imports, exports = parse(LIBRARY / "__init__.py").body
+    assert isinstance(docstring, ast.Expr)
+    assert all(isinstance(node, ast.ImportFrom) for node in imports)
+    assert isinstance(exports, ast.Assign) and ast.unparse(exports.targets[0]) == "__all__"
+
+
+def test_all_is_sorted_and_complete():
+    names = imported_modules(parse(LIBRARY / "__init__.py"))
+    assert teon_optax.__all__ == sorted(name.split(".")[-1] for name in names)
+
+
+def test_files_and_library_stay_short():
+    lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in library_files()}
+    assert not {name: length for name, length in lengths.items() if length > 250}
+    assert sum(lengths.values()) < 2600
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda path: path.stem)
+def test_products_are_only_in_polar(path):
+    tree = parse(path)
+    named = [name for name in dotted_names(tree) if name.split(".")[-1] in PRODUCTS]
+    operators = [
+        ast.unparse(node)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.BinOp | ast.AugAssign) and isinstance(node.op, ast.MatMult)
+    ]
+    assert bool(named + operators) == (path.stem == "_polar"), named + operators
+
+
+@pytest.mark.parametrize("path", all_files(), ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_only_public_names_of_other_libraries_are_used(path):
+    def is_private(name):
+        root, *rest = name.split(".")
+        foreign = root in {"flax", "jax", "jaxlib", "jnp", "numpy", "np", "optax", "orbax"}
+        return foreign and (
+            name.startswith("jax.interpreters") or any(re.match("_[^_]", part) for part in rest)
+        )
+
+    assert not [name for name in dotted_names(parse(path)) if is_private(name)]
+
+
+@pytest.mark.parametrize("name", teon_optax.__all__)
+def test_every_public_name_is_documented(name):
+    value = getattr(teon_optax, name)
+    documentation = inspect.getdoc(value) or ""
+    sections = set(re.findall(r"^(\w+):$", documentation, re.M))
+    assert documentation
+    if inspect.isclass(value):
+        assert "Attributes" in sections
+    elif callable(value):
+        assert {"Args", "Returns", "Examples"} <= sections
