@@ -137,7 +137,7 @@ def _buckets(
     """Batches by the size of their Gram matrices and the way that policy takes with them."""
     buckets: dict[_Bucket, list[_Batch]] = {}
     for key in batches:
-        dtype = jnp.promote_types(key.dtype, jnp.float32)
+        dtype = np.promote_types(key.dtype, np.float32)
         used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
         bucket = _Bucket(min(key.joint), dtype, method_cut(method, *key.joint, used), used)
         buckets.setdefault(bucket, []).append(key)

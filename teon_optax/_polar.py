@@ -32,7 +32,7 @@ def _apply(precision: jax.lax.PrecisionLike, P: jax.Array, M: jax.Array) -> jax.
 
 def _scaled(M: jax.Array) -> jax.Array:
     """M by its largest magnitude, in float32 at least: its squares are in range."""
-    M = M.astype(jnp.promote_types(M.dtype, jnp.float32))
+    M = M.astype(np.promote_types(M.dtype, np.float32))
     peak = jnp.max(jnp.abs(M))
     return M / jnp.where(peak == 0, 1, peak)
 

@@ -168,10 +168,9 @@ def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
 
     The path is `keystr` with "/" between keys, without the keys that boxes add at the end: `value`
     of a Flax variable or partitioned box, `data_array` and the flattened index of a named array.
-    `value` is such a key only where it is an attribute and has no siblings: `nnx.Optimizer` shows
-    the variable to `init` and its bare array to `update`, while a dataclass may call its V
-    projection `value`. Leaves that `optax.masked` took out are no leaves here, though still
-    siblings.
+    These have no siblings: `nnx.Optimizer` shows a variable to `init` and its bare array to
+    `update`, while a dataclass may call its V projection `value`. Leaves that `optax.masked` took
+    out are no leaves here, though still siblings.
     """
 
     def is_masked(node: Any) -> bool:
@@ -184,10 +183,10 @@ def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
             children.setdefault(keys[:depth], set()).add(key)
 
     def is_wrapper(keys: tuple) -> bool:
-        if isinstance(keys[-1], FlattenedIndexKey):
-            return True
-        is_box = isinstance(keys[-1], GetAttrKey) and keys[-1].name in _WRAPPER_ATTRIBUTES
-        return is_box and len(children[keys[:-1]]) == 1
+        last = keys[-1]
+        is_attribute = isinstance(last, GetAttrKey) and last.name in _WRAPPER_ATTRIBUTES
+        only_child = len(children[keys[:-1]]) == 1
+        return only_child and (is_attribute or isinstance(last, FlattenedIndexKey))
 
     paths = []
     for keys, leaf in flat:

@@ -197,7 +197,7 @@ def _upcast(tree: Any) -> Any:
 
     def upcast(leaf: jax.Array) -> jax.Array:
         wide = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) if wide else leaf
+        return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf
 
     return jax.tree.map(upcast, tree)
 

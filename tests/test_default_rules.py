@@ -880,7 +880,7 @@ def test_nnx_model():
     model = nnx.eval_shape(lambda: NnxModel(nnx.Rngs(0)))
     state = nnx.state(model, nnx.Param)
     rules = default_rules(state)
-    assert rules == default_rules(nnx.to_pure_dict(state)) == default_rules(nnx.pure(state))
+    assert rules == default_rules(nnx.to_pure_dict(state)) == default_rules(nnx.as_pure(state))
     assert [(rule.pattern, rule.stack) for rule in rules] == [
         (r"^blocks/(?P<layer>\d+)/attn/(key|query|value)/kernel$", 2),
         (r"^blocks/(?P<layer>\d+)/attn/out/kernel$", 1),
@@ -897,7 +897,7 @@ def test_nnx_model():
 @pytest.mark.promotes_dtypes
 def test_nnx_vmapped_layers_are_read_along_their_axis():
     make = nnx.vmap(NnxBlock, in_axes=0, out_axes=0)
-    layers = nnx.eval_shape(lambda: make(nnx.Rngs(0).fork(split=3)))
+    layers = nnx.eval_shape(lambda: make(nnx.Rngs(0).split(3)))
     found = verdicts(plan({"layers": nnx.state(layers, nnx.Param)}))
     assert found["layers/attn/query/kernel"] == s2(6, 10)
     assert found["layers/up/kernel"] == muon(6, 14)
