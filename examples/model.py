@@ -1,0 +1,193 @@
+"""Decoder-only transformers in Flax: a GPT-2 and a LLaMA block from one configuration.
+
+Query, key and value are separate matrices, so the paths that an optimizer's rules see read
+`block_0/attn/query/kernel`, `block_0/mlp/up/kernel` and so on.
+"""
+
+import dataclasses
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and choices of one model.
+
+    Attributes:
+        width: Size of the residual stream.
+        depth: Number of blocks.
+        heads: Number of attention heads; divides the width.
+        hidden: Size of the MLP's hidden layer.
+        vocab_size: Number of tokens.
+        context: Longest sequence; the learned positions have this many rows.
+        positions: `learned` adds an embedding, `rotary` turns queries and keys.
+        norm: `layer` (with mean and without bias) or `rms`.
+        activation: `gelu` has matrices up and down, `swiglu` also a gate.
+        tied: Whether the embedding is also the output head.
+        dtype: What the blocks compute in; parameters and logits are float32.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    hidden: int
+    vocab_size: int
+    context: int
+    positions: Literal["learned", "rotary"]
+    norm: Literal["layer", "rms"]
+    activation: Literal["gelu", "swiglu"]
+    tied: bool
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def gpt(width: int, depth: int, heads: int, context: int) -> ModelConfig:
+    """A GPT-2: learned positions, LayerNorm, GELU, tied head, no biases."""
+    return ModelConfig(
+        width, depth, heads, 4 * width, 50257, context, "learned", "layer", "gelu", tied=True
+    )
+
+
+def llama(width: int, hidden: int, depth: int, heads: int) -> ModelConfig:
+    """A LLaMA: rotary positions, RMSNorm, SwiGLU, a head of its own."""
+    return ModelConfig(
+        width, depth, heads, hidden, 32000, 1024, "rotary", "rms", "swiglu", tied=False
+    )
+
+
+# The LLaMA sizes are those of the GaLore paper (arXiv 2403.03507), whose names are rounded:
+# 58, 134, 368 and 1339 million parameters.
+MODELS = {
+    "tiny": dataclasses.replace(llama(128, 352, 4, 2), vocab_size=256, context=128, tied=True),
+    "gpt-small": gpt(768, 12, 12, 2048),
+    "gpt-base": gpt(1024, 24, 16, 4096),
+    "gpt-large": gpt(1280, 36, 20, 1024),
+    "llama-60m": llama(512, 1376, 8, 8),
+    "llama-130m": llama(768, 2048, 12, 12),
+    "llama-350m": llama(1024, 2736, 24, 16),
+    "llama-1b": llama(2048, 5461, 24, 32),
+}
+
+INIT_STD = 0.02
+ROTARY_BASE = 10_000.0
+
+
+def rotate(heads: jax.Array) -> jax.Array:
+    """Rotary positions (arXiv 2104.09864) for queries or keys.
+
+    Args:
+        heads: (batch, time, heads, size), with an even size.
+
+    Returns:
+        The same shape: feature pairs (i, i + size / 2) turned by `time * base^(-2 i / size)`.
+    """
+    _, time, _, size = heads.shape
+    frequencies = ROTARY_BASE ** (-jnp.arange(0, size, 2, dtype=jnp.float32) / size)
+    angles = jnp.outer(jnp.arange(time, dtype=jnp.float32), frequencies)[None, :, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(heads.dtype)
+
+
+def _linear(config: ModelConfig, features: int, name: str, std: float = INIT_STD) -> nn.Dense:
+    init = nn.initializers.normal(std)
+    return nn.Dense(features, use_bias=False, dtype=config.dtype, kernel_init=init, name=name)
+
+
+def _norm(config: ModelConfig, name: str) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(dtype=config.dtype, name=name)
+    return nn.LayerNorm(use_bias=False, dtype=config.dtype, name=name)
+
+
+def _residual_std(config: ModelConfig) -> float:
+    """GPT-2's: the sum of 2 depth branches starts as large as one of them."""
+    return INIT_STD / (2 * config.depth) ** 0.5
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, time, width) to the same."""
+        config = self.config
+        shape = (*x.shape[:-1], config.heads, config.width // config.heads)
+        query, key, value = (
+            _linear(config, config.width, name)(x).reshape(shape)
+            for name in ("query", "key", "value")
+        )
+        if config.positions == "rotary":
+            query, key = rotate(query), rotate(key)
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return _linear(config, config.width, "out", _residual_std(config))(mixed.reshape(x.shape))
+
+
+class MLP(nn.Module):
+    """The position-wise part of a block."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, time, width) to the same."""
+        config = self.config
+        up = _linear(config, config.hidden, "up")(x)
+        if config.activation == "swiglu":
+            hidden = nn.silu(_linear(config, config.hidden, "gate")(x)) * up
+        else:
+            hidden = nn.gelu(up)
+        return _linear(config, config.width, "down", _residual_std(config))(hidden)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after a norm and around a residual."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """(batch, time, width) to the same."""
+        x = x + Attention(self.config, name="attn")(_norm(self.config, "attn_norm")(x))
+        return x + MLP(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x))
+
+
+class GPT(nn.Module):
+    """A decoder-only language model."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Next-token logits.
+
+        Args:
+            tokens: (batch, time) integers below `vocab_size`.
+
+        Returns:
+            (batch, time, vocab_size) in float32.
+        """
+        config = self.config
+        init = nn.initializers.normal(INIT_STD)
+        embed = nn.Embed(
+            config.vocab_size, config.width, dtype=config.dtype, embedding_init=init, name="embed"
+        )
+        x = embed(tokens)
+        if config.positions == "learned":
+            x += nn.Embed(
+                config.context,
+                config.width,
+                dtype=config.dtype,
+                embedding_init=init,
+                name="positions",
+            )(jnp.arange(tokens.shape[1]))
+        for layer in range(config.depth):
+            x = Block(config, name=f"block_{layer}")(x)
+        x = _norm(config, "final_norm")(x)
+        head = embed.attend if config.tied else _linear(config, config.vocab_size, "lm_head")
+        return head(x).astype(jnp.float32)
