@@ -1,0 +1,88 @@
+"""The three optimizers of `train_gpt`, set up so that their results can be compared.
+
+TEON and Muon take the blocks' matrices and leave embeddings, norms and the head to the same AdamW.
+All share the clipping, the schedule's shape, and weight decay on the blocks' matrices alone.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+import teon_optax
+from examples.errors import UserError
+from examples.options import Options
+
+CLIP = 1.0
+ADAM_B1, ADAM_B2 = 0.9, 0.95
+LONGEST_WARMUP = 20
+DECAY_SHARE = 0.4
+
+
+def build(options: Options) -> optax.GradientTransformation:
+    """The optimizer that the options name."""
+    rate = schedule(options.learning_rate, options.steps)
+    adam_rate = schedule(options.adam_learning_rate, options.steps)
+    decay = options.weight_decay
+    rest = optax.adamw(adam_rate, b1=ADAM_B1, b2=ADAM_B2, weight_decay=0.0)
+    if options.optimizer == "teon":
+        rules = parse_rules(options.rules)
+        optimizer = teon_optax.teon(
+            rate, rules, method=options.method, weight_decay=decay, fallback=rest
+        )
+    elif options.optimizer == "muon":
+        # Muon's own Adam is Nesterov's; a partition gives the rest the same AdamW as TEON does.
+        muon = contrib.muon(rate, weight_decay=decay)
+        optimizer = optax.partition({"muon": muon, "rest": rest}, _muon_or_rest)
+    else:
+        optimizer = optax.adamw(
+            rate, b1=ADAM_B1, b2=ADAM_B2, weight_decay=decay, mask=_block_matrices
+        )
+    return optax.chain(optax.clip_by_global_norm(CLIP), optimizer)
+
+
+def schedule(peak: float, steps: int) -> optax.Schedule:
+    """A short linear warm-up, the peak, and a linear decay over the last 40 %."""
+    warmup = max(1, min(LONGEST_WARMUP, steps // 10))
+    decay = round(DECAY_SHARE * steps)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / warmup, peak, warmup),
+            optax.constant_schedule(peak),
+            optax.linear_schedule(peak, 0.0, decay),
+        ],
+        [warmup, steps - decay],
+    )
+
+
+def parse_rules(texts: Sequence[str] | None) -> list[teon_optax.Rule] | None:
+    """The rules of `--rules`, or None for the library's own."""
+    return None if texts is None else [parse_rule(text) for text in texts]
+
+
+def parse_rule(text: str) -> teon_optax.Rule:
+    """A rule from `REGEX:stack=K[,mode=M][,split=N]`; raises UserError for anything else."""
+    pattern, _, settings = text.rpartition(":")
+    if not re.fullmatch(r"stack=\d+(,(mode|split)=\d+)*", settings) or not pattern:
+        raise UserError(f"--rules {text!r} is not REGEX:stack=K[,mode=M][,split=N]")
+    numbers: Any = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", settings)}
+    try:
+        return teon_optax.Rule(pattern, **numbers)
+    except (ValueError, re.error) as error:
+        raise UserError(f"--rules {text!r}: {error}") from error
+
+
+def _block_matrices(params: Any) -> Any:
+    """A tree of booleans: what Muon takes, and what weight decay shrinks."""
+
+    def inside_block(path: Any, leaf: jax.Array) -> bool:
+        return leaf.ndim == 2 and jax.tree_util.keystr(path, simple=True).startswith("block_")
+
+    return jax.tree_util.tree_map_with_path(inside_block, params)
+
+
+def _muon_or_rest(params: Any) -> Any:
+    return jax.tree.map(lambda matrix: "muon" if matrix else "rest", _block_matrices(params))

@@ -1,0 +1,72 @@
+"""What is compiled for a run: first state, train step, evaluation."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from examples import optimizers
+from examples.errors import UserError
+from examples.model import GPT, MODELS
+from examples.options import Options
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    params: Any
+    opt_state: Any
+
+
+class Program(NamedTuple):
+    """What is compiled for a run.
+
+    Attributes:
+        init: From a random key to the first state.
+        train_step: From a state, which it consumes, and a batch to the next state and the loss.
+        eval_step: From parameters and a batch to the loss.
+        shapes: The state's shapes and dtypes.
+    """
+
+    init: Callable[[jax.Array], TrainState]
+    train_step: Callable[[TrainState, np.ndarray], tuple[TrainState, jax.Array]]
+    eval_step: Callable[[Any, np.ndarray], jax.Array]
+    shapes: TrainState
+
+
+def build(options: Options, vocab_size: int) -> Program:
+    """Model, optimizer, and the functions made of them."""
+    model = GPT(
+        dataclasses.replace(
+            MODELS[options.model],
+            vocab_size=vocab_size,
+            context=options.context,
+            dtype=options.dtype,
+        )
+    )
+    optimizer = optimizers.build(options)
+
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, jnp.zeros((1, options.context), jnp.int32))["params"]
+        return TrainState(params, optimizer.init(params))
+
+    def loss(params: Any, batch: jax.Array) -> jax.Array:
+        logits: Any = model.apply({"params": params}, batch[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
+
+    def train_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
+        value, gradients = jax.value_and_grad(loss)(state.params, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), value
+
+    try:
+        shapes = jax.eval_shape(init, jax.random.key(0))
+    except ValueError as error:
+        if options.rules is None:
+            raise
+        raise UserError(f"--rules: {error}") from error
+    return Program(jax.jit(init), jax.jit(train_step, donate_argnums=0), jax.jit(loss), shapes)
