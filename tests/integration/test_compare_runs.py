@@ -1,0 +1,40 @@
+"""`examples.compare_runs`: losses of several runs of `train_gpt` in one table and plot."""
+
+import json
+
+import pytest
+
+from examples import compare_runs
+
+OPTIONS = {"optimizer": "teon", "seed": 3, "learning_rate": 0.02}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A folder as `train_gpt` leaves it after four steps, evaluated at the second and last."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"options": OPTIONS, "corpus": {}}))
+    records = [{"step": step, "loss": 4.0 - step} for step in (1, 2, 3, 4)]
+    records[1]["val_loss"] = 2.5
+    records[3]["val_loss"] = 1.0
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return folder
+
+
+def test_the_table_has_the_last_validation_loss_and_its_perplexity(run, tmp_path, capsys):
+    assert compare_runs.main([str(run), "--out", str(tmp_path / "plots" / "losses.png")]) == 0
+    assert "| teon | 3 | 0.02 | 4 | 1.0000 | 2.718 |" in capsys.readouterr().out
+    assert (tmp_path / "plots" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_was_not_evaluated_yet_is_refused_in_one_line(run, tmp_path, capsys):
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
+    assert compare_runs.main([str(run), "--out", str(tmp_path / "losses.png")]) == 2
+    assert capsys.readouterr().err.startswith("compare_runs: error:")
+    assert not (tmp_path / "losses.png").exists()
+
+
+def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
+    assert compare_runs.main([str(tmp_path), "--out", str(tmp_path / "losses.png")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
