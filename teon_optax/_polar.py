@@ -24,9 +24,14 @@ def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
 
 
 def _apply(precision: jax.lax.PrecisionLike, P: jax.Array, M: jax.Array) -> jax.Array:
-    """M multiplied by P on the side of its Gram matrix: [m, n]."""
+    """M P, or P^T M of a matrix that is wider than high: [m, n].
+
+    Rounding leaves P = Q_1 Q_2 .. not quite symmetric, and on the left too Q_1 comes first: P M
+    would not be the matrix whose Gram matrix the segment ended with (with bf16 products it reached
+    1e13).
+    """
     m, n = M.shape
-    left, right = (P, M) if m < n else (M, P)
+    left, right = (P.T, M) if m < n else (M, P)
     return jnp.matmul(left, right, precision=precision)
 
 
