@@ -12,7 +12,7 @@ from teon_optax._default_rules import default_rules
 from teon_optax._plan import checked_rules, plan
 from teon_optax._rules import Rule
 from teon_optax._scaling import ScaleLike
-from teon_optax._transform import INJECTED, scale_by_teon
+from teon_optax._transform import INJECTED, checked_mu_dtype, scale_by_teon
 
 
 def teon(
@@ -71,6 +71,7 @@ def teon(
       TEON, arXiv 2601.23261.
     """
     rules = None if rules is None else checked_rules(rules)
+    mu_dtype = checked_mu_dtype(mu_dtype)
     if isinstance(weight_decay_mask, (bool, np.ndarray, jax.Array)):
         raise ValueError(
             f"`weight_decay_mask={weight_decay_mask!r}` should be a tree of booleans or a function "

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 ScaleLike = str | jax.typing.ArrayLike
 
@@ -43,7 +44,10 @@ def scaling(scale: ScaleLike) -> Callable[[int, int, int, int], jax.typing.Array
     if isinstance(scale, str):
         if scale in _SCALES:
             return _SCALES[scale]
-    elif not isinstance(scale, (int, float)) or 0 < scale < math.inf:
+    elif isinstance(scale, (int, float)):
+        if 0 < scale < math.inf:
+            return functools.partial(_rms, scale)
+    elif isinstance(scale, (jax.Array, np.ndarray, np.number)):
         return functools.partial(_rms, scale)
     raise ValueError(
         f"`scale={scale!r}` should be 'spectral' (sqrt(fan_out / fan_in), the paper's), 'muon' "

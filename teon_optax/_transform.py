@@ -155,7 +155,7 @@ def scale_by_teon(
     run = _orthogonalizer(rules, method, scale, precision)
     if isinstance(beta, (int, float)) and not 0 <= beta < 1:
         raise ValueError(f"`beta={beta!r}` should be at least 0 and less than 1.")
-    mu_dtype = _checked_mu_dtype(mu_dtype)
+    mu_dtype = checked_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> TeonState:
         plan(params, rules)
@@ -202,7 +202,12 @@ def _upcast(tree: Any) -> Any:
     return jax.tree.map(upcast, tree)
 
 
-def _checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
+def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
+    """`mu_dtype` as a dtype.
+
+    Raises:
+      ValueError: If it is no real floating dtype.
+    """
     if mu_dtype is None:
         return None
     if isinstance(mu_dtype, (jax.Array, np.ndarray)):
