@@ -1,0 +1,177 @@
+"""The quintics: published tables, Polar Express for any bound, and what `method` means."""
+
+import math
+
+import numpy as np
+import oracles
+import pytest
+
+from teon_optax import polar_express
+from teon_optax._coefficients import resolve
+
+# arXiv 2505.16932, for lower bound 1e-3.
+PUBLISHED = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+    (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
+)
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
+YOU = (
+    (3955, -8306, 5008),
+    (3735, -6681, 3463),
+    (3799, -6499, 3211),
+    (4019, -6385, 2906),
+    (2677, -3029, 1162),
+    (2172, -1833, 682),
+)
+NAMES = "'polar_express', 'schatten', 'jordan', 'you', 'svd'"
+
+
+def distance_to_one(triples, lower):
+    """sup |p(x) - 1| over [lower, 1]."""
+    x = np.geomspace(lower, 1, 20_001)
+    return np.abs(oracles.composed(x, triples, norm=1) - 1).max()
+
+
+def slowed(triples):
+    """All but the last divided by 1.01, 1.01^3, 1.01^5."""
+    powers = 1.01 ** np.array([1, 3, 5])
+    return (*(tuple(np.array(triple) / powers) for triple in triples[:-1]), triples[-1])
+
+
+def test_polar_express_is_the_published_table_to_6_digits():
+    # The last published triple is nearest to the limit that all further steps take.
+    np.testing.assert_allclose(polar_express(7, 1e-3), PUBLISHED, rtol=1e-6)
+
+
+def test_polar_express_ends_in_the_taylor_quintic():
+    np.testing.assert_allclose(polar_express(12, 1e-3)[-1], (15 / 8, -10 / 8, 3 / 8), rtol=1e-9)
+
+
+def test_a_longer_polar_express_starts_as_a_shorter_one():
+    assert polar_express(9)[:5] == polar_express(5)
+
+
+@pytest.mark.parametrize(
+    "lower", [1e-9, 1e-6, 1e-3, 5e-3, 0.02407, 0.0241, 0.1, 0.5, 0.9, 0.999999]
+)
+def test_polar_express_converges_for_any_lower_bound(lower):
+    # Each step multiplies the lowest value by nearly 4 or more until the interval is short; then
+    # some steps of an iteration of order 3 reach the rounding of float64.
+    steps = math.ceil(math.log(1 / lower, 3.9)) + 6
+    errors = [distance_to_one(polar_express(n, lower), lower) for n in range(1, steps + 1)]
+    assert all(later <= earlier + 1e-12 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert errors[-1] < 1e-12
+
+
+@pytest.mark.parametrize("lower", [0.03, 0.1, 0.5, 0.9])
+def test_first_quintic_is_the_best_by_equioscillation(lower):
+    """Four extrema of equal size and alternating sign: no odd quintic is nearer to 1."""
+    x = np.linspace(lower, 1, 200_001)
+    error = oracles.composed(x, polar_express(1, lower), norm=1) - 1
+    inner = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
+    extrema = error[[0, *inner, -1]]
+    assert len(extrema) == 4
+    np.testing.assert_allclose(extrema, extrema[0] * np.array([1, -1, 1, -1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "5", None])
+def test_polar_express_refuses_steps(steps):
+    with pytest.raises(
+        ValueError, match=r"`polar_express\(steps=.*\)`: steps should be a positive"
+    ):
+        polar_express(steps)
+
+
+@pytest.mark.parametrize("lower", [0, 1, -1e-3, 2, math.nan])
+def test_polar_express_refuses_lower_bounds(lower):
+    with pytest.raises(ValueError, match=r"`polar_express\(lower=.*\)`: lower should be between"):
+        polar_express(5, lower)
+
+
+def test_polar_express_method_is_the_paper_s():
+    """5 steps for 1e-3, the safety factor once, on M / (1.01 |M|_F)."""
+    method = resolve("polar_express")
+    np.testing.assert_allclose(method.coefficients, slowed(PUBLISHED[:5]), rtol=1e-6)
+    assert (method.norm, method.margin) == ("frobenius", 1.01)
+
+
+def test_schatten_is_4_steps_for_5e_3_from_a_schatten_4_start():
+    method = resolve("schatten")
+    np.testing.assert_allclose(method.coefficients, slowed(polar_express(4, 5e-3)), rtol=1e-12)
+    assert (method.norm, method.margin) == ("schatten4", 1.01)
+
+
+def test_jordan_is_the_published_table_on_the_plain_frobenius_norm():
+    assert resolve("jordan") == (JORDAN, "frobenius", 1.0)
+
+
+def test_you_is_the_published_table_over_1024():
+    triples, norm, margin = resolve("you")
+    np.testing.assert_allclose(triples, np.array(YOU) / 1024, rtol=1e-15)
+    assert (norm, margin) == ("frobenius", 1.0)
+
+
+def test_svd_is_no_polynomial():
+    assert resolve("svd") is None
+
+
+def test_a_tuple_of_jordan_s_triples_is_jordan():
+    assert resolve(JORDAN) == resolve("jordan")
+
+
+def test_a_tuple_of_you_s_triples_is_you():
+    assert resolve([[n / 1024 for n in triple] for triple in YOU]) == resolve("you")
+
+
+def test_polar_express_of_5_steps_is_the_method_polar_express():
+    assert resolve(polar_express(5)) == resolve("polar_express")
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 12])
+def test_polar_express_of_any_length_gets_the_safety_factor(steps):
+    method = resolve(polar_express(steps))
+    np.testing.assert_allclose(method.coefficients, slowed(polar_express(steps)), rtol=1e-12)
+    assert (method.norm, method.margin) == ("frobenius", 1.01)
+
+
+def test_arrays_of_triples_are_a_method_too():
+    assert resolve(np.array(JORDAN)) == resolve("jordan")
+
+
+def test_a_method_is_hashable_so_that_it_can_be_static():
+    assert hash(resolve(np.array(polar_express(3)))) == hash(resolve(polar_express(3)))
+
+
+@pytest.mark.parametrize("method", ["nope", "POLAR_EXPRESS", ""])
+def test_an_unknown_name_lists_the_valid_ones(method):
+    with pytest.raises(ValueError, match=f"`method='{method}'` is unknown: write one of {NAMES}"):
+        resolve(method)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        (),
+        5,
+        None,
+        (1.0, 2.0, 3.0),
+        ((1.0, 2.0),),
+        ((1.0, 2.0, 3.0, 4.0),),
+        ((1.0, math.nan, 2.0),),
+        ((math.inf, 0.0, 0.0),),
+        (("a", "b", "c"),),
+        np.zeros((0, 3)),
+    ],
+    ids=repr,
+)
+def test_what_is_no_tuple_of_triples_is_refused(method):
+    with pytest.raises(
+        ValueError, match="a non-empty tuple of triples .* of finite numbers"
+    ) as error:
+        resolve(method)
+    assert NAMES in str(error.value)

@@ -1,0 +1,160 @@
+"""Batches of matrices: against U p(S) V^T in float64, for every method, shape and spectrum."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from absl.testing import parameterized
+from oracles import distance, rounding
+
+from teon_optax import polar, polar_express
+from teon_optax._coefficients import resolve
+
+POLYNOMIALS = {
+    "polar_express": "polar_express",
+    "schatten": "schatten",
+    "jordan": "jordan",
+    "you": "you",
+    "7 steps": polar_express(7),
+    "own triples": polar_express(2, 0.3),
+}
+SHAPES = {"square": (12, 12), "wide": (12, 30), "tall": (30, 12)}
+SPECTRUM = np.geomspace(1, 0.1, 12)
+EPS = np.finfo(np.float32).eps
+
+
+def function_of(method):
+    """What a method makes of singular values; that of "svd" is one."""
+    return np.ones_like if method == "svd" else oracles.polynomial(*resolve(method))
+
+
+def tolerance(s, method, eps=EPS):
+    return rounding(s, method != "svd", eps)
+
+
+def example(shape, singular_values):
+    return oracles.with_spectrum(np.random.default_rng(0), *shape, singular_values)
+
+
+class PolarTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    @parameterized.parameters("svd", "polar_express")
+    def test_result_is_the_method_s_function_of_the_singular_values(self, method):
+        M = example(SHAPES["wide"], SPECTRUM)
+        result = self.variant(functools.partial(polar, method=method))(jnp.float32(M))
+        exact = oracles.reshaped_spectrum(M, function_of(method))
+        self.assertLess(distance(result, exact), tolerance(SPECTRUM, method))
+
+
+@pytest.mark.parametrize("method", ["svd", "polar_express"])
+@pytest.mark.parametrize("shape", ["square", "tall"])
+def test_square_and_tall_matrices_are_as_exact_as_wide_ones(shape, method):
+    M = example(SHAPES[shape], SPECTRUM)
+    exact = oracles.reshaped_spectrum(M, function_of(method))
+    assert distance(polar(jnp.float32(M), method), exact) < tolerance(SPECTRUM, method)
+
+
+@pytest.mark.parametrize("name", POLYNOMIALS)
+def test_polynomial_is_as_near_to_the_polar_factor_as_its_coefficients_say(name):
+    M = example(SHAPES["wide"], SPECTRUM)
+    result = polar(jnp.float32(M), POLYNOMIALS[name])
+    p = function_of(POLYNOMIALS[name])
+    error = np.abs(p(SPECTRUM) - 1).max()
+    assert distance(result, oracles.reshaped_spectrum(M)) < error + rounding(SPECTRUM)
+    # The same, without the slack of the polynomial's own error.
+    assert distance(result, oracles.reshaped_spectrum(M, p)) < rounding(SPECTRUM)
+
+
+HARD = {
+    **{f"condition 1e{e}": np.geomspace(1, 10.0**-e, 32) for e in range(1, 7)},
+    **{f"rank {rank}": np.ones(rank) for rank in (1, 5, 16)},
+    **{f"rank {rank}, condition 1e3": np.geomspace(1, 1e-3, rank) for rank in (5, 16)},
+}
+# One is worked off in the direct form, the other in segments of Gram matrices.
+FORMS = {"direct": (32, 32), "segments": (32, 64)}
+
+
+@functools.cache
+def of_hard_spectra(form, steps):
+    matrices = [example(FORMS[form], s) for s in HARD.values()]
+    results = polar(jnp.float32(np.stack(matrices)), polar_express(steps))
+    return dict(zip(HARD, zip(matrices, np.asarray(results, np.float64), strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", HARD)
+@pytest.mark.parametrize("form", FORMS)
+def test_12_steps_in_float32_hold_for_any_condition_and_rank(form, name):
+    _, result = of_hard_spectra(form, 12)[name]
+    # In exact arithmetic 12 steps for 1e-3 leave the largest value at 1; where rounding errors
+    # grow, it reaches 1e30.
+    assert 1 - rounding([1] * 32) < np.linalg.norm(result, 2) < 1.05
+
+
+@pytest.mark.parametrize("name", ["condition 1e1", "condition 1e2"])
+@pytest.mark.parametrize("form", FORMS)
+def test_12_steps_in_float32_give_the_polar_factor_of_a_well_conditioned_matrix(form, name):
+    M, result = of_hard_spectra(form, 12)[name]
+    error = np.abs(function_of(polar_express(12))(HARD[name]) - 1).max()
+    bound = error + rounding(HARD[name])
+    assert distance(result, oracles.reshaped_spectrum(M)) < bound < 0.05
+
+
+@pytest.mark.parametrize("steps", [5, 11], ids=["5 in one segment", "4+4+3"])
+def test_the_longest_segments_hold_for_any_condition_and_rank(steps):
+    p = function_of(polar_express(steps))
+    for M, result in of_hard_spectra("segments", steps).values():
+        largest = p(np.linalg.svd(M, compute_uv=False)).max()
+        assert np.linalg.norm(result, 2) < largest + 0.05
+
+
+def test_the_svd_keeps_directions_of_a_zero_singular_value_at_zero():
+    M = example((16, 24), np.ones(5))
+    exact = oracles.reshaped_spectrum(M, lambda s: s > 0.5)
+    assert distance(polar(jnp.float32(M), "svd"), exact) < rounding([1] * 16)
+
+
+@pytest.mark.parametrize("method", ["svd", "polar_express", "schatten", "jordan"])
+def test_zero_gives_zero(method):
+    np.testing.assert_array_equal(polar(jnp.zeros((12, 30)), method), np.zeros((12, 30)))
+
+
+@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+def test_length_of_the_matrix_does_not_matter(factor):
+    M = jnp.float32(example((12, 30), SPECTRUM))
+    np.testing.assert_array_equal(polar(factor * M), polar(M))
+
+
+def test_16_bit_matrices_are_worked_on_in_float32():
+    M = jnp.asarray(example((12, 30), SPECTRUM), "bfloat16")
+    result = polar(M)
+    exact = oracles.reshaped_spectrum(M, function_of("polar_express"))
+    assert result.dtype == "bfloat16"
+    # One rounding to the result's dtype: half an eps in each number.
+    last = float(jnp.finfo("bfloat16").eps) / 2 * np.linalg.norm(exact)
+    s = np.linalg.svd(np.asarray(M, np.float64), compute_uv=False)
+    assert distance(result, exact) < rounding(s) + last
+
+
+@pytest.mark.parametrize("method", ["svd", "polar_express"])
+def test_float64_stays_float64(method):
+    M = example((12, 30), SPECTRUM)
+    with jax.enable_x64(True):
+        result = polar(jnp.float64(M), method)
+    assert result.dtype == jnp.float64
+    exact = oracles.reshaped_spectrum(M, function_of(method))
+    assert distance(result, exact) < tolerance(SPECTRUM, method, np.finfo(np.float64).eps)
+
+
+@pytest.mark.parametrize("count", [300, 301], ids=["two equal chunks", "a chunk and a remainder"])
+def test_a_batch_beyond_the_cache_gives_what_its_matrices_give_alone(count):
+    M = np.random.default_rng(2).normal(size=(count, 24, 40)).astype(np.float32)
+    assert M.nbytes > 2**20
+    method = POLYNOMIALS["own triples"]
+    results = np.asarray(polar(jnp.asarray(M), method))
+    for one, result in zip(M, results, strict=True):
+        s = np.linalg.svd(one, compute_uv=False)
+        assert distance(result, oracles.reshaped_spectrum(one, function_of(method))) < rounding(s)

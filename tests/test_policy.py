@@ -1,0 +1,106 @@
+"""How a polar factor is computed: the table of precisions, cuts and chunks."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from teon_optax import _policy
+
+HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
+LONGEST = {HIGHEST: 5, DEFAULT: 3}
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "precision"),
+    [
+        ("cpu", jnp.float32, HIGHEST),
+        ("cpu", jnp.float64, HIGHEST),
+        ("tpu", jnp.float32, DEFAULT),
+        ("tpu", jnp.float64, HIGHEST),
+        ("gpu", jnp.float32, DEFAULT),
+        ("gpu", jnp.float64, HIGHEST),
+    ],
+)
+def test_products_are_exact_on_cpu_and_in_float64_and_one_pass_elsewhere(backend, dtype, precision):
+    assert _policy.products(backend, jnp.dtype(dtype)) == precision
+
+
+@pytest.mark.parametrize(
+    ("steps", "exact", "one_pass"),
+    [
+        (1, (1,), (1,)),
+        (2, (2,), (2,)),
+        (3, (3,), (2, 1)),
+        (4, (4,), (2, 2)),
+        (5, (5,), (3, 2)),
+        (6, (3, 3), (2, 2, 2)),
+        (7, (4, 3), (3, 2, 2)),
+        (8, (4, 4), (2, 2, 2, 2)),
+        (10, (5, 5), (2, 2, 2, 2, 2)),
+        (11, (4, 4, 3), (3, 2, 2, 2, 2)),
+        (12, (4, 4, 4), (2, 2, 2, 2, 2, 2)),
+    ],
+)
+def test_cut_of_long_matrices(steps, exact, one_pass):
+    assert _policy.cut(steps, 2.0, HIGHEST) == exact
+    assert _policy.cut(steps, 2.0, DEFAULT) == one_pass
+
+
+@pytest.mark.parametrize("precision", [HIGHEST, DEFAULT], ids=str)
+@pytest.mark.parametrize("steps", [1, 4, 5, 12])
+def test_nearly_square_matrices_take_the_direct_form(steps, precision):
+    assert _policy.cut(steps, 1.0, precision) == (1,) * steps
+    assert _policy.cut(steps, 1.499, precision) == (1,) * steps
+
+
+@pytest.mark.parametrize("precision", [HIGHEST, DEFAULT], ids=str)
+def test_from_a_joint_length_of_one_and_a_half_gram_matrices_are_cheaper(precision):
+    assert len(_policy.cut(5, 1.5, precision)) < 5
+
+
+@pytest.mark.parametrize("precision", ["highest", "float32"])
+def test_other_names_of_exact_products_take_the_same_cut(precision):
+    assert _policy.cut(5, 2.0, precision) == (5,)
+
+
+@pytest.mark.parametrize(
+    "precision", [None, "default", "bfloat16", "high", jax.lax.Precision.HIGH, "tensorfloat32"]
+)
+def test_any_other_precision_takes_the_cut_of_one_pass(precision):
+    assert _policy.cut(5, 2.0, precision) == (3, 2)
+
+
+@given(st.integers(1, 60), st.floats(1, 100), st.sampled_from([HIGHEST, DEFAULT]))
+def test_segments_sum_to_the_steps_and_are_never_too_long(steps, ratio, precision):
+    segments = _policy.cut(steps, ratio, precision)
+    assert sum(segments) == steps
+    assert 1 <= min(segments) and max(segments) <= LONGEST[precision]
+
+
+@given(st.integers(1, 60), st.sampled_from([HIGHEST, DEFAULT]))
+def test_no_segment_is_longer_than_the_first(steps, precision):
+    """What the last segment cannot correct, it keeps."""
+    segments = _policy.cut(steps, 2.0, precision)
+    assert max(segments) == segments[0] and min(segments) == segments[-1]
+
+
+@given(st.integers(1, 500), st.integers(0, 600))
+def test_a_chunk_is_the_largest_divisor_in_reach(count, most):
+    size = _policy.chunk(count, most)
+    limit = max(1, min(most, count))
+    in_reach = [d for d in range(1, limit + 1) if count % d == 0 and d > limit / 2]
+    assert size == max(in_reach, default=limit)
+
+
+def test_everything_is_one_chunk_where_it_fits():
+    assert _policy.chunk(24, 24) == _policy.chunk(24, 1000) == 24
+
+
+def test_one_matrix_is_taken_at_a_time_where_none_fits():
+    assert _policy.chunk(24, 0) == 1
+
+
+def test_a_cpu_works_on_what_its_cache_holds_and_an_accelerator_on_more():
+    assert _policy.budget("cpu") < _policy.budget("tpu") == _policy.budget("gpu")
