@@ -3,16 +3,19 @@
 from teon_optax._alias import teon
 from teon_optax._coefficients import polar_express
 from teon_optax._default_rules import default_rules
+from teon_optax._diagnostics import Alignment, alignment
 from teon_optax._mode import mode_orthogonalize, polar
 from teon_optax._plan import Group, Plan, plan
 from teon_optax._rules import Rule
 from teon_optax._transform import TeonState, orthogonalize, scale_by_teon
 
 __all__ = [
+    "Alignment",
     "Group",
     "Plan",
     "Rule",
     "TeonState",
+    "alignment",
     "default_rules",
     "mode_orthogonalize",
     "orthogonalize",

@@ -26,11 +26,11 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
     left = Counter(
         (_anonymous(leaf.path), " x ".join(map(str, leaf.shape)), leaf.reason) for leaf in untouched
     )
-    lines = _columns(
+    lines = columns(
         [("orthogonalized jointly", "fan_in x fan_out", "K", "mode", "Gram", "groups")]
         + [(*row, str(count)) for row, count in taken.items()]
     )
-    lines += _columns(
+    lines += columns(
         [("fallback", "shape", "why", "leaves")]
         + [(*row, str(count)) for row, count in left.items()]
     )
@@ -42,7 +42,7 @@ def _anonymous(path: str) -> str:
     return re.sub(r"(?<![:\d])\d+", "*", path)
 
 
-def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Aligned columns; a path that is too wide for its column goes on in the next line."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     first = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))

@@ -18,6 +18,7 @@ IMPORTS = {
         "_alias",
         "_coefficients",
         "_default_rules",
+        "_diagnostics",
         "_mode",
         "_plan",
         "_rules",
@@ -38,6 +39,7 @@ IMPORTS = {
     "_plan": {"_default_rules", "_matrices", "_rules", "_table"},
     # Where they meet.
     "_engine": {"_coefficients", "_matrices", "_plan", "_polar", "_policy"},
+    "_diagnostics": {"_matrices", "_plan", "_rules", "_table"},
     "_scaling": set(),
     "_transform": {"_coefficients", "_engine", "_plan", "_polar", "_rules", "_scaling"},
     "_alias": {"_coefficients", "_default_rules", "_plan", "_rules", "_scaling", "_transform"},
@@ -113,7 +115,7 @@ def test_all_is_sorted_and_complete():
 def test_files_and_library_stay_short():
     lengths = {path.name: len(path.read_text("utf-8").splitlines()) for path in library_files()}
     assert not {name: length for name, length in lengths.items() if length > 250}
-    assert sum(lengths.values()) < 2600
+    assert sum(lengths.values()) < 2700
 
 
 @pytest.mark.parametrize("path", library_files(), ids=lambda path: path.stem)
