@@ -125,7 +125,9 @@ def _together(
         factor = functools.partial(_factor, precision, triples, method if stop == steps else None)
         grams = jnp.concatenate([jax.vmap(gram)(batch) for batch in batches])
         factors = jnp.split(jax.vmap(factor)(grams), ends)
-        if stop == len(method.coefficients):
+        if stop < len(method.coefficients):
+            factors = [P / _policy.room(steps, precision) for P in factors]
+        else:
             factors = [scale * P for scale, P in zip(scales, factors, strict=True)]
         batches = [jax.vmap(apply)(P, batch) for P, batch in zip(factors, batches, strict=True)]
     return batches

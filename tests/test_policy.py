@@ -34,18 +34,29 @@ def test_products_are_exact_on_cpu_and_in_float64_and_one_pass_elsewhere(backend
         (2, (2,), (2,)),
         (3, (3,), (2, 1)),
         (4, (4,), (2, 2)),
-        (5, (5,), (3, 2)),
+        (5, (5,), (2, 1, 2)),
         (6, (3, 3), (2, 2, 2)),
-        (7, (4, 3), (3, 2, 2)),
+        (7, (4, 3), (2, 1, 2, 2)),
         (8, (4, 4), (2, 2, 2, 2)),
         (10, (5, 5), (2, 2, 2, 2, 2)),
-        (11, (4, 4, 3), (3, 2, 2, 2, 2)),
+        (11, (4, 4, 3), (2, 1, 2, 2, 2, 2)),
         (12, (4, 4, 4), (2, 2, 2, 2, 2, 2)),
     ],
 )
 def test_cut_of_long_matrices(steps, exact, one_pass):
     assert _policy.cut(steps, 2.0, HIGHEST) == exact
     assert _policy.cut(steps, 2.0, DEFAULT) == one_pass
+
+
+@pytest.mark.parametrize(("steps", "segments"), [(3, (2, 1)), (4, (2, 2)), (5, (2, 3))])
+def test_one_pass_products_of_longer_matrices_join_an_odd_step_to_the_last(steps, segments):
+    """There a segment more costs more than the accuracy that it brings."""
+    assert _policy.cut(steps, 4.0, DEFAULT) == segments
+
+
+def test_matrices_get_room_after_a_rounded_segment_of_several_steps_alone():
+    assert _policy.room(2, DEFAULT) > 1
+    assert _policy.room(1, DEFAULT) == _policy.room(5, HIGHEST) == 1
 
 
 @pytest.mark.parametrize("precision", [HIGHEST, DEFAULT], ids=str)
@@ -69,7 +80,7 @@ def test_other_names_of_exact_products_take_the_same_cut(precision):
     "precision", [None, "default", "bfloat16", "high", jax.lax.Precision.HIGH, "tensorfloat32"]
 )
 def test_any_other_precision_takes_the_cut_of_one_pass(precision):
-    assert _policy.cut(5, 2.0, precision) == (3, 2)
+    assert _policy.cut(5, 2.0, precision) == (2, 1, 2)
 
 
 @given(st.integers(1, 60), st.floats(1, 100), st.sampled_from([HIGHEST, DEFAULT]))
@@ -79,10 +90,10 @@ def test_segments_sum_to_the_steps_and_are_never_too_long(steps, ratio, precisio
     assert 1 <= min(segments) and max(segments) <= LONGEST[precision]
 
 
-@given(st.integers(1, 60), st.sampled_from([HIGHEST, DEFAULT]))
-def test_no_segment_is_longer_than_the_first(steps, precision):
+@given(st.integers(1, 60))
+def test_no_segment_of_exact_products_is_longer_than_the_first(steps):
     """What the last segment cannot correct, it keeps."""
-    segments = _policy.cut(steps, 2.0, precision)
+    segments = _policy.cut(steps, 2.0, HIGHEST)
     assert max(segments) == segments[0] and min(segments) == segments[-1]
 
 
