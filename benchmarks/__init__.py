@@ -1,0 +1,1 @@
+"""Programs that measure teon_optax; run them from the repository's root with `python -m`."""
