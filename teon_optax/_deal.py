@@ -22,7 +22,7 @@ class Entry(NamedTuple):
     Attributes:
       spec: Of the leaf.
       layout: Of one device's shard.
-      axes: Of the mesh, in its order, along fan_in and fan_out. Along others, devices have groups of
+      axes: Of the mesh, in its order, along fan_in and fan_out. Devices along others have groups of
         their own.
     """
 

@@ -146,8 +146,8 @@ def scale_by_teon(
       mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params.
       method: As for `orthogonalize`.
       scale: As for `orthogonalize`.
-      shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know where
-        the momentum should lie: give it `out_shardings`, or do not compile it.
+      shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know
+        where the momentum should lie: give it `out_shardings`, or do not compile it.
       precision: As for `orthogonalize`.
 
     Returns:
