@@ -1,6 +1,7 @@
 """Leaves become batches of joint matrices, and batches become leaves."""
 
 import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -40,6 +41,12 @@ class Batch(NamedTuple):
     def joint(self) -> tuple[int, int]:
         """Shape of a group's joint matrix."""
         return joint_shape(self.K, self.fan_in, self.fan_out, self.mode)
+
+    def whole(self, sizes: Mapping[str, int]) -> "Batch":
+        """The batch of which this is one device's block, on a mesh of these sizes."""
+        fans = zip((self.fan_in, self.fan_out), self.axes, strict=True)
+        fan_in, fan_out = (fan * math.prod(sizes[name] for name in axes) for fan, axes in fans)
+        return self._replace(fan_in=fan_in, fan_out=fan_out)
 
     @property
     def order(self) -> tuple[int, ...]:

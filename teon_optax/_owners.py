@@ -1,7 +1,7 @@
 """Groups orthogonalized on the devices that own them, each with the ordinary numerics."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh
 from teon_optax import _policy
 from teon_optax._batches import Batch, batches, in_batches
 from teon_optax._coefficients import Method
-from teon_optax._deal import Block, Entry, Exchange, Hand, count, entry, plan_exchange
+from teon_optax._deal import Block, Entry, Exchange, Hand, entry, plan_exchange
 from teon_optax._exchange import (
     from_owners,
     own_branch,
@@ -52,7 +52,7 @@ def orthogonalize_owned(
         return {}
     entered = {leaf: located.entered(leaves[leaf], entries[leaf].spec) for leaf in entries}
     axes = {leaf: own.axes for leaf, own in entries.items()}
-    groups = [_whole(key, located.sizes) for key in batches(local, entered, axes)]
+    groups = [key.whole(located.sizes) for key in batches(local, entered, axes)]
     scales = [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in groups]
     return _exchanged(
         entered,
@@ -72,15 +72,6 @@ def _local(kind: Type, own: Entry) -> Type:
     return kind._replace(
         layout=own.layout, members=kind.members[:count], layers=kind.layers[:count]
     )
-
-
-def _whole(key: Batch, sizes: Mapping[str, int]) -> Batch:
-    """What groups of this kind are like when all their blocks are joined."""
-    fan_in, fan_out = (
-        key.fan_in * count(key.axes[0], sizes),
-        key.fan_out * count(key.axes[1], sizes),
-    )
-    return key._replace(fan_in=fan_in, fan_out=fan_out)
 
 
 # Compiled as one, also where `update` is not: an exchange of single operations would be slow.
@@ -104,16 +95,9 @@ def _exchanged(
     def on_each_device(
         shards: dict[int, jax.Array], scales: list[jax.Array]
     ) -> dict[int, jax.Array]:
-        def numerics(joint: dict[Batch, jax.Array]) -> dict[Batch, jax.Array]:
-            scale_of = dict(zip(joint, scales, strict=True))
-            alike: dict[Any, dict[Batch, jax.Array]] = {}
-            for key, array in joint.items():
-                alike.setdefault((frozenset(sum(key.axes, ())), key.dtype), {})[key] = array
-            done: dict[Batch, jax.Array] = {}
-            for together in alike.values():
-                done |= _by_owners(together, scale_of, dict(sizes), method, precision)
-            return {key: done[key] for key in joint}
-
+        numerics = functools.partial(
+            _by_owners, scales=scales, sizes=dict(sizes), method=method, precision=precision
+        )
         return in_batches(shards, types, numerics, axes)
 
     # Without the check, which does not know sums over a part of an axis.
@@ -129,15 +113,32 @@ def _exchanged(
 
 def _by_owners(
     joint: Mapping[Batch, jax.Array],
+    scales: Sequence[jax.Array],
+    sizes: Mapping[str, int],
+    method: Method | None,
+    precision: jax.lax.PrecisionLike,
+) -> dict[Batch, jax.Array]:
+    """Scaled polar factors of blocks: [B, m, n], what one device holds of joint matrices.
+
+    One exchange for each set of axes of the mesh that blocks are cut along, and each dtype.
+    """
+    scale_of = dict(zip(joint, scales, strict=True))
+    alike: dict[Any, dict[Batch, jax.Array]] = {}
+    for key, array in joint.items():
+        alike.setdefault((frozenset(sum(key.axes, ())), key.dtype), {})[key] = array
+    done: dict[Batch, jax.Array] = {}
+    for together in alike.values():
+        done |= _one_exchange(together, scale_of, sizes, method, precision)
+    return done
+
+
+def _one_exchange(
+    joint: Mapping[Batch, jax.Array],
     scales: Mapping[Batch, jax.Array],
     sizes: Mapping[str, int],
     method: Method | None,
     precision: jax.lax.PrecisionLike,
 ) -> dict[Batch, jax.Array]:
-    """Scaled polar factors of blocks that are cut along the same axes of the mesh.
-
-    joint: [B, m, n], one device's blocks of joint matrices.
-    """
     first = next(iter(joint))
     dtype = jnp.promote_types(first.dtype, jnp.float32)
     used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
@@ -156,10 +157,12 @@ def _by_owners(
 
 def _block(key: Batch, B: int, sizes: Mapping[str, int]) -> tuple[Block, bool]:
     """A batch as the exchange sees it, and whether its matrices must be turned for that."""
-    m, n = _whole(key, sizes).joint
-    along_columns = tuple(name for name in sizes if name in sum(key.axes, ()))
-    axes = ((), along_columns) if key.mode == 3 else key.axes
-    return (Block(B, n, m, axes[::-1]), True) if m > n else (Block(B, m, n, axes), False)
+    m, n = key.whole(sizes).joint
+    rows, columns = key.axes
+    if key.mode == 3:
+        rows, columns = (), tuple(name for name in sizes if name in rows + columns)
+    turned = m > n
+    return Block(B, n, m, (columns, rows)) if turned else Block(B, m, n, (rows, columns)), turned
 
 
 def _cost(
@@ -198,16 +201,10 @@ def _numerics(
         elif len(set(cuts)) == 1:
             buckets.setdefault((hand.d, cuts[0]), []).append(index)
         else:
-            # Squares would lose digits in the cut that is best for wide matrices.
-            kinds = [
-                (cut, max(N for N, c in zip(widths, cuts, strict=True) if c == cut)) for cut in cuts
-            ]
-
-            def one_cut(kind, matrices, factor=factors[index]):
-                cut, N = kind
-                narrow = orthogonalize([matrices[..., :N]], [factor], cut=cut)[0]
-                return jnp.pad(narrow, ((0, 0), (0, 0), (0, matrices.shape[2] - N)))
-
+            # One cut for all would do: the best for wide matrices, at 1e-4 of error in square ones.
+            widest = {cut: N for N, cut in sorted(zip(widths, cuts, strict=True))}
+            one_cut = functools.partial(_narrow, orthogonalize, factors[index])
+            kinds = [(cut, widest[cut]) for cut in cuts]
             done[index] = own_branch(plan, hand, kinds, one_cut, matrices)
     for (_, cut), indices in buckets.items():
         results = orthogonalize(
@@ -215,6 +212,18 @@ def _numerics(
         )
         done |= zip(indices, results, strict=True)
     return [done[index] for index in range(len(owned))]
+
+
+def _narrow(
+    orthogonalize: Callable[..., list[jax.Array]],
+    scale: jax.Array,
+    kind: tuple[tuple[int, ...], int],
+    matrices: jax.Array,
+) -> jax.Array:
+    """Scaled polar factors with the cut, and of the first columns, that are this kind's."""
+    cut, N = kind
+    (done,) = orthogonalize([matrices[..., :N]], [scale], cut=cut)
+    return jnp.pad(done, ((0, 0), (0, 0), (0, matrices.shape[2] - N)))
 
 
 def _shared(
@@ -226,7 +235,7 @@ def _shared(
     precision: jax.lax.PrecisionLike,
 ) -> jax.Array:
     """Scaled polar factor of this device's columns of the matrix that it shares: [1, d, ..]."""
-    assert method is not None
+    assert method is not None  # an SVD is not shared
     d, N = columns.shape[1:]
     done = orthogonalize_columns(
         columns[0],

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from teon_optax._rules import leaf_paths
@@ -44,7 +45,8 @@ class Located(NamedTuple):
 
     def gathered(self, index: int, leaf: jax.Array) -> jax.Array:
         """The leaf, whole on every device if its type would not let it be reshaped."""
-        return self._placed(leaf, PartitionSpec()) if self.typed and self._is_cut(index) else leaf
+        restricted = self.typed and _cut_by(self.specs[index] or ())
+        return self._placed(leaf, PartitionSpec()) if restricted else leaf
 
     def entered(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         """The leaf, cut as it is to enter; without types, `jax.shard_map` sees to that."""
@@ -52,17 +54,22 @@ class Located(NamedTuple):
 
     def returned(self, index: int, leaf: jax.Array) -> jax.Array:
         """The leaf, where it was."""
-        spec = self.specs[index]
-        return leaf if spec is None else self._placed(leaf, spec)
+        return self._placed(leaf, self.specs[index])
 
-    def _is_cut(self, index: int) -> bool:
-        return bool(_cut_by(self.specs[index] or ()))
-
-    def _placed(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+    def _placed(self, leaf: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+        if spec is None:
+            return leaf
         sharding = NamedSharding(self.mesh, spec)
         if self.typed:
             return jax.sharding.reshard(leaf, sharding)
         return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
+    """The mesh that leaves lie on as far as types tell, or else the context's; it may be empty."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves]
+    context = jax.sharding.get_abstract_mesh()
+    return next((mesh for mesh in meshes if not mesh.empty), context)
 
 
 def _names(names: Any) -> tuple[str, ...]:
@@ -99,7 +106,8 @@ class Shardings:
         if self._given is None:
             self._notice(params, taken)
         else:
-            self._specs(leaf_paths(params), taken, None)
+            leaves = leaf_paths(params)
+            self._specs(leaves, taken, _mesh_of([leaves[index][1] for index in taken]))
 
     def locate(self, updates: Any, taken: Collection[int]) -> Located | None:
         """Where the taken leaves lie; None if nothing is known.
@@ -108,34 +116,29 @@ class Shardings:
           ValueError: If shardings do not fit the leaves, or leaves are shards of a `shard_map`.
         """
         leaves = leaf_paths(updates)
-        context = jax.sharding.get_abstract_mesh()
-        typed = {index: jax.typeof(leaves[index][1]).sharding for index in taken}
-        if AxisType.Manual in context.axis_types:
-            self._refuse_shards([leaves[index] for index in taken], context)
+        mesh = _mesh_of([leaves[index][1] for index in taken])
+        if AxisType.Manual in mesh.axis_types:
+            self._refuse_shards([leaves[index] for index in taken], mesh)
             return None
-        mesh = next((own.mesh for own in typed.values() if not own.mesh.empty), context)
         if AxisType.Explicit in mesh.axis_types:
-            specs = {index: own.spec for index, own in typed.items()}
+            specs = {index: jax.typeof(leaves[index][1]).sharding.spec for index in taken}
             return Located(mesh, specs, typed=True)
         if self._given is None:
             self._notice(updates, taken)
             return None
-        located = self._specs(leaves, taken, None if mesh.empty else mesh)
+        located = self._specs(leaves, taken, mesh)
         bare = [own for own in self._given.values() if isinstance(own, PartitionSpec)]
-        if located is None and any(_cut_by(own) for own in bare):
+        if located is None and any(map(_cut_by, bare)):
             raise ValueError(
                 f"`shardings` has {bare[0]}, but leaves lie on no mesh and none is set: call "
                 "`update` under `jax.set_mesh(mesh)`, or write `NamedSharding(mesh, spec)`."
             )
         return located
 
-    def _refuse_shards(self, leaves: Sequence[tuple[str, Any]], mesh: AbstractMesh) -> None:
+    def _refuse_shards(self, leaves: Sequence[tuple[str, Any]], mesh: Mesh | AbstractMesh) -> None:
         """In a `shard_map`, passes what is known to be whole on every device."""
-        manual = [
-            name
-            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-            if kind == AxisType.Manual
-        ]
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        manual = [name for name, kind in kinds if kind == AxisType.Manual]
 
         def varies(value: Any) -> bool:
             return bool(jax.typeof(value).manual_axis_type.varying)
@@ -147,21 +150,21 @@ class Shardings:
             raise ValueError(
                 f"This is inside a `jax.shard_map` over {tuple(manual)} (or `jax.pmap`), where "
                 f"{path!r}, shape {np.shape(leaf)}, may be a device's own shard of a leaf, which "
-                "is not to be orthogonalized alone: call `update` outside of it, under `jax.jit`. "
-                "Leaves that are whole on every device can be updated inside with "
-                "`check_vma=True` and no `shardings`."
+                "is not to be orthogonalized alone: call `update` outside, under `jax.jit`. With "
+                "`check_vma=True` and no `shardings`, leaves that are whole can be updated inside."
             )
 
     def _specs(
         self,
         leaves: Sequence[tuple[str, Any]],
         taken: Collection[int],
-        mesh: Mesh | AbstractMesh | None,
+        mesh: Mesh | AbstractMesh,
     ) -> Located | None:
-        """Shardings of the taken leaves, on the mesh that is given or theirs."""
+        """Shardings of the taken leaves, on their mesh; None if there is none."""
         found = {index: self._lookup(leaves[index][0]) for index in taken}
         named = [own for own in found.values() if isinstance(own, NamedSharding)]
-        if mesh is None and named:
+        # One that has devices can be used also where arguments of `jax.jit` lie on none.
+        if named and (mesh.empty or named[0].mesh.shape_tuple == mesh.shape_tuple):
             mesh = named[0].mesh
         problems = [
             f"{path!r}, shape {np.shape(leaf)}: {problem}"
@@ -174,7 +177,7 @@ class Shardings:
                 + "\n  ".join(problems)
                 + f"\nWrite a `PartitionSpec` with at most one entry per axis, or `{_OF_PARAMS}`."
             )
-        if mesh is None:
+        if mesh.empty:
             return None
         specs = {
             index: _even_spec(np.shape(leaves[index][1]), own, mesh) for index, own in found.items()
@@ -212,19 +215,17 @@ def as_shardings(shardings: Any) -> Shardings:
 
 
 def _is_hidden(leaf: Any) -> bool:
-    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array):
-        return False
-    own = leaf.sharding
-    cut = isinstance(own, NamedSharding) and not own.is_fully_replicated
-    return cut and AxisType.Auto in own.mesh.axis_types
+    own = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    named = isinstance(own, NamedSharding)
+    return named and AxisType.Auto in own.mesh.axis_types and not own.is_fully_replicated
 
 
-def _problem(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh | None) -> str | None:
+def _problem(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> str | None:
     """What is wrong with a leaf's sharding."""
     if own is None:
         return "nothing in `shardings` is at its path or above it"
     if isinstance(own, NamedSharding):
-        if mesh is not None and dict(own.mesh.shape) != dict(mesh.shape):
+        if own.mesh.shape_tuple != mesh.shape_tuple:
             return f"its mesh {dict(own.mesh.shape)} is not the other leaves' {dict(mesh.shape)}"
         own = own.spec
     if not isinstance(own, PartitionSpec):
@@ -234,7 +235,7 @@ def _problem(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh | None) -
         return f"{own} has {len(own)} entries for {len(shape)} axes"
     if len(set(names)) < len(names):
         return f"{own} names an axis of the mesh twice"
-    if mesh is not None and not set(names) <= set(mesh.axis_names):
+    if not mesh.empty and not set(names) <= set(mesh.axis_names):
         return f"{own} names an axis that the mesh {dict(mesh.shape)} does not have"
     return None
 

@@ -56,7 +56,9 @@ def specs_of(tree, spec):
 
 
 def put(tree, mesh, specs):
-    return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs)
+    return jax.tree.map(
+        lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), tree, specs
+    )
 
 
 def assert_same(sharded, single, tolerance=1e-4):
