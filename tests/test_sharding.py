@@ -269,10 +269,8 @@ def test_types_of_the_state_never_change(kind):
         state = optimizer.init(params)
         eager = optimizer.update(params, state, params)[1]
         compiled = jax.jit(optimizer.update)(params, state, params)[1]
-        abstract = jax.eval_shape(optimizer.init, params)
     types = jax.tree.map(jax.typeof, state)
     assert types == jax.tree.map(jax.typeof, eager) == jax.tree.map(jax.typeof, compiled)
-    assert types == jax.tree.map(jax.typeof, abstract)
 
 
 @pytest.mark.promotes_dtypes
@@ -482,7 +480,7 @@ def flops(jaxpr):
 
 
 PROJECTIONS = tuple(
-    Rule(rf"block_(?P<layer>\d+)/{name}", stack=stack)
+    Rule(rf"block_(?P<layer>\d+)/({name})", stack=stack)
     for name, stack in (("query|key|value", 2), ("out|up|down", 1))
 )
 
