@@ -24,8 +24,8 @@ RULES = (
 D = 16
 
 
-def transformer(blocks=3, d=D):
-    """Square pairs with a shorter tail, wide and tall matrices, and a vector that no rule takes."""
+def transformer(blocks=2, d=D):
+    """Square pairs, wide and tall matrices, and a vector that no rule takes."""
     random = np.random.default_rng(0)
 
     def normal(*shape):
@@ -97,8 +97,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+KINDS = [(name, AUTO) for name in LAYOUTS] + [
+    (name, EXPLICIT) for name in ("replicated", "fan_in", "two axes", "replicas of shards")
+]
+
+
+@pytest.mark.parametrize(("layout", "kind"), KINDS, ids=str)
 def test_sharded_updates_are_those_of_one_device(layout, kind):
     sizes, spec = LAYOUTS[layout]
     tree = transformer()
@@ -108,8 +112,7 @@ def test_sharded_updates_are_those_of_one_device(layout, kind):
     assert ("all-gather" in text) == (cut < 8)
 
 
-@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
-@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize(("mode", "kind"), [(1, AUTO), (2, EXPLICIT), (3, AUTO)], ids=str)
 def test_every_mode_with_a_shorter_tail(mode, kind):
     tree = {f"block_{i}": {"w": leaf} for i, leaf in enumerate(normal(5, D, 2 * D))}
     rules = (Rule(r"block_(?P<layer>\d+)/w", stack=3, mode=mode),)
@@ -194,16 +197,16 @@ def test_more_devices_than_groups_share_them():
     assert len(re.findall(r" all-reduce\(", text)) == 6  # the peak, then one sum for each step
 
 
-@pytest.mark.parametrize("method", ["svd", "schatten", "you"])
+@pytest.mark.parametrize("method", ["svd", "schatten"])
 def test_every_method(method):
     mesh = mesh_of(data=4, model=2)
-    tree = transformer(2)
+    tree = transformer()
     assert_sharded_update_is_the_same(tree, mesh, specs_of(tree, P("data", "model")), method=method)
 
 
-@pytest.mark.parametrize("factor", [0.0, 1e-30, 1e30])
+@pytest.mark.parametrize("factor", [0.0, 1e-30])
 def test_owners_and_sharers_scale_before_they_square(factor):
-    tree = jax.tree.map(lambda leaf: factor * leaf, transformer(2))
+    tree = jax.tree.map(lambda leaf: factor * leaf, transformer())
     mesh, transform = mesh_of(), orthogonalize(RULES)
     sharded = orthogonalize(RULES, shardings=jax.tree.map(lambda _: P("data"), tree))
     with jax.set_mesh(mesh):
@@ -219,7 +222,7 @@ SPEC = P("data", "model")
 
 def sharded_optimizer(kind, **arguments):
     """An optimizer, its mesh, and parameters there."""
-    mesh, tree = mesh_of(kind, **MESH_SIZES), transformer(2)
+    mesh, tree = mesh_of(kind, **MESH_SIZES), transformer()
     specs = specs_of(tree, SPEC)
     given = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs) if kind == AUTO else None
     return teon(0.1, RULES, shardings=given, **arguments), mesh, put(tree, mesh, specs)
@@ -227,7 +230,7 @@ def sharded_optimizer(kind, **arguments):
 
 @functools.cache
 def single_update():
-    tree = transformer(2)
+    tree = transformer()
     optimizer = teon(0.1, RULES)
     return jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)[0]
 
@@ -276,7 +279,7 @@ def test_types_of_the_state_never_change(kind):
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("context", ["set_mesh", "with mesh", "none"])
 def test_partition_specs_find_the_mesh(context):
-    mesh, tree = mesh_of(**MESH_SIZES), transformer(2)
+    mesh, tree = mesh_of(**MESH_SIZES), transformer()
     specs = specs_of(tree, SPEC)
     params = put(tree, mesh, specs)
     optimizer = teon(0.1, RULES, shardings=specs)
@@ -328,7 +331,7 @@ def test_exported_update(kind):
 
 @pytest.mark.promotes_dtypes
 def test_wrong_specs_stay_correct():
-    mesh, tree = mesh_of(**MESH_SIZES), transformer(2)
+    mesh, tree = mesh_of(**MESH_SIZES), transformer()
     params = put(tree, mesh, specs_of(tree, SPEC))
     optimizer = teon(0.1, RULES, shardings=P(None, ("model", "data")))
     assert_same(
@@ -343,20 +346,20 @@ def test_what_cannot_be_cut_evenly_is_computed_everywhere(kind):
     assert_sharded_update_is_the_same(tree, mesh, specs)
     if kind == AUTO:
         uneven = orthogonalize(RULES, shardings=NamedSharding(mesh, P("model")))
-        single = orthogonalize(RULES).update(tree, optax.EmptyState())[0]
+        single = jax.jit(orthogonalize(RULES).update)(tree, optax.EmptyState())[0]
         assert_same(jax.jit(uneven.update)(tree, optax.EmptyState())[0], single)
 
 
 @pytest.mark.promotes_dtypes
 def test_unknown_shardings_are_left_to_the_compiler():
-    tree = transformer(2)
+    tree = transformer()
     optimizer = teon(0.1, RULES, shardings={"block_0": None, "block_1": P()})
     assert_same(jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)[0], single_update())
 
 
 @pytest.mark.promotes_dtypes
 def test_hidden_shardings_are_noticed_once():
-    mesh, tree = mesh_of(), transformer(2)
+    mesh, tree = mesh_of(), transformer()
     params = put(tree, mesh, specs_of(tree, P("data", None)))
     optimizer = teon(0.1, RULES)
     with pytest.warns(UserWarning, match=r"8 leaves .* 'block_0/down', shape \(64, 16\)") as caught:
@@ -370,7 +373,7 @@ def test_hidden_shardings_are_noticed_once():
 
 
 def test_no_notice_where_nothing_is_hidden():
-    tree = transformer(2)
+    tree = transformer()
     for mesh, specs in ((mesh_of(), P()), (mesh_of(EXPLICIT), P("data"))):
         params = put(tree, mesh, jax.tree.map(lambda _, specs=specs: specs, tree))
         with warnings.catch_warnings():
@@ -381,7 +384,7 @@ def test_no_notice_where_nothing_is_hidden():
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("shardings", [None, SPEC], ids=str)
 def test_shards_of_a_shard_map_are_refused(checked, shardings):
-    mesh, tree = mesh_of(**MESH_SIZES), transformer(2)
+    mesh, tree = mesh_of(**MESH_SIZES), transformer()
     transform, specs = orthogonalize(RULES, shardings=shardings), specs_of(tree, SPEC)
     update = jax.shard_map(
         lambda tree: transform.update(tree, optax.EmptyState())[0],
@@ -417,7 +420,7 @@ def test_whole_leaves_inside_a_shard_map_are_updated():
     ids=["too long", "unknown", "twice", "missing", "no spec"],
 )
 def test_shardings_that_do_not_fit_are_refused(shardings, message):
-    mesh, tree = mesh_of(**MESH_SIZES), transformer(2)
+    mesh, tree = mesh_of(**MESH_SIZES), transformer()
     params = put(tree, mesh, specs_of(tree, SPEC))
     with pytest.raises(ValueError, match=message) as caught:
         teon(0.1, RULES, shardings=shardings).init(params)
@@ -425,14 +428,14 @@ def test_shardings_that_do_not_fit_are_refused(shardings, message):
 
 
 def test_another_mesh_is_refused():
-    mesh, tree = mesh_of(**MESH_SIZES), transformer(2)
+    mesh, tree = mesh_of(**MESH_SIZES), transformer()
     params = put(tree, mesh, specs_of(tree, SPEC))
     with pytest.raises(ValueError, match="its mesh {'data': 8} is not the other leaves'"):
         orthogonalize(RULES, shardings=NamedSharding(mesh_of(), P("data"))).init(params)
 
 
 def test_specs_without_a_mesh_are_refused():
-    tree = transformer(2)
+    tree = transformer()
     optimizer = orthogonalize(RULES, shardings=P("data"))
     state = optimizer.init(tree)
     with pytest.raises(ValueError, match=r"lie on no mesh .* `NamedSharding\(mesh, spec\)`"):
