@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from teon_optax import _policy
 from teon_optax._batches import Batch, in_batches
@@ -89,7 +89,7 @@ def _buckets(
     """Batches by the size of their Gram matrices and the way that policy takes with them."""
     buckets: dict[_Bucket, list[Batch]] = {}
     for key in batches:
-        dtype = jnp.promote_types(key.dtype, jnp.float32)
+        dtype = np.promote_types(key.dtype, np.float32)
         used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
         bucket = _Bucket(min(key.joint), dtype, method_cut(method, *key.joint, used), used)
         buckets.setdefault(bucket, []).append(key)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from teon_optax import _policy
@@ -140,7 +141,7 @@ def _one_exchange(
     precision: jax.lax.PrecisionLike,
 ) -> dict[Batch, jax.Array]:
     first = next(iter(joint))
-    dtype = jnp.promote_types(first.dtype, jnp.float32)
+    dtype = np.promote_types(first.dtype, np.float32)
     used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
     cutting = {name: size for name, size in sizes.items() if name in sum(first.axes, ())}
     blocks = {key: _block(key, len(array), sizes) for key, array in joint.items()}

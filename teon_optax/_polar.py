@@ -37,7 +37,7 @@ def _scaled(
 
     `largest` is that of the magnitudes that several devices found, each in its columns of M.
     """
-    M = M.astype(jnp.promote_types(M.dtype, jnp.float32))
+    M = M.astype(np.promote_types(M.dtype, np.float32))
     peak = largest(jnp.max(jnp.abs(M)))
     return M / jnp.where(peak == 0, 1, peak)
 
