@@ -221,7 +221,7 @@ def orthogonalize_columns(
             M, G = M / norm, G / jnp.square(norm)
             M = a * M + multiply(G, b * M + c * multiply(G, M))
         else:
-            M = multiply(_factor(precision, triples, first, G), M)
+            M = multiply(_factor(precision, triples, first, G).T, M)  # as `_apply`
     return jnp.asarray(scale, M.dtype) * M
 
 
