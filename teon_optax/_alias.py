@@ -12,6 +12,7 @@ from teon_optax._default_rules import default_rules
 from teon_optax._plan import checked_rules, plan
 from teon_optax._rules import Rule
 from teon_optax._scaling import ScaleLike
+from teon_optax._sharding import as_shardings
 from teon_optax._transform import INJECTED, checked_mu_dtype, scale_by_teon
 
 
@@ -27,6 +28,7 @@ def teon(
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
     fallback: optax.GradientTransformation | None = None,
+    shardings: Any = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
     """TEON: Muon whose orthogonalization spans a stack of layers.
@@ -49,6 +51,7 @@ def teon(
       mu_dtype: As for `scale_by_teon`; the default fallback's too.
       fallback: A whole optimizer for the other leaves, learning rate included. None is
         `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`.
+      shardings: As for `orthogonalize`.
       precision: As for `orthogonalize`.
 
     Returns:
@@ -91,6 +94,8 @@ def teon(
             f"`fallback={fallback!r}` should be an optimizer, such as `optax.adamw(1e-3)`."
         )
 
+    placement = as_shardings(shardings)
+
     def transform(tree_rules: tuple[Rule, ...] | None) -> optax.GradientTransformation:
         return optax.chain(
             scale_by_teon(
@@ -100,6 +105,7 @@ def teon(
                 mu_dtype=mu_dtype,
                 method=method,
                 scale=scale,
+                shardings=placement,
                 precision=precision,
             ),
             optax.add_decayed_weights(weight_decay, weight_decay_mask),
@@ -111,7 +117,7 @@ def teon(
     def partitioned(tree: Any) -> optax.GradientTransformationExtraArgs:
         # Default rules need the whole tree: what is an embedding tells what is a head.
         tree_rules = default_rules(tree) if rules is None else rules
-        taken = {leaf for kind in plan(tree, tree_rules).types for leaf in kind.leaves}
+        taken = plan(tree, tree_rules).taken
         leaves, structure = jax.tree.flatten(tree)
         labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]
         return optax.partition(

@@ -105,6 +105,11 @@ class Plan(NamedTuple):
     unused: tuple[Rule, ...]
 
     @property
+    def taken(self) -> set[int]:
+        """Positions in the tree of the leaves that are not in the fallback."""
+        return {leaf for kind in self.types for leaf in kind.leaves}
+
+    @property
     def fallback(self) -> tuple[str, ...]:
         """Paths of the leaves that go to the fallback optimizer."""
         return tuple(leaf.path for leaf in self.untouched)

@@ -35,10 +35,15 @@ def _apply(precision: jax.lax.PrecisionLike, P: jax.Array, M: jax.Array) -> jax.
     return jnp.matmul(left, right, precision=precision)
 
 
-def _scaled(M: jax.Array) -> jax.Array:
-    """M by its largest magnitude, in float32 at least: its squares are in range."""
+def _scaled(
+    M: jax.Array, largest: Callable[[jax.Array], jax.Array] = lambda peak: peak
+) -> jax.Array:
+    """M by its largest magnitude, in float32 at least: its squares are in range.
+
+    `largest` is that of the magnitudes that several devices found, each in its columns of M.
+    """
     M = M.astype(np.promote_types(M.dtype, np.float32))
-    peak = jnp.max(jnp.abs(M))
+    peak = largest(jnp.max(jnp.abs(M)))
     return M / jnp.where(peak == 0, 1, peak)
 
 
@@ -187,6 +192,46 @@ def orthogonalize_batches(
         _in_chunks(lambda chunk, scale=scale: together([chunk], [scale])[0], batch, budget)
         for batch, scale in zip(batches, scales, strict=True)
     ]
+
+
+def orthogonalize_columns(
+    M: jax.Array,
+    scale: jax.typing.ArrayLike,
+    total: Callable[[jax.Array], jax.Array],
+    largest: Callable[[jax.Array], jax.Array],
+    *,
+    method: Method,
+    cut: tuple[int, ...],
+    precision: jax.lax.PrecisionLike,
+) -> jax.Array:
+    """Some columns of a matrix's scaled polar factor, where the others are on other devices.
+
+    Args:
+      M: [d, columns], of a matrix that is not higher than wide.
+      scale: Factor of the result.
+      total: Sum over the devices of a symmetric matrix.
+      largest: Maximum over the devices of a number.
+      method: As `resolve` gives it.
+      cut: Lengths of the segments. A segment costs one `total`. One step alone multiplies the
+        columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
+      precision: Of every product.
+    """
+    multiply = functools.partial(jnp.matmul, precision=precision)
+    M = _scaled(M, largest)
+    for steps, stop in zip(cut, np.cumsum(cut), strict=True):
+        triples = method.coefficients[stop - steps : stop]
+        first = method if stop == steps else None
+        G = total(multiply(M, M.T))
+        if steps == 1 and M.shape[1] < M.shape[0]:
+            norm = 1 if first is None else _norm(G, first)
+            a, b, c = triples[0]
+            M, G = M / norm, G / jnp.square(norm)
+            M = a * M + multiply(G, b * M + c * multiply(G, M))
+        else:
+            M = multiply(_factor(precision, triples, first, G).T, M)  # as `_apply`
+        if stop < len(method.coefficients):
+            M = M / _policy.room(steps, precision)
+    return jnp.asarray(scale, M.dtype) * M
 
 
 def method_cut(

@@ -75,6 +75,20 @@ def _exact(precision: jax.lax.PrecisionLike) -> bool:
     return precision in (_HIGHEST, "highest", "float32")
 
 
+def cost(cut: tuple[int, ...], ratio: float) -> float:
+    """Products of d x d matrices that one group takes, with this cut.
+
+    Args:
+      cut: Lengths of the segments.
+      ratio: Columns that a device holds of a joint matrix, divided by d; below 1 if it shares the
+        matrix with others.
+    """
+    steps = sum(cut)
+    if len(cut) == steps and ratio < 1:
+        return 3 * ratio * steps
+    return 4 * steps + len(cut) * (2 * ratio - 3)
+
+
 def budget(backend: str) -> int:
     """Bytes of matrices that are worked on at a time."""
     return _BUDGET.get(backend, _ACCELERATOR_BUDGET)

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 
 ScaleLike = str | jax.typing.ArrayLike
+# (fan_in, fan_out, K, rank) of a group -> factor of its orthogonalized update.
+ScaleFunction = Callable[[int, int, int, int], jax.typing.ArrayLike]
 
 
 def _spectral(fan_in: int, fan_out: int, K: int, rank: int) -> float:
@@ -32,7 +34,7 @@ def _rms(
 _SCALES = {"spectral": _spectral, "muon": _muon}
 
 
-def scaling(scale: ScaleLike) -> Callable[[int, int, int, int], jax.typing.ArrayLike]:
+def scaling(scale: ScaleLike) -> ScaleFunction:
     """The factor of a group's update as a function of its (fan_in, fan_out, K, rank).
 
     Args:

@@ -1,0 +1,250 @@
+"""Where leaves lie on the mesh: what the argument `shardings` and types say."""
+
+import math
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
+
+from teon_optax._rules import leaf_paths
+
+_UNKNOWN = PartitionSpec(PartitionSpec.UNCONSTRAINED)
+_OF_PARAMS = "shardings=jax.tree.map(lambda leaf: leaf.sharding, params)"
+
+
+class Located(NamedTuple):
+    """Where leaves lie.
+
+    Attributes:
+      mesh: Theirs.
+      specs: Of leaves, by position in the tree; None is not known.
+      typed: Whether they are part of the leaves' types (explicit meshes), which operations respect.
+    """
+
+    mesh: Mesh | AbstractMesh
+    specs: Mapping[int, PartitionSpec | None]
+    typed: bool
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes of the mesh, those that cut nothing left out."""
+        return {name: size for name, size in self.mesh.shape.items() if size > 1}
+
+    def cuts(self, index: int, ndim: int) -> list[tuple[str, ...]] | None:
+        """Along which axes of the mesh each axis of a leaf is cut, if that is known of all."""
+        spec, known = self.specs[index], AxisType.Explicit if self.typed else AxisType.Auto
+        if spec is None or set(self.mesh.axis_types) != {known}:
+            return None
+        sizes, names = self.sizes, [_names(names) for names in spec]
+        given = [tuple(filter(sizes.__contains__, along)) for along in names]
+        return given + [()] * (ndim - len(given))
+
+    def gathered(self, index: int, leaf: jax.Array) -> jax.Array:
+        """The leaf, whole on every device if its type would not let it be reshaped."""
+        restricted = self.typed and _cut_by(self.specs[index] or ())
+        return self._placed(leaf, PartitionSpec()) if restricted else leaf
+
+    def entered(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """The leaf, cut as it is to enter; without types, `jax.shard_map` sees to that."""
+        return self._placed(leaf, spec) if self.typed else leaf
+
+    def returned(self, index: int, leaf: jax.Array) -> jax.Array:
+        """The leaf, where it was."""
+        return self._placed(leaf, self.specs[index])
+
+    def _placed(self, leaf: jax.Array, spec: PartitionSpec | None) -> jax.Array:
+        if spec is None:
+            return leaf
+        sharding = NamedSharding(self.mesh, spec)
+        if self.typed:
+            return jax.sharding.reshard(leaf, sharding)
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
+    """The mesh that leaves lie on as far as types tell, or else the context's; it may be empty."""
+    meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves]
+    context = jax.sharding.get_abstract_mesh()
+    return next((mesh for mesh in meshes if not mesh.empty), context)
+
+
+def _names(names: Any) -> tuple[str, ...]:
+    if names is None:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _cut_by(spec: Iterable[Any]) -> list[str]:
+    """Axes of the mesh that a spec names."""
+    known = (names for names in spec if names is not PartitionSpec.UNCONSTRAINED)
+    return [name for names in known for name in _names(names)]
+
+
+class Shardings:
+    """The argument `shardings`, and whether its absence was noticed."""
+
+    def __init__(self, tree: Any) -> None:
+        # None is not known, as in `jax.jit(in_shardings=...)`, but would be no leaf.
+        known = jax.tree.map(
+            lambda leaf: _UNKNOWN if leaf is None else leaf, tree, is_leaf=lambda leaf: leaf is None
+        )
+        self._given = None if tree is None else dict(leaf_paths(known))
+        self._noticed = False
+        for path, leaf in (self._given or {}).items():
+            if not isinstance(leaf, (PartitionSpec, Sharding)):
+                raise ValueError(
+                    f"`shardings` has {leaf!r} at {path!r}, where a `PartitionSpec` or "
+                    f"`NamedSharding` should be: write `P('data', None)`, or `{_OF_PARAMS}`."
+                )
+
+    def check(self, params: Any, taken: Collection[int]) -> None:
+        """Raises what can be known before an update, and notices the absence of shardings."""
+        if self._given is None:
+            self._notice(params, taken)
+        else:
+            leaves = leaf_paths(params)
+            self._specs(leaves, taken, _mesh_of([leaves[index][1] for index in taken]))
+
+    def locate(self, updates: Any, taken: Collection[int]) -> Located | None:
+        """Where the taken leaves lie; None if nothing is known.
+
+        Raises:
+          ValueError: If shardings do not fit the leaves, or leaves are shards of a `shard_map`.
+        """
+        leaves = leaf_paths(updates)
+        mesh = _mesh_of([leaves[index][1] for index in taken])
+        if AxisType.Manual in mesh.axis_types:
+            self._refuse_shards([leaves[index] for index in taken], mesh)
+            return None
+        if AxisType.Explicit in mesh.axis_types:
+            specs = {index: jax.typeof(leaves[index][1]).sharding.spec for index in taken}
+            return Located(mesh, specs, typed=True)
+        if self._given is None:
+            self._notice(updates, taken)
+            return None
+        located = self._specs(leaves, taken, mesh)
+        bare = [own for own in self._given.values() if isinstance(own, PartitionSpec)]
+        if located is None and any(map(_cut_by, bare)):
+            raise ValueError(
+                f"`shardings` has {bare[0]}, but leaves lie on no mesh and none is set: call "
+                "`update` under `jax.set_mesh(mesh)`, or write `NamedSharding(mesh, spec)`."
+            )
+        return located
+
+    def _refuse_shards(self, leaves: Sequence[tuple[str, Any]], mesh: Mesh | AbstractMesh) -> None:
+        """In a `shard_map`, passes what is known to be whole on every device."""
+        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        manual = [name for name, kind in kinds if kind == AxisType.Manual]
+
+        def varies(value: Any) -> bool:
+            return bool(jax.typeof(value).manual_axis_type.varying)
+
+        unchecked = not varies(jax.lax.axis_index(manual[0]))
+        shards = [leaf for leaf in leaves if unchecked or self._given or varies(leaf[1])]
+        if shards:
+            path, leaf = shards[0]
+            raise ValueError(
+                f"This is inside a `jax.shard_map` over {tuple(manual)} (or `jax.pmap`), where "
+                f"{path!r}, shape {np.shape(leaf)}, may be a device's own shard of a leaf, which "
+                "is not to be orthogonalized alone: call `update` outside, under `jax.jit`. With "
+                "`check_vma=True` and no `shardings`, leaves that are whole can be updated inside."
+            )
+
+    def _specs(
+        self,
+        leaves: Sequence[tuple[str, Any]],
+        taken: Collection[int],
+        mesh: Mesh | AbstractMesh,
+    ) -> Located | None:
+        """Shardings of the taken leaves, on their mesh; None if there is none."""
+        found = {index: self._lookup(leaves[index][0]) for index in taken}
+        named = [own for own in found.values() if isinstance(own, NamedSharding)]
+        # One that has devices can be used also where arguments of `jax.jit` lie on none.
+        if named and (mesh.empty or named[0].mesh.shape_tuple == mesh.shape_tuple):
+            mesh = named[0].mesh
+        problems = [
+            f"{path!r}, shape {np.shape(leaf)}: {problem}"
+            for (path, leaf), own in ((leaves[index], own) for index, own in found.items())
+            if (problem := _problem(np.shape(leaf), own, mesh))
+        ]
+        if problems:
+            raise ValueError(
+                "`shardings` does not fit the leaves:\n  "
+                + "\n  ".join(problems)
+                + f"\nWrite a `PartitionSpec` with at most one entry per axis, or `{_OF_PARAMS}`."
+            )
+        if mesh.empty:
+            return None
+        specs = {
+            index: _even_spec(np.shape(leaves[index][1]), own, mesh) for index, own in found.items()
+        }
+        return Located(mesh, specs, typed=False)
+
+    def _lookup(self, path: str) -> Any:
+        """The sharding at a path, or at the nearest above it: the tree may be a prefix."""
+        assert self._given is not None
+        while path and path not in self._given:
+            path = path.rpartition("/")[0]
+        return self._given.get(path)
+
+    def _notice(self, tree: Any, taken: Collection[int]) -> None:
+        """Warns once of leaves that are cut in a way that a compiled update cannot see."""
+        if self._noticed:
+            return
+        leaves = leaf_paths(tree)
+        hidden = [leaves[index] for index in taken if _is_hidden(leaves[index][1])]
+        if hidden:
+            self._noticed = True
+            path, leaf = hidden[0]
+            warnings.warn(
+                f"{len(hidden)} leaves are cut along axes of a mesh that are of type Auto, which a "
+                f"compiled update cannot see: {path!r}, shape {leaf.shape}, {leaf.sharding.spec}, "
+                f"for instance. The update is correct but slower: pass `{_OF_PARAMS}`, or make the "
+                "mesh with `axis_types=(jax.sharding.AxisType.Explicit, ...)`.",
+                stacklevel=4,
+            )
+
+
+def as_shardings(shardings: Any) -> Shardings:
+    """The argument, checked; one that is checked already keeps what it noticed."""
+    return shardings if isinstance(shardings, Shardings) else Shardings(shardings)
+
+
+def _is_hidden(leaf: Any) -> bool:
+    own = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    named = isinstance(own, NamedSharding)
+    return named and AxisType.Auto in own.mesh.axis_types and not own.is_fully_replicated
+
+
+def _problem(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> str | None:
+    """What is wrong with a leaf's sharding."""
+    if own is None:
+        return "nothing in `shardings` is at its path or above it"
+    if isinstance(own, NamedSharding):
+        if own.mesh.shape_tuple != mesh.shape_tuple:
+            return f"its mesh {dict(own.mesh.shape)} is not the other leaves' {dict(mesh.shape)}"
+        own = own.spec
+    if not isinstance(own, PartitionSpec):
+        return None
+    names = _cut_by(own)
+    if len(own) > len(shape):
+        return f"{own} has {len(own)} entries for {len(shape)} axes"
+    if len(set(names)) < len(names):
+        return f"{own} names an axis of the mesh twice"
+    if not mesh.empty and not set(names) <= set(mesh.axis_names):
+        return f"{own} names an axis that the mesh {dict(mesh.shape)} does not have"
+    return None
+
+
+def _even_spec(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec | None:
+    """The spec, if it is one that cuts the shape into equal shards."""
+    own = own.spec if isinstance(own, NamedSharding) else own
+    if not isinstance(own, PartitionSpec) or PartitionSpec.UNCONSTRAINED in tuple(own):
+        return None
+    pieces = [math.prod(mesh.shape[name] for name in _names(names)) for names in own]
+    even = all(length % count == 0 for length, count in zip(shape, pieces, strict=False))
+    return own if even else None
