@@ -16,6 +16,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, orthogonalize, teon
 
+pytestmark = pytest.mark.slow  # many layouts, each compiled for eight devices
+
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 RULES = (
     Rule(r"block_(?P<layer>\d+)/(query|key)", stack=2),
