@@ -74,55 +74,44 @@ def passes(eqn: Any) -> int:
     return max(_PASSES[precision] for precision in precisions)
 
 
-def trip_count(eqn: core.JaxprEqn, known: Mapping[core.Var, Any]) -> int:
-    """How often a `while` runs that counts in constant steps, as that of a `fori_loop`.
-
-    Args:
-      eqn: The `while`.
-      known: Constants among the variables around it.
-
-    Raises:
-      ValueError: If it is any other loop.
-    """
-    error = ValueError(
-        "A loop contains products, and how often it runs is not known when it is traced: give "
-        "`fori_loop` "
-        "constant bounds."
+def _trip_count(eqn: core.JaxprEqn, known: Mapping[core.Var, Any]) -> int:
+    """How often a `while` runs that counts to a constant bound, as that of a `fori_loop` does."""
+    start, bound, step = (
+        known.get(atom) if isinstance(atom, core.Var) else getattr(atom, "val", None)
+        for atom in _counter(eqn) or (None, None, None)
     )
+    if start is None or bound is None or step is None or step <= 0:
+        raise ValueError(
+            "A loop contains products, and how often it runs is not known when it is traced: give "
+            "`fori_loop` constant bounds."
+        )
+    return max(0, -(-int(bound - start) // int(step)))
+
+
+def _counter(eqn: core.JaxprEqn) -> tuple[Any, Any, Any] | None:
+    """Start, bound and step of a `while` that adds a step while it is below a bound, else None."""
     condition, body = eqn.params["cond_jaxpr"].jaxpr, eqn.params["body_jaxpr"].jaxpr
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-    if [test.primitive.name for test in condition.eqns] != ["lt"]:
-        raise error
-    (test,) = condition.eqns
-    # What each variable of the condition is before the loop, and what becomes of it in one round.
-    outer = eqn.invars[:n_cond] + eqn.invars[n_cond + n_body :]
-    before = dict(zip(condition.invars, outer, strict=True))
+    before = [*eqn.invars[:n_cond], *eqn.invars[n_cond + n_body :]]
+    before = dict(zip(condition.invars, before, strict=True))
     rounds = zip(body.invars[n_body:], body.outvars, strict=True)
-    inside = dict(zip(condition.invars[n_cond:], rounds, strict=True))
-
-    def value(atom: core.Var | core.Literal, variables: Mapping) -> int:
-        if isinstance(atom, core.Literal):
-            return int(atom.val)
-        if atom not in variables:
-            raise error
-        return int(variables[atom])
-
-    def start(atom: core.Var | core.Literal) -> int:
-        return value(atom if isinstance(atom, core.Literal) else before[atom], known)
-
-    counter, bound = test.invars
-    if bound in inside and inside[bound][0] is not inside[bound][1]:
-        raise error
-    if counter not in inside:
-        raise error
-    old, new = inside[counter]
-    additions = [e for e in body.eqns if new in e.outvars and e.primitive is primitives.add_p]
-    if not additions or additions[0].invars[0] is not old:
-        raise error
-    step = value(additions[0].invars[1], {})
-    if step <= 0:
-        raise error
-    return max(0, -(-(start(bound) - start(counter)) // step))
+    rounds = dict(zip(condition.invars[n_cond:], rounds, strict=True))
+    if [test.primitive for test in condition.eqns] != [primitives.lt_p]:
+        return None
+    counter, bound = condition.eqns[0].invars
+    if isinstance(counter, core.Literal) or counter not in rounds:
+        return None
+    old, new = rounds[counter]
+    additions = [
+        e.invars for e in body.eqns if e.primitive is primitives.add_p and new in e.outvars
+    ]
+    if not additions or additions[0][0] is not old:
+        return None
+    step = additions[0][1]
+    if isinstance(bound, core.Literal):
+        return before[counter], bound, step
+    old, new = rounds.get(bound, (bound, bound))
+    return (before[counter], before[bound], step) if old is new else None
 
 
 def _count(jaxpr: core.Jaxpr, known: Mapping[core.Var, Any]) -> ProductCount:
@@ -146,7 +135,7 @@ def _count_one(eqn: core.JaxprEqn, known: Mapping[core.Var, Any]) -> ProductCoun
     if eqn.primitive is primitives.scan_p:
         times = eqn.params["length"]
     elif eqn.primitive is primitives.while_p:
-        times = trip_count(eqn, known)
+        times = _trip_count(eqn, known)
     elif eqn.primitive in CALLED_ONCE:
         times = 1
     else:
