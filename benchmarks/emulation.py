@@ -42,6 +42,7 @@ def with_products_in(one_pass: str, function: Callable[..., Any]) -> Callable[..
     return rounded
 
 
+@functools.partial(jax.jit, static_argnames="bits")
 def rounded_to(x: jax.Array, bits: tuple[int, int]) -> jax.Array:
     """float32 `x` in a format of so many bits of exponent and mantissa, subnormals included.
 
