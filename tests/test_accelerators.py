@@ -1,0 +1,226 @@
+"""As on a TPU or a GPU: products rounded and counted as there; how the program grows with depth."""
+
+import functools
+import re
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.contrib import MuonDimensionNumbers
+
+from benchmarks.counting import count_products
+from benchmarks.emulation import with_products_in
+from teon_optax import Rule, _policy, orthogonalize, polar, teon
+
+pytestmark = pytest.mark.slow
+
+# What a policy is asked for, and what a one-pass product of that device multiplies.
+DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]
+METHODS = ["polar_express", "schatten"]
+LARGEST = {"polar_express": 1.3, "schatten": 1.15}
+D = 32
+SHAPES = {"square": (D, D), "1:4": (D, 4 * D), "4:1": (4 * D, D)}
+STACKS = (1, 2, 4)
+DTYPES = ("float32", "bfloat16")
+GROUPS = [
+    (shape, K, dtype)
+    for shape in SHAPES
+    for K in (STACKS if shape != "4:1" else (1,))
+    for dtype in DTYPES
+]
+
+
+def on(backend):
+    return mock.patch.object(jax, "default_backend", lambda: backend)
+
+
+def spectra(size):
+    """[spectra, size], each from 1 down."""
+    conditions = [np.geomspace(1, 10.0**-e, size) for e in range(1, 7)]
+    ranks = [np.arange(size) < rank for rank in (1, 5, size // 2, size)]
+    powers = [np.arange(1, size + 1.0) ** -power for power in (0.5, 1, 2)]
+    spikes = [np.r_[1, np.full(size - 1, rest)] for rest in (0.1, 0.01)]
+    return np.stack([*conditions, *ranks, *powers, *spikes])
+
+
+def dense(rng, m, n):
+    """U diag(s) V^T for each spectrum."""
+    size = min(m, n)
+    U, V = (np.linalg.qr(rng.normal(size=(length, size)))[0] for length in (m, n))
+    return (U * spectra(size)[:, None]) @ V.T
+
+
+def sparse(rng, m, n):
+    """Few coordinates carry the matrix: errors do not average out over the others."""
+    corner = dense(rng, 32, 8) if m > n else dense(rng, 8, 32)
+    whole = 1e-5 * rng.normal(size=(len(corner), m, n))
+    whole[:, : corner.shape[1], : corner.shape[2]] += corner
+    return whole
+
+
+@functools.cache
+def gradients(kind):
+    """{group: matrices [spectra, K fan_in, fan_out]}."""
+    rng, result = np.random.default_rng(0), {}
+    for shape, K, dtype in GROUPS:
+        fan_in, fan_out = SHAPES[shape]
+        batch = kind(rng, K * fan_in, fan_out)
+        result[shape, K, dtype] = np.asarray(jnp.asarray(batch, dtype), np.float64)
+    return result
+
+
+@functools.cache
+def joint_updates(kind, method, backend, one_pass):
+    """The joint updates of `gradients` as the device computes them, without their scale."""
+    scanned = {}
+    for (shape, K, dtype), batch in gradients(kind).items():
+        layers = jnp.asarray(batch, dtype).reshape(len(batch), K, *SHAPES[shape])
+        scanned[f"{shape}/stack_{K}/{dtype}"] = layers
+    rules = [
+        Rule(f"stack_{K}/", stack=K, layer_axis=1, dims=MuonDimensionNumbers(2, 3)) for K in STACKS
+    ]
+    transform = orthogonalize(rules, method=method)
+    with on(backend):
+        run = with_products_in(one_pass, lambda tree: transform.update(tree, optax.EmptyState())[0])
+        # Not under jit: one operation at a time, most of them are compiled once for all devices.
+        updates = run(scanned)
+    result = {}
+    for (shape, K, dtype), batch in gradients(kind).items():
+        fan_in, fan_out = SHAPES[shape]
+        update = np.asarray(updates[f"{shape}/stack_{K}/{dtype}"], np.float64)
+        result[shape, K, dtype] = update.reshape(batch.shape) / np.sqrt(fan_out / fan_in)
+    return result
+
+
+def largest(matrices):
+    return np.linalg.norm(matrices, 2, axis=(1, 2)).max()
+
+
+def kept(gradients, updates, share):
+    """How far updates go, at least, along any direction above `share` of a gradient's largest."""
+    least = np.inf
+    for gradient, update in zip(gradients, updates, strict=True):
+        U, s, Vt = np.linalg.svd(gradient, full_matrices=False)
+        large = s >= share * s[0]
+        along = U[:, large].T @ update @ Vt[large].T
+        least = min(least, np.linalg.eigvalsh((along + along.T) / 2)[0])
+    return least
+
+
+@pytest.mark.parametrize(("shape", "K", "dtype"), GROUPS)
+@pytest.mark.parametrize(("backend", "one_pass"), DEVICES)
+@pytest.mark.parametrize("method", METHODS)
+def test_joint_update_stays_in_its_bands(method, backend, one_pass, shape, K, dtype):
+    updates = joint_updates(dense, method, backend, one_pass)[shape, K, dtype]
+    assert largest(updates) <= LARGEST[method]
+    assert kept(gradients(dense)[shape, K, dtype], updates, 3e-2) > 0.7
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_joint_update_stays_in_its_bands_where_few_coordinates_carry_the_gradient(method):
+    """Rounding errors of 8 coordinates do not average out: 0.05 more."""
+    updates = joint_updates(sparse, method, *DEVICES[0])
+    for group, matrices in updates.items():
+        assert largest(matrices) <= LARGEST[method] + 0.05
+        assert kept(gradients(sparse)[group], matrices, 3e-2) > 0.7
+
+
+@pytest.mark.parametrize("long", [16, 32], ids=["2+1+2", "2+3"])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_small_matrix_of_hundreds_leaves_the_bands(method, long):
+    rng = np.random.default_rng(1)
+    matrices = np.concatenate([dense(rng, long, 8) for _ in range(60)])
+    with on("tpu"):
+        run = with_products_in("bf16", functools.partial(polar, method=method))
+        updates = np.asarray(jax.jit(run)(jnp.float32(matrices)), np.float64)
+    assert largest(updates) <= LARGEST[method] + 0.05
+    assert kept(matrices, updates, 3e-2) > 0.7
+
+
+def gpt(depth, width, dtype="float32"):
+    """Shapes of the hidden matrices."""
+    square, up, down = (width, width), (width, 4 * width), (4 * width, width)
+    block = {"query": square, "key": square, "value": square, "out": square, "up": up, "down": down}
+    block = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in block.items()}
+    return {f"block_{layer}": block for layer in range(depth)}
+
+
+RULES = (Rule(r"block_(?P<layer>\d+)/(query|key|value)", stack=2), Rule(r"out|up|down"))
+
+
+@functools.cache
+def products(optimizer, backend, dtype):
+    """Of a whole update; `optimizer` is "muon" or a method of ours."""
+    params = gpt(24, 256, dtype)
+    muon = optax.contrib.muon(0.02)
+    transform = muon if optimizer == "muon" else teon(0.02, RULES, method=optimizer)
+    with on(backend):
+        state = jax.eval_shape(transform.init, params)
+        return count_products(transform.update, params, state, params)
+
+
+@pytest.mark.promotes_dtypes
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("method", "share"), [("polar_express", 0.75), ("schatten", 0.65)])
+def test_a_tpu_takes_fewer_passes_than_for_optax_muon(method, share, dtype):
+    ours, muon = products(method, "tpu", dtype), products("muon", "tpu", dtype)
+    assert ours.passes <= share * muon.passes
+    assert ours.passes == ours.flops  # one pass each
+
+
+@pytest.mark.promotes_dtypes
+@pytest.mark.parametrize(("method", "share"), [("polar_express", 0.66), ("schatten", 0.55)])
+def test_a_cpu_takes_fewer_flops_than_for_optax_muon(method, share):
+    ours, muon = products(method, "cpu", "float32"), products("muon", "tpu", "float32")
+    assert ours.flops <= share * muon.flops
+    # 5 steps of 2 r + 1 products of d x d: 4 matrices of a layer with r = 1, 2 with r = 4.
+    assert muon.flops == 24 * 5 * (4 * 3 + 2 * 9) * 2 * 256**3
+
+
+def compiled(rules, params):
+    transform = orthogonalize(rules)
+    update = jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
+    return update.lower(params).compile()
+
+
+@functools.cache
+def lines_and_products(depth):
+    program = compiled(RULES, gpt(depth, 16)).as_text()
+    return len(program.splitlines()), len(re.findall(r" dot\(|custom-call.*[mM]at[mM]ul", program))
+
+
+def test_the_program_grows_by_15_lines_per_matrix():
+    """To read, scale and write it. Of optax.contrib.muon it is above 500."""
+    few, many = (lines_and_products(depth)[0] for depth in (2, 6))
+    assert many - few <= 15 * 4 * len(gpt(1, 16)["block_0"])
+
+
+def test_products_in_the_program_do_not_depend_on_depth():
+    counts = {lines_and_products(depth)[1] for depth in (2, 6)}
+    assert len(counts) == 1 and counts.pop() > 0
+
+
+def temporary_bytes(rules, params):
+    return compiled(rules, params).memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_the_number_of_experts():
+    def of_experts(count):
+        shapes = {"up": (count, 64, 256), "down": (count, 256, 64)}
+        params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+        return temporary_bytes([Rule("up|down", dims=MuonDimensionNumbers(1, 2))], params)
+
+    few, many = of_experts(64), of_experts(256)
+    assert many <= 1.01 * few
+    # A chunk, and what is made of it: Gram matrices, factors.
+    assert many <= 4 * _policy.budget("cpu")
+
+
+@pytest.mark.parametrize("depth", [4, 16])
+def test_memory_is_a_copy_of_the_gradients_and_a_few_chunks(depth):
+    params = gpt(depth, 128)
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    assert temporary_bytes(RULES, params) <= 1.1 * size + 4 * _policy.budget("cpu")
