@@ -5,6 +5,8 @@ import os
 # Read when JAX and Matplotlib are imported, also by the scripts that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
+# NumPy's factorizations of small matrices take three times as long where threads share two cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
