@@ -44,10 +44,9 @@ def gradients(step, like):
 
 def run(optimizer, tree, steps=2, **extra_args):
     """Updates of the last step and the state after it."""
-    update, state = jax.jit(optimizer.update), optimizer.init(tree)
-    updates = None
+    state, updates = optimizer.init(tree), None
     for step in range(steps):
-        updates, state = update(gradients(step, tree), state, tree, **extra_args)
+        updates, state = optimizer.update(gradients(step, tree), state, tree, **extra_args)
         tree = optax.apply_updates(tree, updates)
     return updates, state
 
@@ -125,16 +124,16 @@ def test_extra_arguments_reach_the_fallback():
 
 
 def test_without_rules_they_are_the_default_rules_of_the_whole_tree():
-    tree = {"embed": {"embedding": jnp.ones((9, 4))}, "final": {"kernel": jnp.ones((4, 9))}}
-    tree |= {f"block_{i}": {"attn": {"query": {"kernel": jnp.ones((4, 4))}}} for i in range(2)}
-    # An unnamed head is known by the embedding, which the partition keeps from scale_by_teon.
-    assert "final/kernel" in plan(tree).fallback
-    updates, state = run(teon(0.02, method=QUICK), tree)
-    expected, _ = run(teon(0.02, default_rules(tree), method=QUICK), tree)
+    """Which axis counts layers is known by the bias, which the partition takes out."""
+    kernel = jnp.float32(np.random.default_rng(0).normal(size=(3, 4, 6)))
+    tree = {"layers": {"query": {"kernel": kernel, "bias": jnp.ones((3, 6))}}}
+    (rule,) = (rule for rule in default_rules(tree) if rule.stack > 0)
+    assert (rule.stack, rule.layer_axis) == (2, 0)
+    with pytest.raises(ValueError, match="cannot tell how to read"):
+        default_rules({"layers": {"query": {"kernel": kernel}}})
+    updates, _ = run(teon(0.02, method=QUICK), tree)
+    expected, _ = run(teon(0.02, [rule], method=QUICK), tree)
     assert_close(updates, expected)
-    assert isinstance(
-        state.inner_states["teon"].inner_state[0].mu["final"]["kernel"], optax.MaskedNode
-    )
 
 
 @pytest.mark.parametrize(
@@ -172,20 +171,29 @@ def test_update_needs_params():
 
 
 class TypesTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
-    @parameterized.product(dtype=["float32", "bfloat16", "float16"], mu_dtype=[None, "bfloat16"])
-    def test_types_of_state_and_updates_do_not_change(self, dtype, mu_dtype):
+    def assert_types_stay(self, update, dtype, mu_dtype):
         optimizer = teon(0.02, RULES, weight_decay=0.1, mu_dtype=mu_dtype, method=QUICK)
         before = optimizer.init(params(dtype))
-        updates, after = self.variant(optimizer.update)(params(dtype), before, params(dtype))
+        updates, after = update(optimizer)(params(dtype), before, params(dtype))
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
         # AdamW's updates may be wider than the gradients.
         assert {leaf.dtype for leaf in jax.tree.leaves(some(updates, TAKEN))} == {jnp.dtype(dtype)}
 
+    @parameterized.product(dtype=["float32", "bfloat16", "float16"], mu_dtype=[None, "bfloat16"])
+    def test_types_do_not_change_under_jit(self, dtype, mu_dtype):
+        self.assert_types_stay(lambda o: jax.jit(o.update).eval_shape, dtype, mu_dtype)
+
+    @parameterized.product(dtype=["float32", "bfloat16", "float16"])
+    def test_types_do_not_change_without_jit(self, dtype):
+        self.assert_types_stay(lambda o: o.update, dtype, None)
+
 
 def test_the_second_update_compiles_nothing():
     optimizer = teon(SCHEDULE, RULES, weight_decay=0.1, method=QUICK)
-    run(optimizer._replace(update=chex.assert_max_traces(optimizer.update, n=1)), params(), 3)
+    update = jax.jit(chex.assert_max_traces(optimizer.update, n=1))
+    updates, _ = run(optimizer._replace(update=update), params(), steps=3)
+    # What is compiled is what is not.
+    assert_close(updates, run(optimizer, params(), steps=3)[0])
 
 
 def test_state_can_be_made_from_shapes_alone():
