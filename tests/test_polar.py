@@ -19,7 +19,6 @@ POLYNOMIALS = {
     "schatten": "schatten",
     "jordan": "jordan",
     "you": "you",
-    "7 steps": polar_express(7),
     "own triples": polar_express(2, 0.3),
 }
 SHAPES = {"square": (12, 12), "wide": (12, 30), "tall": (30, 12)}
@@ -103,10 +102,9 @@ def test_12_steps_in_float32_give_the_polar_factor_of_a_well_conditioned_matrix(
     assert distance(result, oracles.reshaped_spectrum(M)) < bound < 0.05
 
 
-@pytest.mark.parametrize("steps", [5, 11], ids=["5 in one segment", "4+4+3"])
-def test_the_longest_segments_hold_for_any_condition_and_rank(steps):
-    p = function_of(polar_express(steps))
-    for M, result in of_hard_spectra("segments", steps).values():
+def test_5_steps_in_one_segment_hold_for_any_condition_and_rank():
+    p = function_of(polar_express(5))
+    for M, result in of_hard_spectra("segments", 5).values():
         largest = p(np.linalg.svd(M, compute_uv=False)).max()
         assert np.linalg.norm(result, 2) < largest + 0.05
 
