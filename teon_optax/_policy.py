@@ -45,7 +45,7 @@ def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int
     A segment iterates on Gram matrices alone and keeps the rounding errors of its products; the
     next one starts from the matrices themselves and corrects them, if their singular values are
     where its quintics converge. Under bf16 products and on any input, 2+1+2 leaves singular values
-    in .80 to 1.16 and 2+3 in .80 to 1.33; 3+2 reaches 1e7 where few coordinates carry the gradient,
+    in .80 to 1.16 and 2+3 in .80 to 1.27; 3+2 reaches 1e7 where few coordinates carry the gradient,
     since its first three steps enlarge the errors 134 times.
 
     Args:
@@ -55,7 +55,7 @@ def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int
     """
     if ratio < _DIRECT_BELOW:
         return (1,) * steps
-    if _exact(precision):
+    if exact(precision):
         count = -(-steps // _LONGEST_SEGMENT)
         return tuple(steps // count + (i < steps % count) for i in range(count))
     pairs = (2,) * (steps // 2)
@@ -68,10 +68,11 @@ def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int
 
 def room(steps: int, precision: jax.lax.PrecisionLike) -> float:
     """What matrices are divided by between a segment of so many steps and the next."""
-    return 1 if steps == 1 or _exact(precision) else _ROOM
+    return 1 if steps == 1 or exact(precision) else _ROOM
 
 
-def _exact(precision: jax.lax.PrecisionLike) -> bool:
+def exact(precision: jax.lax.PrecisionLike) -> bool:
+    """Whether products of float32 operands are those of float32."""
     return precision in (_HIGHEST, "highest", "float32")
 
 

@@ -121,10 +121,10 @@ def test_joint_update_stays_in_its_bands(method, backend, one_pass, shape, K, dt
 
 @pytest.mark.parametrize("method", METHODS)
 def test_joint_update_stays_in_its_bands_where_few_coordinates_carry_the_gradient(method):
-    """Rounding errors of 8 coordinates do not average out: 0.05 more."""
+    """Rounding errors of 8 coordinates do not average out."""
     updates = joint_updates(sparse, method, *DEVICES[0])
     for group, matrices in updates.items():
-        assert largest(matrices) <= LARGEST[method] + 0.05
+        assert largest(matrices) <= LARGEST[method]
         assert kept(gradients(sparse)[group], matrices, 3e-2) > 0.7
 
 
@@ -136,7 +136,7 @@ def test_no_small_matrix_of_hundreds_leaves_the_bands(method, long):
     with on("tpu"):
         run = with_products_in("bf16", functools.partial(polar, method=method))
         updates = np.asarray(jax.jit(run)(jnp.float32(matrices)), np.float64)
-    assert largest(updates) <= LARGEST[method] + 0.05
+    assert largest(updates) <= LARGEST[method]
     assert kept(matrices, updates, 3e-2) > 0.7
 
 
