@@ -1,17 +1,22 @@
-"""The suite that Optax runs over its contributed optimizers, run over ours.
+"""The suites that Optax runs over its own optimizers, run over ours.
 
-It is a test file of the installed Optax, private by name and free to change; if it does, this file
-says so. A copy of it is made here, in which our optimizers stand in place of Optax's own.
+They are test files of the installed Optax, private by name and free to change; if one does, this
+file says so. Copies of them are made here, in which our optimizers stand in place of Optax's own.
 """
 
 import ast
 import importlib.resources
+import os
 import types
+import warnings
+from unittest import mock
 
+import jax
+import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import Rule, teon
+from teon_optax import Rule, orthogonalize, scale_by_teon, teon
 
 # Their 3-D leaves have no names that tell what they are.
 pytestmark = pytest.mark.filterwarnings("ignore:No name tells what these leaves above 2-D are")
@@ -27,15 +32,18 @@ def suite(file, **ours):
     def run(part):
         exec(compile(ast.Module(part, []), str(path), "exec"), vars(module))
 
-    run(statements[:classes])
-    missing = ours.keys() - vars(module).keys()
-    assert not missing, f"{path} no longer has {missing}"
-    vars(module).update(ours)
-    run(statements[classes:])
+    # It uses what is deprecated, and sets XLA_FLAGS, which scripts that tests start would inherit.
+    with mock.patch.dict(os.environ), warnings.catch_warnings(action="ignore"):
+        run(statements[:classes])
+        missing = ours.keys() - vars(module).keys()
+        assert not missing, f"{path} no longer has {missing}"
+        vars(module).update(ours)
+        run(statements[classes:])
     return module
 
 
 MATRICES = (Rule("", dims=MuonDimensionNumbers(-2, -1)),)
+SCANNED = (Rule("", stack=2, layer_axis=0),)
 
 
 def under_test(wrapper_name=None, wrapper_kwargs=None, **opt_kwargs):
@@ -66,3 +74,17 @@ WrappedContribTest = pytest.mark.slow(
         under_test("schedule_free", {"learning_rate": 1e-2}),
     )
 )
+
+ShardingTest = suite(
+    "_src/sharding_test.py",
+    # It compares versions as strings, by which 0.10 is less than 0.7.2, and would skip most tests.
+    jax=types.SimpleNamespace(**vars(jax) | {"__version__": "1"}),
+    OPTIMIZERS={
+        "teon": teon(1.0),
+        "teon_of_scanned_layers": teon(1.0, SCANNED),
+        "scale_by_teon": scale_by_teon(SCANNED),
+        "orthogonalize": optax.chain(optax.trace(0.95), orthogonalize(SCANNED)),
+    },
+).ShardingTest
+for name in [name for name in dir(ShardingTest) if name.startswith("test_microbatch")]:
+    delattr(ShardingTest, name)  # of no optimizer
