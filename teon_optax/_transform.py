@@ -168,8 +168,9 @@ def scale_by_teon(
     rules = None if rules is None else checked_rules(rules)
     placement = as_shardings(shardings)
     run = _orthogonalizer(rules, method, scale, placement, precision)
-    if isinstance(beta, (int, float)) and not 0 <= beta < 1:
-        raise ValueError(f"`beta={beta!r}` should be at least 0 and less than 1.")
+    in_range = not isinstance(beta, (int, float)) or 0 <= beta < 1
+    if not in_range or not isinstance(beta, (int, float, np.number, np.ndarray, jax.Array)):
+        raise ValueError(f"`beta={beta!r}` should be a number, at least 0 and less than 1.")
     mu_dtype = checked_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> TeonState:
@@ -184,7 +185,9 @@ def scale_by_teon(
         wide, mu = _upcast(updates), _upcast(state.mu)
         # As `optax.tree.update_moment`, in fewer operations per leaf.
         mu = optax.tree.add_scale(mu, 1 - beta, optax.tree.sub(wide, mu))
-        orthogonalized = run(_momentum(mu, wide, beta, count, nesterov))
+        with jax.numpy_dtype_promotion("standard"):  # a float to the power of a count
+            momentum = _momentum(mu, wide, beta, count, nesterov)
+        orthogonalized = run(momentum)
         mu = optax.tree.cast_like(mu, state.mu)
         return optax.tree.cast_like(orthogonalized, updates), TeonState(count, mu)
 

@@ -145,7 +145,7 @@ def test_without_rules_they_are_the_default_rules_of_the_whole_tree():
         ({"fallback": optax.adamw}, "should be an optimizer, such as `optax.adamw(1e-3)`."),
         ({"method": "nope"}, "`method='nope'` is unknown"),
         ({"scale": -1.0}, "`scale=-1.0` should be 'spectral'"),
-        ({"beta": 1.0}, "`beta=1.0` should be at least 0 and less than 1."),
+        ({"beta": 1.0}, "`beta=1.0` should be a number, at least 0 and less than 1."),
         ({"mu_dtype": "int8"}, "`mu_dtype='int8'` should be a real floating dtype"),
         ({"rules": Rule("w")}, '`rules=Rule(r"w")` should be a tuple of `Rule`'),
         ({"precision": "nope"}, "nope"),

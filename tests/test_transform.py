@@ -15,9 +15,6 @@ from teon_optax import Rule, TeonState, orthogonalize, polar_express, scale_by_t
 from teon_optax._coefficients import resolve
 from teon_optax._rules import leaf_paths
 
-# The momentum is Optax's, which takes a float to the power of a count.
-pytestmark = pytest.mark.promotes_dtypes
-
 RULES = (Rule(r"block_(?P<layer>\d+)/query", stack=2), Rule("^up$"))
 # One step compiles fast; what methods do is said elsewhere.
 QUICK = polar_express(1)
@@ -155,10 +152,16 @@ def test_a_wrong_argument_is_refused_before_any_tree_is_seen(transform, argument
         transform(**arguments)
 
 
-@pytest.mark.parametrize("beta", [1, 1.0, -0.1, 1.5, float("nan")])
-def test_beta_out_of_range_is_refused(beta):
-    with pytest.raises(ValueError, match=f"`beta={beta!r}` should be at least 0 and less than 1."):
+@pytest.mark.parametrize("beta", [1, 1.0, -0.1, 1.5, np.float64(2), float("nan"), None, "x", len])
+def test_beta_that_is_no_number_or_out_of_range_is_refused(beta):
+    message = f"`beta={beta!r}` should be a number, at least 0 and less than 1."
+    with pytest.raises(ValueError, match=re.escape(message)):
         scale_by_teon(beta=beta)
+
+
+@pytest.mark.parametrize("beta", [0, 0.5, np.float32(0.5), np.float64(0.5), np.array(0.5)])
+def test_beta_may_be_any_number(beta):
+    scale_by_teon(beta=beta)
 
 
 @pytest.mark.parametrize(
