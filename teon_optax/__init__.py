@@ -1,5 +1,6 @@
 """TEON for JAX: Muon whose orthogonalization spans a stack of layers (arXiv 2601.23261)."""
 
+from teon_optax import rules
 from teon_optax._alias import teon
 from teon_optax._coefficients import polar_express
 from teon_optax._default_rules import default_rules
@@ -22,6 +23,7 @@ __all__ = [
     "plan",
     "polar",
     "polar_express",
+    "rules",
     "scale_by_teon",
     "teon",
 ]

@@ -9,8 +9,8 @@ import optax
 
 from teon_optax._coefficients import MethodLike
 from teon_optax._default_rules import default_rules
-from teon_optax._plan import checked_rules, plan
-from teon_optax._rules import Rule
+from teon_optax._plan import plan
+from teon_optax._rules import Rule, checked_rules
 from teon_optax._scaling import ScaleLike
 from teon_optax._sharding import as_shardings
 from teon_optax._transform import INJECTED, checked_mu_dtype, scale_by_teon

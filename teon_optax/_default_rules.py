@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from teon_optax._families import LAYERS, Leaf, anywhere, without_numbers
 from teon_optax._readings import FALLBACK, UNNAMED, Reading, readings
-from teon_optax._rules import Rule, fan_axes
+from teon_optax._rules import Rule, Rules, fan_axes
 
 
-def default_rules(params: Any, first: Sequence[Rule] = ()) -> tuple[Rule, ...]:
+def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
     r"""The rules that `rules=None` means for a tree, read off its names, shapes and siblings.
 
     Q, K and V projections get stack 2 and mode 1, other matrices stack 1. Embeddings, heads, norms,
@@ -25,7 +25,8 @@ def default_rules(params: Any, first: Sequence[Rule] = ()) -> tuple[Rule, ...]:
         function cannot know.
 
     Returns:
-      `first`, then rules whose patterns are whole paths but for numbers: one at most fits a leaf.
+      A tuple: `first`, then rules whose patterns are whole paths but for numbers, so that one at
+      most fits a leaf. `print` shows it as code.
 
     Raises:
       ValueError: If a Q, K or V projection, or an orientation, can be read in two ways. The message
@@ -40,18 +41,20 @@ def default_rules(params: Any, first: Sequence[Rule] = ()) -> tuple[Rule, ...]:
       >>> dense = {"kernel": jnp.zeros((64, 64))}
       >>> block = {"attn": {"query": dense, "key": dense, "out": dense}, "up": dense}
       >>> params = {"embed": {"embedding": jnp.zeros((256, 64))}, "block_0": block}
-      >>> print(*default_rules(params), sep="\n")
-      Rule(r"^block_(?P<layer>\d+)/attn/(key|query)/kernel$", stack=2)
-      Rule(r"^block_(?P<layer>\d+)/attn/out/kernel$")
-      Rule(r"^block_(?P<layer>\d+)/up/kernel$")
-      Rule(r"^embed/embedding$", stack=0)
+      >>> print(default_rules(params))
+      (  # from teon_optax import Rule
+          Rule(r"^block_(?P<layer>\d+)/attn/(key|query)/kernel$", stack=2),
+          Rule(r"^block_(?P<layer>\d+)/attn/out/kernel$"),
+          Rule(r"^block_(?P<layer>\d+)/up/kernel$"),
+          Rule(r"^embed/embedding$", stack=0),
+      )
     """
     read = readings(params)
     drafts = _joined([draft for kind in _kinds(read, first) for draft in _drafts(kind)])
     _refuse([draft for draft in drafts if draft.choices])
     _warn([draft for draft in drafts if draft.reading == UNNAMED], [leaf for leaf, _ in read])
     drafts.sort(key=lambda draft: -draft.reading.stack)
-    return (*first, *(_rule(draft, draft.layer, draft.reading) for draft in drafts))
+    return Rules((*first, *(_rule(draft, draft.layer, draft.reading) for draft in drafts)))
 
 
 class _Member(NamedTuple):

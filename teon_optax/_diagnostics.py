@@ -11,7 +11,7 @@ import numpy as np
 from teon_optax._matrices import to_matrices
 from teon_optax._plan import Plan, plan
 from teon_optax._rules import Rule
-from teon_optax._table import columns
+from teon_optax._table import columns, spans
 
 # Of nuclear norms in float32.
 _ROUNDING = 1e-5
@@ -47,7 +47,7 @@ class Alignments(tuple[Alignment, ...]):
         rows = [
             (
                 group.members[0],
-                ", ".join(map(str, group.layers)),
+                spans(group.layers),
                 *(f"{number:.2f}" for number in (*group.overlaps, *group.ratios)),
                 str(group.favoured),
             )
@@ -93,7 +93,7 @@ def alignment(momentum: Any, rules: Iterable[Rule] | None = None, rank: int = 1)
       >>> momentum = {f"block_{i}": {"query": kernel} for i, kernel in enumerate(kernels)}
       >>> print(alignment(momentum, [Rule(r"block_(?P<layer>\d+)/query", stack=2)]))
       group          layers  u overlap  v overlap  r mode 1  r mode 2  favours mode
-      block_0/query    0, 1       0.00       1.00      1.00      1.41             1
+      block_0/query     0-1       0.00       1.00      1.00      1.41             1
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`alignment(rank={rank!r})`: rank should be a positive integer.")

@@ -9,8 +9,8 @@ import numpy as np
 
 from teon_optax._default_rules import default_rules
 from teon_optax._matrices import Layout, layout
-from teon_optax._rules import Rule, leaf_paths
-from teon_optax._table import table
+from teon_optax._rules import Rule, checked_rules, leaf_paths
+from teon_optax._table import as_dict, table
 
 
 class Type(NamedTuple):
@@ -89,7 +89,7 @@ class Untouched(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What happens to every leaf. `print` shows it as a table.
+    """What happens to every leaf. `print` shows it as a table, `as_dict` is for logs.
 
     Attributes:
       groups: Groups of matrices that are orthogonalized jointly (alone, where a group has one
@@ -117,6 +117,14 @@ class Plan(NamedTuple):
     def __str__(self) -> str:
         """A table of types and fallback leaves, equal rows collapsed."""
         return table(self.groups, self.untouched, self.unused)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in full, in what JSON can hold.
+
+        `groups`, `fallback`, `unused`; totals as `parameters` (by treatment) and `flops` (of an
+        update's matrix products, `plan`'s and Muon's).
+        """
+        return as_dict(self.groups, self.untouched, self.unused)
 
 
 class _Found(NamedTuple):
@@ -175,20 +183,6 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
     groups = tuple(group for kind in types for group in _runs(kind))
     unused = tuple(rule for rule in rules if rule not in used)
     return Plan(groups, tuple(types), tuple(untouched), unused)
-
-
-def checked_rules(rules: Any) -> tuple[Rule, ...]:
-    """`rules` as a tuple.
-
-    Raises:
-      ValueError: If it is no iterable of `Rule`.
-    """
-    listed = tuple(rules) if isinstance(rules, Iterable) else (rules,)
-    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in listed):
-        raise ValueError(
-            f"`rules={rules!r}` should be a tuple of `Rule`, such as `(Rule('kernel'),)`."
-        )
-    return listed
 
 
 def _reason(rule: Rule | None, shape: tuple[int, ...]) -> str:

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -51,7 +51,7 @@ class Rule:
     split: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
-        groups = self.compiled().groupindex
+        self.compiled()
         self._set("stack", self._integer("stack", self.stack))
         self._set("mode", self._integer("mode", self.mode))
         if self.stack < 0:
@@ -68,11 +68,16 @@ class Rule:
             self._set("layer_axis", self._integer("layer_axis", self.layer_axis))
         self._check_dims()
         self._check_split()
-        if self.stack >= 2 and self.layer_axis is None and "layer" not in groups:
+        if self.stack >= 2 and not self.counts_layers:
             raise ValueError(
                 f"`{self}` cannot tell which layer a leaf belongs to: put `(?P<layer>\\d+)` in the "
                 "pattern, or pass `layer_axis=` for leaves of `nn.scan` and `vmap`."
             )
+
+    @property
+    def counts_layers(self) -> bool:
+        """Whether it tells which layer a leaf (or a slice of it) belongs to."""
+        return self.layer_axis is not None or "layer" in self.compiled().groupindex
 
     def search(self, path: str) -> re.Match[str] | None:
         """The match of the pattern anywhere in `path`, or None."""
@@ -155,6 +160,32 @@ class Rule:
         ]
         pattern = f'r"{self.pattern}"' if raw else repr(self.pattern)
         return f"Rule({', '.join([pattern, *changed])})"
+
+
+class Rules(tuple[Rule, ...]):
+    """Some rules. `print` shows code that makes them, a line each."""
+
+    def __str__(self) -> str:
+        # Inside the parentheses, so that the text is one expression: `rules = ` may stand before.
+        names = "from teon_optax import Rule"
+        if any(rule.dims for rule in self):
+            names = f"from optax.contrib import MuonDimensionNumbers; {names}"
+        lines = "".join(f"    {rule},\n" for rule in self)
+        return f"(  # {names}\n{lines})" if self else "()"
+
+
+def checked_rules(rules: Any) -> tuple[Rule, ...]:
+    """`rules` as a tuple.
+
+    Raises:
+      ValueError: If it is no iterable of `Rule`.
+    """
+    listed = tuple(rules) if isinstance(rules, Iterable) else (rules,)
+    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in listed):
+        raise ValueError(
+            f"`rules={rules!r}` should be a tuple of `Rule`, such as `(Rule('kernel'),)`."
+        )
+    return listed
 
 
 def fan_axes(dims: MuonDimensionNumbers) -> tuple[tuple[int, ...], tuple[int, ...]]:

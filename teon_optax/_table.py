@@ -1,67 +1,140 @@
-"""A plan as text that a person can check in a minute."""
+"""A plan as text that a person can check in a minute, and as a dict for logs."""
 
 import math
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
+import numpy as np
+
+from teon_optax import _policy
+
 _WIDTH = 100
+_LEAST = 12  # columns for a path, and at most for layers
+_UNITS = (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")
+_STEPS = 5  # of the paper's method, and of Muon
 
 
 def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]) -> str:
     """A plan's table; rows that differ in the numbers of their paths alone are one row."""
     taken: Counter[tuple[str, ...]] = Counter()
+    layers: dict[tuple[str, ...], list] = {}
     for group in groups:
-        K, shape = len(group.members), f"{group.fan_in} x {group.fan_out}"
-        row = (
-            _anonymous(group.members[0]),
-            shape,
-            str(K),
-            str(group.rule.mode),
-            str(min(group.joint)),
-        )
+        rule, K, shape = group.rule, len(group.members), f"{group.fan_in} x {group.fan_out}"
+        row = _anonymous(group.members[0]), shape, str(K), str(rule.mode), str(min(group.joint))
         taken[row] += group.batch
+        layers.setdefault(row, []).extend(group.layers if rule.counts_layers else ())
     left = Counter(
         (_anonymous(leaf.path), " x ".join(map(str, leaf.shape)), leaf.reason) for leaf in untouched
     )
     lines = columns(
-        [("orthogonalized jointly", "fan_in x fan_out", "K", "mode", "Gram", "groups")]
-        + [(*row, str(count)) for row, count in taken.items()]
+        [("orthogonalized", "layers", "fan_in x fan_out", "K", "mode", "Gram", "groups")]
+        + [(row[0], spans(layers[row]), *row[1:], str(count)) for row, count in taken.items()]
     )
     lines += columns(
         [("fallback", "shape", "why", "leaves")]
         + [(*row, str(count)) for row, count in left.items()]
     )
-    lines += [f"takes no leaf: {rule}" for rule in unused]
-    return "\n".join([*lines, _totals(groups, untouched)])
+    lines += [line for rule in unused for line in _wrapped(f"takes no leaf: {rule}", _WIDTH - 2)]
+    return "\n".join([*lines, *_totals(groups, untouched)])
+
+
+def as_dict(
+    groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
+) -> dict[str, Any]:
+    """A plan in lists, dicts, strings and integers."""
+    flops, muon = _flops(groups)
+    return {
+        "groups": [
+            {
+                "members": list(group.members),
+                "layers": [list(n) if isinstance(n, tuple) else n for n in group.layers],
+                "rule": str(group.rule),
+                "mode": group.rule.mode,
+                "fan_in": group.fan_in,
+                "fan_out": group.fan_out,
+                "batch": group.batch,
+                "gram": min(group.joint),
+            }
+            for group in groups
+        ],
+        "fallback": [leaf._asdict() | {"shape": list(leaf.shape)} for leaf in untouched],
+        "unused": [str(rule) for rule in unused],
+        "parameters": _parameters(groups, untouched),
+        "flops": {"plan": flops, "muon": muon},
+    }
 
 
 def _anonymous(path: str) -> str:
     return re.sub(r"(?<![:\d])\d+", "*", path)
 
 
+def spans(layers: Iterable[Any]) -> str:
+    """Numbers of layers in short, as in `0-3, 6`; pairs of numbers as in `1.0`."""
+    runs: list[list[int]] = []
+    found = sorted(set(layers))
+    names = [".".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in found]
+    for i, number in enumerate(found):
+        if runs and not isinstance(number, tuple) and number == found[i - 1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    text = ", ".join(names[a] if a == b else f"{names[a]}-{names[b]}" for a, b in runs)
+    return text if len(text) <= _LEAST else f"{len(found)} of {names[0]}-{names[-1]}"
+
+
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Aligned columns; a path that is too wide for its column goes on in the next line."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    first = min(widths[0], _WIDTH - sum(widths[1:]) - 2 * len(widths[1:]))
+    first = max(_LEAST, min(widths[0], _WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
     for path, *cells in rows:
-        head, *rest = textwrap.wrap(path, first) or [""]
+        head, *rest = _wrapped(path, first)
         cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines += ["  ".join([head.ljust(first), *cells]), *("  " + line for line in rest)]
+        lines += ["  ".join([head.ljust(first), *cells]), *rest]
     return [*lines, ""]
 
 
-def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> str:
-    sizes = Counter({"TEON": 0, "Muon": 0, "fallback": 0})
+def _wrapped(text: str, width: int) -> list[str]:
+    head, *rest = textwrap.wrap(text, width, break_on_hyphens=False) or [""]
+    return [head, *("  " + line for line in rest)]
+
+
+def _parameters(groups: Sequence[Any], untouched: Sequence[Any]) -> dict[str, int]:
+    sizes = {"TEON": 0, "Muon": 0, "fallback": sum(math.prod(leaf.shape) for leaf in untouched)}
     for group in groups:
         name = "TEON" if len(group.members) > 1 or group.rule.mode == 3 else "Muon"
         sizes[name] += len(group.members) * group.fan_in * group.fan_out * group.batch
-    sizes["fallback"] += sum(math.prod(leaf.shape) for leaf in untouched)
-    total = max(1, sizes.total())
-    return (
-        ", ".join(f"{name} {size:,} ({size / total:.0%})" for name, size in sizes.items())
-        + " of the parameters"
-    )
+    return sizes
+
+
+def _flops(groups: Sequence[Any]) -> tuple[int, int]:
+    """Of the matrix products of an update, and of those of Muon, which takes each matrix alone."""
+
+    def products(shape: tuple[int, int], cut: tuple[int, ...] | None = None) -> float:
+        d, ratio = min(shape), max(shape) / min(shape)
+        return 2 * d**3 * _policy.cost(cut or _policy.cut(_STEPS, ratio, precision), ratio)
+
+    precision = _policy.products(jax.default_backend(), np.dtype("float32"))
+    ours = sum(group.batch * products(group.joint) for group in groups)
+    alone = [(len(group.members) * group.batch, (group.fan_in, group.fan_out)) for group in groups]
+    return round(ours), round(sum(n * products(shape, (1,) * _STEPS) for n, shape in alone))
+
+
+def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> list[str]:
+    sizes, (flops, muon) = _parameters(groups, untouched), _flops(groups)
+    total = max(1, sum(sizes.values()))
+    shares = ", ".join(f"{name} {size:,} ({size / total:.0%})" for name, size in sizes.items())
+    return [
+        f"{shares} of the parameters",
+        f"matrix products per step: {_short(flops)}, {flops / max(1, muon):.0%} of Muon's "
+        f"{_short(muon)} ({_STEPS} polynomial steps each, on {jax.default_backend()})",
+    ]
+
+
+def _short(flops: int) -> str:
+    unit, name = next(unit for unit in _UNITS if flops >= unit[0] or unit == _UNITS[-1])
+    return f"{flops / unit:.3g} {name}FLOP"

@@ -10,9 +10,9 @@ import optax
 
 from teon_optax._coefficients import MethodLike, resolve
 from teon_optax._engine import orthogonalize_updates
-from teon_optax._plan import checked_rules, plan
+from teon_optax._plan import plan
 from teon_optax._polar import check_precision
-from teon_optax._rules import Rule
+from teon_optax._rules import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, scaling
 from teon_optax._sharding import Shardings, as_shardings
 

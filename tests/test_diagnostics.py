@@ -225,8 +225,8 @@ def test_the_table_has_a_row_per_group_and_says_which_mode_is_favoured():
     pairs = with_sides(apart, together) + with_sides(together, apart)
     assert str(alignment(tree(pairs), [Rule(LAYER, stack=2)])).splitlines() == [
         "group           layers  u overlap  v overlap  r mode 1  r mode 2  favours mode",
-        "block_0/kernel    0, 1       0.00       1.00      1.00      1.41             1",
-        "block_2/kernel    2, 3       1.00       0.00      1.41      1.00             2",
+        "block_0/kernel     0-1       0.00       1.00      1.00      1.41             1",
+        "block_2/kernel     2-3       1.00       0.00      1.41      1.00             2",
     ]
 
 

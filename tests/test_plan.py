@@ -1,16 +1,19 @@
 """Which matrices go together: types, runs, names, the fallback, errors, and the printed table."""
 
+import json
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import Rule, default_rules, plan
+from benchmarks.counting import count_products
+from teon_optax import Rule, default_rules, orthogonalize, plan
 
 D = MuonDimensionNumbers
 
@@ -306,13 +309,13 @@ def test_the_table_shows_types_fallback_unused_rules_and_totals():
         Rule("head"),
     ]
     assert str(plan(params, rules)).split("\n") == [
-        "orthogonalized jointly     fan_in x fan_out  K  mode  Gram  groups",
-        "block_*/attn/qkv:0                    4 x 6  3     3     3       1",
-        "block_*/attn/qkv:1                    4 x 6  3     3     3       1",
-        "block_*/attn/qkv:2                    4 x 6  3     3     3       1",
-        "block_*/attn/query/kernel             4 x 6  2     1     6       1",
-        "block_*/attn/query/kernel             4 x 6  1     1     4       1",
-        "block_*/experts                       4 x 7  1     1     4      15",
+        "orthogonalized             layers  fan_in x fan_out  K  mode  Gram  groups",
+        "block_*/attn/qkv:0            0-2             4 x 6  3     3     3       1",
+        "block_*/attn/qkv:1            0-2             4 x 6  3     3     3       1",
+        "block_*/attn/qkv:2            0-2             4 x 6  3     3     3       1",
+        "block_*/attn/query/kernel     0-1             4 x 6  2     1     6       1",
+        "block_*/attn/query/kernel       2             4 x 6  1     1     4       1",
+        "block_*/experts                               4 x 7  1     1     4      15",
         "",
         "fallback                  shape             why  leaves",
         "block_*/attn/query/bias       6  1-D: no matrix       3",
@@ -320,7 +323,108 @@ def test_the_table_shows_types_fallback_unused_rules_and_totals():
         "",
         'takes no leaf: Rule(r"head")',
         "TEON 264 (29%), Muon 444 (48%), fallback 218 (24%) of the parameters",
+        "matrix products per step: 55.2 kFLOP, 75% of Muon's 73.9 kFLOP (5 polynomial steps each, "
+        "on cpu)",
     ]
+
+
+def test_of_96_layers_there_is_one_row_per_type():
+    rule = Rule(r"block_(?P<layer>\d+)/w", stack=2)
+    lines = str(plan(blocks(range(96), 4, 6), [rule])).split("\n")
+    assert lines[1] == "block_*/w         0-95             4 x 6  2     1     6      48"
+    assert len(lines) == 7
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [
+        ([3], "3"),
+        ([0, 1, 2, 3], "0-3"),
+        ([9, 10, 2], "2, 9-10"),
+        ([0, 2, 4, 6], "0, 2, 4, 6"),
+        (range(0, 96, 2), "48 of 0-94"),
+    ],
+    ids=str,
+)
+def test_layers_are_shown_as_spans_of_numbers(numbers, text):
+    rule = Rule(r"block_(?P<layer>\d+)/w", stack=100)
+    line = str(plan(blocks(numbers, 4, 6), [rule])).split("\n")[1]
+    assert re.split("  +", line)[1] == text
+
+
+def test_layers_of_several_scans_are_shown_as_pairs():
+    rule = Rule(r"block_(?P<layer>\d+)/w", stack=2, layer_axis=0)
+    assert " 4 of 3.0-4.1 " in str(plan(blocks([3, 4], 2, 4, 6), [rule]))
+
+
+SHAPES = {
+    f"{name}_{i}": array(*shape)
+    for i in range(3)
+    for name, shape in {"tall": (24, 8), "wide": (8, 24), "square": (8, 8), "e": (2, 8, 9)}.items()
+}
+
+
+@pytest.mark.promotes_dtypes
+@pytest.mark.parametrize(
+    "rules",
+    [
+        [Rule("tall|wide|square")],
+        [Rule("(tall|wide|square)_(?P<layer>.)", stack=2)],
+        [Rule("(tall|wide|square)_(?P<layer>.)", stack=3, mode=2)],
+        [Rule("square_(?P<layer>.)", stack=3, mode=3), Rule("^e_(?P<layer>.)", 2, dims=D(1, 2))],
+    ],
+)
+def test_the_flops_are_those_of_the_products_that_an_update_traces(rules):
+    planned = plan(SHAPES, rules).as_dict()
+    traced = count_products(lambda tree: orthogonalize(rules).update(tree, None), SHAPES)
+    assert planned["flops"]["plan"] == traced.flops
+    dims = {path: D(1, 2) if path[0] == "e" else D(0, 1) for path in SHAPES}
+    taken = {member for group in planned["groups"] for member in group["members"]}
+    muon = optax.contrib.scale_by_muon(
+        weight_dimension_numbers={path: dims[path] if path in taken else None for path in SHAPES}
+    )
+    state = jax.eval_shape(muon.init, SHAPES)
+    masked = {path: leaf if path in taken else None for path, leaf in SHAPES.items()}
+    assert planned["flops"]["muon"] == count_products(muon.update, masked, state).flops
+
+
+def test_the_dict_form_is_the_plan_in_json():
+    params = blocks(range(3), 2, 4, 6) | {"bias": array(6), "embed": array(9, 4)}
+    rules = [Rule(r"block_(?P<layer>\d+)", 4, layer_axis=0), Rule("embed", stack=0), Rule("head")]
+    planned = plan(params, rules)
+    form = json.loads(json.dumps(planned.as_dict()))
+    assert form == planned.as_dict()
+    assert [tuple(group["members"]) for group in form["groups"]] == members(planned)
+    assert form["groups"][1] == {
+        "members": ["block_2/w[0]", "block_2/w[1]"],
+        "layers": [[2, 0], [2, 1]],
+        "rule": str(rules[0]),
+        "mode": 1,
+        "fan_in": 4,
+        "fan_out": 6,
+        "batch": 1,
+        "gram": 6,
+    }
+    assert form["fallback"] == [
+        {"path": "bias", "shape": [6], "reason": "no rule"},
+        {"path": "embed", "shape": [9, 4], "reason": "stack=0"},
+    ]
+    assert form["unused"] == ['Rule(r"head")']
+    assert form["parameters"] == {"TEON": 144, "Muon": 0, "fallback": 42}
+    assert form["flops"].keys() == {"plan", "muon"}
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [Rule("p" * 150), Rule("p", split=tuple(range(1, 60))), Rule("very|" * 40, dims=D(0, 1))],
+    ids=["long pattern", "long argument", "words"],
+)
+def test_a_rule_that_takes_no_leaf_wraps_in_100_columns(rule):
+    lines = str(plan({"w": array(4, 6)}, [Rule("w"), rule])).split("\n")
+    assert max(map(len, lines)) <= 100
+    first = next(i for i, line in enumerate(lines) if line.startswith("takes no leaf: "))
+    text = "".join(lines[first:-2]).replace(" ", "")
+    assert text == f"takes no leaf: {rule}".replace(" ", "")
 
 
 def test_a_path_too_wide_for_100_columns_goes_on_in_the_next_line():

@@ -1,0 +1,149 @@
+"""Ready sets of rules, as functions of a tree: `default_rules` of it, edited.
+
+Each works on every tree that `default_rules` reads, and can be printed, pasted back and edited:
+
+    optimizer = teon(0.02, rules.attention_out(params))
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from teon_optax._default_rules import default_rules
+from teon_optax._families import ATTENTION, FUSED, OUTPUT, PROJECTION, anywhere, leaves_of, stem
+from teon_optax._rules import Rule, Rules
+
+
+def paper(params: Any, first: Sequence[Rule] = ()) -> Rules:
+    r"""The paper's choice, `default_rules`: Q, K and V in pairs of layers, mode 1; the rest Muon.
+
+    Args:
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+      first: As for `default_rules`: rules for what it cannot read, which stay as they are.
+
+    Returns:
+      A tuple of rules; `print` shows it as code.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from teon_optax import rules
+      >>> attention = {name: {"kernel": jnp.zeros((64, 64))} for name in ("query", "key", "out")}
+      >>> params = {f"block_{i}": {"attn": attention} for i in range(4)}
+      >>> print(rules.paper(params))
+      (  # from teon_optax import Rule
+          Rule(r"^block_(?P<layer>\d+)/attn/(key|query)/kernel$", stack=2),
+          Rule(r"^block_(?P<layer>\d+)/attn/out/kernel$"),
+      )
+    """
+    return default_rules(params, first)
+
+
+def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
+    """Muon: the same matrices as `paper`, each alone (and each part of a fused projection).
+
+    Args:
+      params: As for `paper`.
+      first: As for `paper`.
+
+    Returns:
+      As of `paper`.
+    """
+    return _edited(params, first, lambda rule: [_restacked(rule, 1)])
+
+
+def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
+    """Every hidden matrix, K layers of its type jointly; what has no layer number stays alone.
+
+    The paper found this worse than stacking Q, K and V alone.
+
+    Args:
+      params: As for `paper`.
+      stack: K.
+      first: As for `paper`.
+
+    Returns:
+      As of `paper`.
+    """
+    return _edited(params, first, lambda rule: [_restacked(rule, stack)])
+
+
+def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
+    """Q, K, V and the output projection of attention in runs of K layers; the rest Muon.
+
+    An output projection is a matrix so called (`out`, `o_proj`, `c_proj` ..) beside Q, K or V, and
+    the one other `linear` or `output/dense` of an attention module. The paper found stacking it
+    worse than stacking Q, K and V alone.
+
+    Args:
+      params: As for `paper`.
+      stack: K.
+      first: As for `paper`.
+
+    Returns:
+      As of `paper`.
+    """
+    outputs = set(_attention_outputs(params))
+    paths = [leaf.path for leaf in leaves_of(params)]
+
+    def edit(rule: Rule) -> Iterable[Rule]:
+        if rule.stack != 1:
+            return [_restacked(rule, stack)]
+        taken = [path for path in paths if rule.search(path)]
+        some = [path for path in taken if path in outputs]
+        if len(some) == len(taken):
+            return [_restacked(rule, stack)]
+        return [*(_restacked(part, stack) for part in _narrowed(rule, taken, some)), rule]
+
+    return _edited(params, first, edit)
+
+
+def _edited(params: Any, first: Sequence[Rule], edit: Callable[[Rule], Iterable[Rule]]) -> Rules:
+    rules = default_rules(params, first)[len(first) :]
+    return Rules((*first, *(new for rule in rules for new in edit(rule))))
+
+
+def _restacked(rule: Rule, stack: int) -> Rule:
+    """With another K; 0 stays, and what counts no layers is alone."""
+    stack = 0 if rule.stack == 0 else stack if rule.counts_layers else min(stack, 1)
+    return dataclasses.replace(rule, stack=stack)
+
+
+def _attention_outputs(params: Any) -> Iterator[str]:
+    leaves = leaves_of(params)
+    projections = [
+        leaf for leaf in leaves if any(p.fullmatch(leaf.place[1]) for p in (PROJECTION, FUSED))
+    ]
+    homes = {leaf.place[0] for leaf in projections}
+    for leaf in leaves:
+        home, role = leaf.place
+        around, module = ["", *home.split("/")][-2:]
+        is_output = OUTPUT.fullmatch(role) is not None
+        inside = anywhere(ATTENTION, [module]) and (is_output or role == "linear")  # Haiku's linear
+        below = anywhere(ATTENTION, [around]) and OUTPUT.fullmatch(
+            stem(module)
+        )  # BERT's output/dense
+        if inside or below or (is_output and home in homes):
+            yield leaf.path
+
+
+def _narrowed(rule: Rule, taken: Sequence[str], some: Sequence[str]) -> Iterator[Rule]:
+    """A default rule, whose pattern has a segment for each of the path, for some of its leaves."""
+    segments = rule.pattern.removeprefix("^").removesuffix("$").split("/")
+    few, every = ([path.split("/") for path in paths] for paths in (some, taken))
+    names = []
+    for place, segment in enumerate(segments):
+        found = {keys[place] for keys in few}
+        if found == {keys[place] for keys in every}:
+            continue
+        if "(?P<layer>" in segment:
+            numbers = sorted(
+                {number for key in found for number in re.findall(r"\d+$", key)}, key=int
+            )
+            segments[place] = segment.replace(r"\d+", "|".join(numbers))
+        else:
+            names.append(place)
+    for keys in sorted({tuple(keys[place] for place in names) for keys in few}):
+        for place, key in zip(names, keys, strict=True):
+            segments[place] = re.escape(key)
+        yield dataclasses.replace(rule, pattern=f"^{'/'.join(segments)}$")

@@ -1,0 +1,115 @@
+"""`teon_optax.rules`: what each ready set does to every model family, and its text as code."""
+
+import re
+
+import pytest
+from optax.contrib import MuonDimensionNumbers
+from test_default_rules import FAMILIES, array, nested, shapes
+
+from teon_optax import Rule, default_rules, plan, rules
+
+SETS = {
+    "paper": rules.paper,
+    "muon": rules.muon,
+    "all_hidden": lambda params, **first: rules.all_hidden(params, 3, **first),
+    "attention_out": lambda params, **first: rules.attention_out(params, 3, **first),
+}
+# Output projections of attention, as the families call them.
+OUTPUTS = re.compile(
+    r"(attn|attention|Attention)(_\d)?/(out|o|(o|out|output|c)_proj|attn_vec_einsum|linear"
+    r"|output/dense)/|layers/\d/wo$|block_\d/output/"
+)
+
+
+def treatments(planned):
+    """Member -> (K of its rule, whether that counts layers, all else)."""
+    return {
+        member: (
+            group.rule.stack,
+            "(?P<layer>" in group.rule.pattern or group.rule.layer_axis is not None,
+            (group.rule.mode, group.rule.dims, group.fan_in, group.fan_out, group.batch),
+        )
+        for group in planned.groups
+        for member in group.members
+    }
+
+
+def expected(name, member, stack, counts_layers):
+    if name in ("paper", "muon"):
+        return stack if name == "paper" else 1
+    more = name == "all_hidden" or OUTPUTS.search(member)
+    return 3 if stack == 2 or (more and counts_layers) else 1
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_takes_the_leaves_of_the_default_rules_and_changes_k_alone(name):
+    for family, rows in FAMILIES.items():
+        params = shapes(rows)
+        default, made = plan(params), plan(params, SETS[name](params))
+        before, after = treatments(default), treatments(made)
+        assert made.fallback == default.fallback, family
+        assert {member: rest for member, (*_, rest) in after.items()} == {
+            member: rest for member, (*_, rest) in before.items()
+        }, family
+        stacks = {member: stack for member, (stack, *_) in after.items()}
+        assert stacks == {
+            member: expected(name, member, stack, counts)
+            for member, (stack, counts, _) in before.items()
+        }, family
+        assert not made.unused, family
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_printed_is_code_that_makes_it(name):
+    for family, rows in FAMILIES.items():
+        made = SETS[name](shapes(rows))
+        names = {"Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers}
+        pasted: dict = dict(names)
+        exec(f"rules = {made}", pasted)
+        assert eval(str(made), names) == pasted["rules"] == made == tuple(made), family
+        assert isinstance(made, tuple) and all(isinstance(rule, Rule) for rule in made)
+
+
+def test_printed_rules_have_a_line_each_and_name_their_imports():
+    heads = {"query": (6, 4, 5), "key": (6, 4, 5), "out": (4, 5, 6)}
+    attention = {name: {"kernel": array(*shape)} for name, shape in heads.items()}
+    params = {f"block_{i}": {"attn": attention, "up": array(6, 9)} for i in range(2)}
+    assert str(default_rules(params)).split("\n") == [
+        "(  # from optax.contrib import MuonDimensionNumbers; from teon_optax import Rule",
+        r'    Rule(r"^block_(?P<layer>\d+)/attn/(key|query)/kernel$", stack=2, '
+        "dims=MuonDimensionNumbers(reduction_axis=0, output_axis=(1, 2))),",
+        r'    Rule(r"^block_(?P<layer>\d+)/attn/out/kernel$", '
+        "dims=MuonDimensionNumbers(reduction_axis=(0, 1), output_axis=2)),",
+        r'    Rule(r"^block_(?P<layer>\d+)/up$"),',
+        ")",
+    ]
+    assert str(default_rules({"block_0": {"up": array(6, 9)}})).split("\n") == [
+        "(  # from teon_optax import Rule",
+        r'    Rule(r"^block_(?P<layer>\d+)/up$"),',
+        ")",
+    ]
+    assert str(default_rules({})) == "()"
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_rules_put_first_stay_as_they_are(name):
+    params = nested({f"block_{i}/attn/query/kernel": array(4, 5, 6) for i in range(2)})
+    with pytest.raises(ValueError, match="cannot tell how to read"):
+        SETS[name](params)
+    first = (Rule(r"(?P<layer>\d+)/attn", stack=2, dims=MuonDimensionNumbers(1, (0, 2))),)
+    assert SETS[name](params, first=first) == first
+
+
+def test_a_default_rule_is_parted_where_it_takes_more_than_output_projections():
+    """In every other layer, a matrix of the same name and shape belongs to something else."""
+    attention = {name: array(6, 6) for name in ("q_proj", "k_proj", "out_proj", "gate_proj")}
+    mamba = {name: array(6, 6) for name in ("x_proj", "out_proj", "gate_proj")}
+    params = {"layers": {str(i): {"mixer": mamba if i % 2 else attention} for i in range(12)}}
+    made = plan(params, rules.attention_out(params))
+    stacked = {m for group in made.groups if group.rule.stack == 2 for m in group.members}
+    assert stacked == {
+        f"layers/{i}/mixer/{name}"
+        for i in range(0, 12, 2)
+        for name in ("q_proj", "k_proj", "out_proj")
+    }
+    assert not made.unused
