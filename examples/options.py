@@ -16,9 +16,14 @@ METHODS = ("polar_express", "schatten", "jordan", "you", "svd")
 LEARNING_RATES = {"teon": 0.02, "muon": 0.02, "adamw": 0.0015}
 ADAM_LEARNING_RATE = 0.01
 VOCAB_SIZES = {"byte": 256, "bpe": 4096, "shards": shards.VOCAB_SIZE}
-ONLY_FOR = {"rules": ("teon",), "method": ("teon",), "adam_learning_rate": ("teon", "muon")}
+ONLY_FOR = {
+    "rules": ("teon",),
+    "method": ("teon",),
+    "alignment_every": ("teon",),
+    "adam_learning_rate": ("teon", "muon"),
+}
 # What --resume may change: anything else would make it another run.
-CHANGEABLE = ("steps", "eval_every", "checkpoint_every")
+CHANGEABLE = ("steps", "eval_every", "checkpoint_every", "alignment_every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +47,7 @@ class Options:
     seed: int
     eval_every: int
     checkpoint_every: int
+    alignment_every: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +98,7 @@ def resolve(given: dict[str, Any]) -> Options:
         "seed": 0,
         "eval_every": 50,
         "checkpoint_every": 50,
+        "alignment_every": None,
     }
     return Options(**{**defaults, **given})
 
@@ -128,7 +135,7 @@ def _from_json(stored: object) -> Options:
     ]
     try:
         given = _normalized(vars(_parser().parse_args(argv)))
-        return Options(**{"data": None, "rules": None, **given})
+        return Options(**{"data": None, "rules": None, "alignment_every": None, **given})
     except (UserError, TypeError) as error:
         raise UserError(f"config.json is damaged: {error}") from error
 
@@ -203,6 +210,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=_whole(0), help="of parameters and batches; default: 0")
     add("--eval-every", type=_whole(1), metavar="STEPS", help="default: 50")
     add("--checkpoint-every", type=_whole(1), metavar="STEPS", help="default: 50")
+    add(
+        "--alignment-every",
+        type=_whole(1),
+        metavar="STEPS",
+        help="measure how alike the momenta of neighbouring blocks are, into metrics.jsonl and "
+        "alignment.png; default: never",
+    )
     return parser
 
 

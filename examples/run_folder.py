@@ -115,6 +115,11 @@ def plot(out: Path, title: str) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
-    temporary = out / f".{PLOT}.tmp"
+    save_figure(figure, out / PLOT)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes the whole PNG or nothing."""
+    temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(out / PLOT)
+    temporary.replace(path)

@@ -25,7 +25,7 @@ from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
 import teon_optax
-from examples import checkpoints, data, optimizers, run_folder
+from examples import alignments, checkpoints, data, optimizers, run_folder
 from examples.errors import UserError
 from examples.options import Command, Options, parse, resolve, resolve_resumed
 from examples.program import Program, TrainState, build
@@ -120,10 +120,12 @@ def train(run: Run, stop: threading.Event) -> int:
             )
             state, loss = program.train_step(state, batch)
             step += 1
-            record = {"step": step, "loss": float(loss)}
+            record: dict[str, Any] = {"step": step, "loss": float(loss)}
             if step == options.steps or step % options.eval_every == 0:
                 record["val_loss"] = validation_loss = evaluate(run, state.params)
             check_finite(record)
+            if options.alignment_every and step % options.alignment_every == 0:
+                record["alignment"] = alignments.measure(state)
             run_folder.write_metrics(metrics, record)
             bar.set_postfix_str(f"step {step}, loss {record['loss']:.3f}", refresh=False)
             bar.update(options.batch_size * options.context)
@@ -132,6 +134,8 @@ def train(run: Run, stop: threading.Event) -> int:
         if manager.latest_step() != step:
             checkpoints.save(manager, step, state)
     run_folder.plot(out, f"{options.model}, {options.optimizer}")
+    if options.alignment_every:
+        alignments.plot(out, f"{options.model}, pairs of neighbouring blocks")
     if step < options.steps:
         command = f"python -m examples.train_gpt --resume --out {shlex.quote(str(out))}"
         print(f"stopped and saved at step {step} of {options.steps}; go on with: {command}")

@@ -96,7 +96,7 @@ def test_a_run_ends_with_validation_loss_and_perplexity(finished):
 
 def test_a_run_begins_with_its_plan(finished):
     output = finished[1].stdout
-    assert re.search(r"block_\*/attn/query/kernel +128 x 128 +2 +1", output)
+    assert re.search(r"block_\*/attn/query/kernel +0-3 +128 x 128 +2 +1", output)
     assert "4 files for training, 1 held out for validation" in output
 
 
