@@ -120,8 +120,10 @@ def teon(
         taken = plan(tree, tree_rules).taken
         leaves, structure = jax.tree.flatten(tree)
         labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]
+        # A function of the tree: Optax would call labels that are callable, as Equinox's models are.
         return optax.partition(
-            {"teon": transform(tree_rules), "fallback": fallback}, structure.unflatten(labels)
+            {"teon": transform(tree_rules), "fallback": fallback},
+            lambda _: structure.unflatten(labels),
         )
 
     def init_fn(params: optax.Params) -> optax.OptState:

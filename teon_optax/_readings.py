@@ -27,7 +27,7 @@ UNNAMED = Reading(0, doubt="no name tells what it is")
 
 # Gemma's einsums, heads first; `attn_vec_einsum` (heads, size, width) beside them proves it.
 _EINSUMS = {
-    "q_einsum": (D(1, (0, 2)), 1),
+    **dict.fromkeys(["q_einsum", "k_einsum", "v_einsum"], (D(1, (0, 2)), 1)),
     "kv_einsum": (D(2, (0, 1, 3)), 2),
     "qkv_einsum": (D(2, (0, 1, 3)), 3),
 }

@@ -74,25 +74,26 @@ def filled(shapes):
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
-        offset = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        name = jax.tree_util.keystr(path)
+        offset = 1.0 if "scale" in name or "weight" in name and leaf.ndim == 1 else 0.0
         return jnp.asarray(offset + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
 
     return jax.tree.map_with_path(fill, shapes)
 
 
 def paths_of(params):
-    """Every leaf's path, without the boxes around the array."""
+    """Every leaf's path, without the boxes around the array: keys that have no siblings."""
+    flat = [keys for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
 
-    def is_box(key):
-        wrapper = isinstance(key, GetAttrKey) and key.name in ("value", "data_array", "array")
-        return wrapper or isinstance(key, FlattenedIndexKey)
+    def is_box(keys):
+        names = isinstance(keys[-1], GetAttrKey) and keys[-1].name in ("value", "data_array")
+        alone = sum(other[: len(keys) - 1] == keys[:-1] for other in flat) == 1
+        return alone and (names or isinstance(keys[-1], FlattenedIndexKey))
 
-    paths = []
-    for keys, _ in jax.tree_util.tree_flatten_with_path(params)[0]:
-        while is_box(keys[-1]):
-            keys = keys[:-1]
-        paths.append(jax.tree_util.keystr(keys, simple=True, separator="/"))
-    return paths
+    def unboxed(keys):
+        return unboxed(keys[:-1]) if is_box(keys) else keys
+
+    return [jax.tree_util.keystr(unboxed(keys), simple=True, separator="/") for keys in flat]
 
 
 def rows_of(params, expected):
@@ -238,6 +239,6 @@ def offers(params):
         yield paths, {axes: eval(line, names) for line, axes in lines}
 
 
-def answered(params, axes, others="fallback"):
-    """For every refused leaf the offered rule that reads its axes so, as pasted from the error."""
-    return [rules.get(axes) or rules[others] for _, rules in offers(params)]
+def answered(params, readings):
+    """For every refused leaf the first offered rule that reads its axes so, as pasted."""
+    return [next(rules[r] for r in readings if r in rules) for _, rules in offers(params)]

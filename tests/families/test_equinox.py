@@ -1,0 +1,164 @@
+"""Equinox: weights are (out, in), and filtered trees hold None."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from checks import FALLBACK, answered, check, filled, library, muon_of, teon_of, under
+from tasks import D, E, F, H, IMAGES, K, TOKENS, V, label_loss, next_token_loss
+
+eqx = library("equinox")
+
+AROUND = {"embed/weight": FALLBACK, "head/weight": FALLBACK}
+
+
+def rows(layer=lambda axes: axes):
+    attention = under("", dict.fromkeys(["query", "key", "value"], teon_of(layer("oi"))), "_proj/weight")
+    attention |= {"output_proj/weight": muon_of(layer("oi"))}
+    mlp = dict.fromkeys(["mlp/layers/0/weight", "mlp/layers/1/weight"], muon_of(layer("oi")))
+    mlp |= {"mlp/layers/0/bias": FALLBACK, "mlp/layers/1/bias": FALLBACK}
+    return under("attn/", attention) | mlp | {"ln/weight": FALLBACK, "ln/bias": FALLBACK}
+
+
+class Block(eqx.Module):
+    ln: eqx.nn.LayerNorm
+    attn: eqx.nn.MultiheadAttention
+    mlp: eqx.nn.MLP
+
+    def __init__(self, key):
+        keys = jax.random.split(key)
+        self.ln = eqx.nn.LayerNorm(D)
+        self.attn = eqx.nn.MultiheadAttention(H, D, qk_size=K, vo_size=K, key=keys[0])
+        self.mlp = eqx.nn.MLP(D, D, F, 1, key=keys[1])
+
+    def __call__(self, x):
+        h = jax.vmap(self.ln)(x)
+        x = x + self.attn(h, h, h)
+        return x + jax.vmap(self.mlp)(x)
+
+
+class Experts(eqx.Module):
+    """A router's mixture of `E` linear layers, made by `filter_vmap`."""
+
+    ln: eqx.nn.LayerNorm
+    router: eqx.nn.Linear
+    experts: eqx.nn.Linear
+
+    def __init__(self, key):
+        keys = jax.random.split(key, E)
+        self.ln = eqx.nn.LayerNorm(D)
+        self.router = eqx.nn.Linear(D, E, use_bias=False, key=key)
+        make = functools.partial(eqx.nn.Linear, D, F, use_bias=False)
+        self.experts = eqx.filter_vmap(lambda key: make(key=key))(keys)
+
+    def __call__(self, x):
+        def mixed(x):
+            each = eqx.filter_vmap(lambda expert: expert(x))(self.experts)
+            return jax.nn.softmax(self.router(x)) @ each
+
+        return x + jax.vmap(mixed)(jax.vmap(self.ln)(x))[:, :D]
+
+
+class Model(eqx.Module):
+    embed: eqx.nn.Embedding
+    blocks: list
+    head: eqx.nn.Linear
+
+    def __init__(self, key, make=Block):
+        self.embed = eqx.nn.Embedding(V, D, key=key)
+        self.blocks = [make(key) for key in jax.random.split(key)]
+        self.head = eqx.nn.Linear(D, V, use_bias=False, key=key)
+
+    def __call__(self, tokens):
+        x = jax.vmap(self.embed)(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return jax.vmap(self.head)(x)
+
+
+class Stacked(Model):
+    """Blocks made by `filter_vmap`: layers along axis 0 of every leaf."""
+
+    blocks: Block
+
+    def __init__(self, key):
+        super().__init__(key)
+        self.blocks = eqx.filter_vmap(Block)(jax.random.split(key, 3))
+
+    def __call__(self, tokens):
+        arrays, static = eqx.partition(self.blocks, eqx.is_array)
+
+        def through(x, arrays):
+            return eqx.combine(arrays, static)(x), None
+
+        return jax.vmap(self.head)(jax.lax.scan(through, jax.vmap(self.embed)(tokens), arrays)[0])
+
+
+def problem(make, inputs=TOKENS, loss=next_token_loss):
+    shapes = eqx.filter_eval_shape(make, jax.random.key(0))
+    params, static = eqx.partition(shapes, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+    return filled(params), lambda params: loss(jax.vmap(eqx.combine(params, static))(inputs))
+
+
+def test_multihead_attention():
+    params, loss = problem(Model)
+    # What is no array was filtered out: None, and no leaf.
+    assert any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=lambda x: x is None))
+    check("equinox", params, loss, under("blocks/*/", rows()) | AROUND)
+
+
+def test_filter_vmap():
+    expected = under("blocks/", rows(lambda axes: "l" + axes)) | AROUND
+    check("equinox-filter-vmap", *problem(Stacked), expected)
+
+
+def test_experts_are_a_batch():
+    expected = {"experts/weight": muon_of("boi"), "router/weight": FALLBACK}
+    expected |= {"ln/weight": FALLBACK, "ln/bias": FALLBACK}
+    model = functools.partial(Model, make=Experts)
+    check("equinox-experts", *problem(model), under("blocks/*/", expected) | AROUND)
+
+
+def test_convolutions_go_to_the_fallback():
+    class Convolutions(eqx.Module):
+        conv: eqx.nn.Conv2d
+        hidden: eqx.nn.Linear
+        classifier: eqx.nn.Linear
+
+        def __init__(self, key):
+            self.conv = eqx.nn.Conv2d(3, D, 3, key=key)
+            self.hidden = eqx.nn.Linear(D, F, key=key)
+            self.classifier = eqx.nn.Linear(F, 5, key=key)
+
+        def __call__(self, image):
+            x = jax.nn.relu(self.conv(image.transpose(2, 0, 1))).mean((1, 2))
+            return self.classifier(jax.nn.relu(self.hidden(x)))
+
+    expected = dict.fromkeys(["conv/weight", "conv/bias", "hidden/bias"], FALLBACK)
+    expected |= dict.fromkeys(["classifier/weight", "classifier/bias"], FALLBACK)
+    expected |= {"hidden/weight": muon_of("oi")}
+    check("equinox-convolutions", *problem(Convolutions, IMAGES, label_loss), expected)
+
+
+def test_shared_layers_ask_for_a_rule():
+    class Tied(eqx.Module):
+        shared: eqx.nn.Shared
+        blocks: list
+
+        def __init__(self, key):
+            model = Model(key)
+            pair = model.embed, model.head
+            self.shared = eqx.nn.Shared(pair, lambda p: p[1].weight, lambda p: p[0].weight)
+            self.blocks = model.blocks
+
+        def __call__(self, tokens):
+            embed, head = self.shared()
+            x = jax.vmap(embed)(tokens)
+            for block in self.blocks:
+                x = block(x)
+            return jax.vmap(head)(x)
+
+    params, loss = problem(Tied)
+    first = answered(params, ["fallback"])
+    expected = under("blocks/*/", rows()) | {"shared/pytree/0/weight": FALLBACK}
+    check("equinox-shared", params, loss, expected, first)
