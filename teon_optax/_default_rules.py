@@ -167,7 +167,7 @@ def _joined(drafts: list[_Draft]) -> list[_Draft]:
     joined: list[_Draft] = []
     for draft in drafts:
         for index, other in enumerate(joined):
-            if other[1:4] == draft[1:4] and (segments := _union(other.segments, draft.segments)):
+            if _agree(other, draft) and (segments := _union(other.segments, draft.segments)):
                 joined[index] = draft._replace(
                     segments=segments, leaves=other.leaves + draft.leaves
                 )
@@ -175,6 +175,12 @@ def _joined(drafts: list[_Draft]) -> list[_Draft]:
         else:
             joined.append(draft)
     return joined if len(joined) == len(drafts) else _joined(joined)
+
+
+def _agree(one: _Draft, other: _Draft) -> bool:
+    """Whether one rule may do for both; where only shapes tell leaves apart, for equal shapes."""
+    (a, *_), (b, *_) = one.leaves, other.leaves
+    return one[1:4] == other[1:4] and (a.box != "penzai" or a.shape == b.shape)
 
 
 def _union(ours: tuple[_Segment, ...], theirs: tuple[_Segment, ...]) -> tuple[_Segment, ...] | None:

@@ -45,7 +45,14 @@ _WEIGHTS: dict[int, list[tuple[D | None, int | None]]] = {
 # The same for other matrices: output projections and experts.
 _OTHERS: dict[int, list[tuple[D | None, int | None]]] = {
     2: _KERNELS[2],
-    3: [(D((0, 1), 2), None), (D((1, 2), 0), None), (D(1, 2), None), (D(2, 1), None)],
+    3: [
+        (D((0, 1), 2), None),
+        (D((1, 2), 0), None),
+        (D(0, (1, 2)), None),
+        (D(1, 2), None),
+        (D(2, 1), None),
+    ],
+    4: [(D((0, 1, 2), 3), None), (D((1, 2, 3), 0), None), (D(0, (1, 2, 3)), None)],
 }
 
 
@@ -106,7 +113,7 @@ def _is_apart(leaf: Leaf, tree: Tree) -> bool:
 
 def _read_unnamed(leaf: Leaf, tree: Tree) -> Reading | None:
     if leaf.box == "penzai":
-        return _doubt("penzai keeps the names out of the path.", _options(leaf, 1))
+        return _doubt("penzai keeps names out of the path (`label` has them).", _options(leaf, 1))
     if leaf.place[1] == "pytree" and leaf.keys[-2].isdecimal():  # eqx.nn.Shared
         return _doubt("an embedding or a projection?", _options(leaf, 1))
     return None

@@ -240,5 +240,9 @@ def offers(params):
 
 
 def answered(params, readings):
-    """For every refused leaf the first offered rule that reads its axes so, as pasted."""
-    return [next(rules[r] for r in readings if r in rules) for _, rules in offers(params)]
+    """The offered rules, as pasted: the axes to choose are in `readings`, by patterns of paths."""
+
+    def choice(path):
+        return next(axes for pattern, axes in readings.items() if re.search(pattern, path))
+
+    return [rules[choice(paths[0])] for paths, rules in offers(params)]

@@ -159,6 +159,6 @@ def test_shared_layers_ask_for_a_rule():
             return jax.vmap(head)(x)
 
     params, loss = problem(Tied)
-    first = answered(params, ["fallback"])
+    first = answered(params, {"pytree/0": "fallback"})
     expected = under("blocks/*/", rows()) | {"shared/pytree/0/weight": FALLBACK}
     check("equinox-shared", params, loss, expected, first)

@@ -157,7 +157,7 @@ def test_scan_over_a_pattern_of_blocks_asks_which_number_counts_the_layers():
             return scan("group")(x)
 
     params, loss = problem(Model(Group, 1))
-    first = answered(params, ["(layer, in, out)"])
+    first = answered(params, {"query|key|value": "(layer, in, out)"})
     expected = under("Group_0/layers/layers_*/", scanned(BLOCK, 0)) | AROUND
     check("linen-scan-pattern", params, loss, expected, first)
 

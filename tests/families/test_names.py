@@ -138,7 +138,7 @@ def test_einsums_of_flax_ask_for_a_rule():
 
     params, loss = problem(Model())
     out = Rule("out/kernel", dims=MuonDimensionNumbers((0, 1), 2))
-    first = [*answered(params, ["(out, in, out)"]), out]
+    first = [*answered(params, {"einsum": "(out, in, out)"}), out]
     einsums = dict.fromkeys(["q_einsum", "k_einsum", "v_einsum"], teon_of("oio"))
     expected = under("Block_*/", einsums | {"out": muon_of("iio")}, "/kernel")
     check("linen-einsum", params, loss, expected | {"Embed_0/embedding": FALLBACK}, first)

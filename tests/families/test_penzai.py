@@ -1,38 +1,75 @@
 """penzai: parameters without names in their paths, so that every matrix needs a rule."""
 
 import jax
-from checks import FALLBACK, check, filled, library, muon_of, offers
-from tasks import D, F, G, K, TOKENS, V, next_token_loss
+from checks import FALLBACK, answered, check, filled, library, muon_of
+from optax.contrib import MuonDimensionNumbers
+from tasks import D, F, G, TOKENS, V, next_token_loss
 
-penzai = library("penzai")
-library("penzai.models")
+from teon_optax import Rule, default_rules, plan
+
+library("penzai")
 
 from penzai import pz  # noqa: E402
 from penzai.models.transformer.variants import llamalike_common as llamalike  # noqa: E402
 
 
 def problem():
+    """A LLaMA of two blocks, whose parameters are a tuple."""
     config = llamalike.LlamalikeTransformerConfig(
         num_kv_heads=G,
-        query_head_multiplier=2,
+        query_head_multiplier=3,
         embedding_dim=D,
-        projection_dim=K + 1,
+        projection_dim=4,
         mlp_hidden_dim=F,
         num_decoder_blocks=2,
         vocab_size=V,
         mlp_variant="swiglu",
         tie_embedder_and_logits=False,
     )
-    model = llamalike.build_llamalike_transformer(config, jax.random.key(0))
-    unbound, params = pz.unbind_params(model, freeze=True)
-    return unbound, params
+    unbound = []
+
+    def build(key):
+        model = llamalike.build_llamalike_transformer(config, key)
+        without, params = pz.unbind_params(model, freeze=True)
+        unbound.append(without)
+        return params
+
+    shapes = jax.eval_shape(build, jax.random.key(0))
+    tokens = pz.nx.wrap(TOKENS, "batch", "seq")
+
+    def loss(params):
+        logits = pz.bind_variables(unbound[0], params)(tokens)
+        return next_token_loss(logits.unwrap("batch", "seq", "vocabulary"))
+
+    return filled(shapes), loss
 
 
-def test_x():
-    unbound, params = problem()
-    for p in params:
-        print(p.label, p.value.named_shape, jax.tree.leaves(p)[0].shape)
-    from checks import default_rules
-    try: print(default_rules(params))
-    except ValueError as e: print(e)
-    assert 0
+def offered(params):
+    """Matrices of equal shapes are in one rule: 3 and 4 are key and value of block 0."""
+    readings = {"^(0|20)$": "fallback", "2": "(in, out, out, out)", "3": "(in, out, out)"}
+    return answered(params, readings | {"5": "(in, in, in, out)", "7|9": "(in, out)"})
+
+
+def rows():
+    places = {"2": "iooo", "3": "ioo", "4": "ioo", "5": "iiio", "7": "io", "8": "io", "9": "io"}
+    blocks = {
+        str(int(place) + 9 * block): muon_of(axes)
+        for place, axes in places.items()
+        for block in range(2)
+    }
+    return blocks | dict.fromkeys(["0", "1", "6", "10", "15", "19", "20"], FALLBACK)
+
+
+def test_every_matrix_needs_a_rule():
+    params, loss = problem()
+    check("penzai", params, loss, rows(), offered(params))
+
+
+def test_rules_by_position_join_the_same_projection_of_two_blocks():
+    params, _ = problem()
+    dims = MuonDimensionNumbers(0, (1, 2))
+    query = Rule(r"^(?P<layer>2|11)$", stack=2, dims=MuonDimensionNumbers(0, (1, 2, 3)))
+    key, value = (Rule(rf"^(?P<layer>{places})$", stack=2, dims=dims) for places in ("3|12", "4|13"))
+    rules = default_rules(params, [query, key, value, *offered(params)])
+    members = {group.members for group in plan(params, rules).groups if group.rule.stack == 2}
+    assert members == {("2", "11"), ("3", "12"), ("4", "13")}
