@@ -38,8 +38,9 @@ def opened(folder: Path) -> Iterator[ocp.CheckpointManager]:
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
     """Saves the state after `step` steps."""
     manager.save(step, args=ocp.args.StandardSave(state), force=True)
-    folder = Path(manager.directory, str(step))
-    write_atomically(folder / CHECKSUMS, json.dumps(_checksums(folder), indent=1))
+    if jax.process_index() == 0:
+        folder = Path(manager.directory, str(step))
+        write_atomically(folder / CHECKSUMS, json.dumps(_checksums(folder), indent=1))
 
 
 def restore(manager: ocp.CheckpointManager, shapes: Any) -> tuple[int, Any] | None:
@@ -47,7 +48,8 @@ def restore(manager: ocp.CheckpointManager, shapes: Any) -> tuple[int, Any] | No
 
     Args:
         manager: Where to look.
-        shapes: The state that is expected, as shapes and dtypes.
+        shapes: The state that is expected, as shapes and dtypes; with shardings it comes back on
+            their mesh, whatever mesh it was saved on.
 
     Returns:
         Its step and state, or None where nothing was saved yet.
@@ -62,7 +64,8 @@ def restore(manager: ocp.CheckpointManager, shapes: Any) -> tuple[int, Any] | No
     _check(folder)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device),
+        shapes,
     )
     try:
         return step, manager.restore(step, args=ocp.args.StandardRestore(target))

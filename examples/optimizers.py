@@ -22,8 +22,8 @@ LONGEST_WARMUP = 20
 DECAY_SHARE = 0.4
 
 
-def build(options: Options) -> optax.GradientTransformation:
-    """The optimizer that the options name."""
+def build(options: Options, shardings: Any = None) -> optax.GradientTransformation:
+    """The optimizer that the options name; `shardings` says how parameters lie on a mesh."""
     rate = schedule(options.learning_rate, options.steps)
     adam_rate = schedule(options.adam_learning_rate, options.steps)
     decay = options.weight_decay
@@ -31,7 +31,12 @@ def build(options: Options) -> optax.GradientTransformation:
     if options.optimizer == "teon":
         rules = parse_rules(options.rules)
         optimizer = teon_optax.teon(
-            rate, rules, method=options.method, weight_decay=decay, fallback=rest
+            rate,
+            rules,
+            method=options.method,
+            weight_decay=decay,
+            fallback=rest,
+            shardings=shardings,
         )
     elif options.optimizer == "muon":
         # Muon's own Adam is Nesterov's; a partition gives the rest the same AdamW as TEON does.

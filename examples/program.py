@@ -29,7 +29,7 @@ class Program(NamedTuple):
         init: From a random key to the first state.
         train_step: From a state, which it consumes, and a batch to the next state and the loss.
         eval_step: From parameters and a batch to the loss.
-        shapes: The state's shapes and dtypes.
+        shapes: The state's shapes and dtypes, and on a mesh its shardings.
     """
 
     init: Callable[[jax.Array], TrainState]
@@ -38,8 +38,15 @@ class Program(NamedTuple):
     shapes: TrainState
 
 
-def build(options: Options, vocab_size: int) -> Program:
-    """Model, optimizer, and the functions made of them."""
+def build(options: Options, vocab_size: int, place: Callable[[Any], Any] | None = None) -> Program:
+    """Model, optimizer, and the functions made of them.
+
+    Args:
+        options: Of the run.
+        vocab_size: Of the corpus.
+        place: From a tree of shapes, with the paths of parameters, to their shardings; None is one
+            device.
+    """
     model = GPT(
         dataclasses.replace(
             MODELS[options.model],
@@ -48,10 +55,15 @@ def build(options: Options, vocab_size: int) -> Program:
             dtype=options.dtype,
         )
     )
-    optimizer = optimizers.build(options)
+
+    def init_params(key: jax.Array) -> Any:
+        return model.init(key, jnp.zeros((1, options.context), jnp.int32))["params"]
+
+    placed = place and place(jax.eval_shape(init_params, jax.random.key(0)))
+    optimizer = optimizers.build(options, placed)
 
     def init(key: jax.Array) -> TrainState:
-        params = model.init(key, jnp.zeros((1, options.context), jnp.int32))["params"]
+        params = init_params(key)
         return TrainState(params, optimizer.init(params))
 
     def loss(params: Any, batch: jax.Array) -> jax.Array:
@@ -69,4 +81,16 @@ def build(options: Options, vocab_size: int) -> Program:
         if options.rules is None:
             raise
         raise UserError(f"--rules: {error}") from error
-    return Program(jax.jit(init), jax.jit(train_step, donate_argnums=0), jax.jit(loss), shapes)
+    if place is None:
+        return Program(jax.jit(init), jax.jit(train_step, donate_argnums=0), jax.jit(loss), shapes)
+    # A compiled `init` cannot see where moments should lie, and a step should not move the state.
+    state = place(shapes)
+    shapes = jax.tree.map(
+        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own), shapes, state
+    )
+    return Program(
+        jax.jit(init, out_shardings=state),
+        jax.jit(train_step, donate_argnums=0, out_shardings=(state, None)),
+        jax.jit(loss),
+        shapes,
+    )

@@ -16,11 +16,12 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import CheckpointManager
 from tqdm import tqdm
 
@@ -34,13 +35,17 @@ INTERRUPTED = 130
 
 
 class Run(NamedTuple):
-    """One training run: what it is made of, and where it lies with which `config.json`."""
+    """One training run: what it is made of, and where it lies with which `config.json`.
+
+    Processes of one run have folders of their own but for the checkpoints.
+    """
 
     options: Options
     corpus: data.Corpus
     program: Program
     out: Path
     config: dict[str, Any]
+    checkpoints: Path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,22 +61,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def start(command: Command) -> int:
-    """A new run; whatever is wrong shows before anything is written."""
+def start(
+    command: Command, make: Callable[..., Program] = build, saved_in: Path | None = None
+) -> int:
+    """A new run; whatever is wrong shows before anything is written.
+
+    Args:
+        command: What the user wrote.
+        make: From options and the size of the vocabulary to what is compiled.
+        saved_in: Where checkpoints are, if not in the run's own folder.
+    """
     run_folder.refuse_occupied(command.out)
-    run = prepare(resolve(command.given), command.out, saved_tokenizer=None)
+    run = prepare(resolve(command.given), command.out, None, make, saved_in)
     print(describe(run), flush=True)
     with stop_requests() as stop:
         run_folder.create(run.out, run.config, run.corpus.tokenizer)
         return train(run, stop)
 
 
-def resume(command: Command) -> int:
+def resume(
+    command: Command, make: Callable[..., Program] = build, saved_in: Path | None = None
+) -> int:
     """Goes on with the run of a folder; whatever is wrong shows before anything is changed."""
     config = run_folder.read_config(command.out)
     options = resolve_resumed(config["options"], command.given)
     bpe = options.tokenizer == "bpe"
-    run = prepare(options, command.out, run_folder.read_tokenizer(command.out) if bpe else None)
+    tokenizer = run_folder.read_tokenizer(command.out) if bpe else None
+    run = prepare(options, command.out, tokenizer, make, saved_in)
     if run.config["corpus"] != config["corpus"]:
         raise UserError(f"not the corpus that this run began with: {run.corpus.description}")
     print(describe(run), flush=True)
@@ -79,13 +95,21 @@ def resume(command: Command) -> int:
         return train(run, stop)
 
 
-def prepare(options: Options, out: Path, saved_tokenizer: str | None) -> Run:
+def prepare(
+    options: Options,
+    out: Path,
+    saved_tokenizer: str | None,
+    make: Callable[..., Program],
+    saved_in: Path | None,
+) -> Run:
     """Reads the corpus and builds what trains on it."""
     path = None if options.data is None else Path(options.data)
     corpus = data.load(path, options.tokenizer, options.vocab_size, saved_tokenizer)
     data.check_length(corpus, options.context)
     config = {"options": dataclasses.asdict(options), "corpus": data.fingerprint(corpus)}
-    return Run(options, corpus, build(options, corpus.vocab_size), out, config)
+    program = make(options, corpus.vocab_size)
+    where = saved_in or out / run_folder.CHECKPOINTS
+    return Run(options, corpus, program, out, config, where)
 
 
 def describe(run: Run) -> str:
@@ -108,13 +132,13 @@ def train(run: Run, stop: threading.Event) -> int:
     """The loop: from the newest checkpoint, or the beginning, to the last step or a stop."""
     options, program, out = run.options, run.program, run.out
     with contextlib.ExitStack() as stack:
-        manager = stack.enter_context(checkpoints.opened(out / run_folder.CHECKPOINTS))
+        manager = stack.enter_context(checkpoints.opened(run.checkpoints))
         step, state = first_state(run, manager)
         run_folder.write_config(out, run.config)
         metrics = stack.enter_context(run_folder.open_metrics(out, step))
         bar = stack.enter_context(progress_bar(options, step))
         validation_loss = None
-        while step < options.steps and not stop.is_set():
+        while step < options.steps and not requested(stop):
             batch = data.training_batch(
                 run.corpus, options.context, options.batch_size, options.seed, step
             )
@@ -182,8 +206,16 @@ def progress_bar(options: Options, step: int) -> tqdm:
         unit_scale=True,
         dynamic_ncols=True,
         mininterval=0.5,
+        disable=jax.process_index() > 0,
         desc=options.optimizer,
     )
+
+
+def requested(stop: threading.Event) -> bool:
+    """Whether any process was asked to stop: they all save after the same step."""
+    if jax.process_count() == 1:
+        return stop.is_set()
+    return bool(multihost_utils.process_allgather(stop.is_set()).any())
 
 
 @contextlib.contextmanager
