@@ -40,6 +40,7 @@ def small_gpt(width: int, depth: int) -> gpts.ModelConfig:
 
 MODELS = {
     "gpt-2x64": small_gpt(64, 2),
+    "gpt-4x256": small_gpt(256, 4),
     "gpt-24x64": small_gpt(64, 24),
     "gpt-24x256": small_gpt(256, 24),
     "gpt-8x384": small_gpt(384, 8),
