@@ -143,19 +143,24 @@ def plan_exchange(
     for d, indices in itertools.groupby(by_width, key=lambda index: blocks[index].d):
         groups = [(index, place) for index in indices for place in range(blocks[index].count)]
         widths, start = [blocks[index].N for index, _ in groups], 0
-        for share, taken in _rows(widths, devices, partial(cost, d)):
+        pieces = [count(blocks[index].axes[1], sizes) for index, _ in groups]
+        for share, taken in _rows(widths, pieces, devices, partial(cost, d)):
             hands.append(_row(groups[start : start + taken], blocks, share, sizes))
             start += taken
     return Exchange(tuple(sizes.items()), tuple(blocks), tuple(_merged(hands)))
 
 
 def _rows(
-    widths: Sequence[int], devices: int, cost: Callable[[int, int], float]
+    widths: Sequence[int],
+    pieces: Sequence[int],
+    devices: int,
+    cost: Callable[[int, int], float],
 ) -> list[tuple[int, int]]:
     """Rows of the cheapest deal of groups in this order: (devices that share each, groups).
 
-    A row costs what its first, widest, group does. A shared one has groups of one width. Other rows
-    are full but for the last: to leave less for the rows after is never worse.
+    A row costs what its first, widest, group does. A shared one has groups of one width, padded so
+    that each of a group's pieces, of which every device holds one, is cut evenly. Other rows are
+    full but for the last: to leave less for the rows after is never worse.
     """
     divisors = [share for share in range(1, devices + 1) if devices % share == 0]
     alike = [0] * len(widths)  # groups from here on of the same width
@@ -167,7 +172,8 @@ def _rows(
         left, options = len(widths) - start, []
         for share in divisors:
             taken = min(devices // share, left if share == 1 else alike[start])
-            options.append((cost(widths[start], share) + best[left - taken][0], share, taken))
+            width = _padded(widths[start], pieces[start] * share)
+            options.append((cost(width, share) + best[left - taken][0], share, taken))
         best.append(min(options))
     rows, left = [], len(widths)
     while left > 0:
@@ -187,7 +193,12 @@ def _row(
         members.append((index, places[0], places[-1] + 1))
     pieces = (count(blocks[index].axes[1], sizes) for index, _, _ in members)
     unit, widest = share * math.lcm(*pieces), blocks[members[0][0]]
-    return Hand(widest.d, -(-widest.N // unit) * unit, share, 1, tuple(members))
+    return Hand(widest.d, _padded(widest.N, unit), share, 1, tuple(members))
+
+
+def _padded(width: int, unit: int) -> int:
+    """The next multiple of `unit`."""
+    return -(-width // unit) * unit
 
 
 def count(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
