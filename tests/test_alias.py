@@ -150,7 +150,7 @@ def test_without_rules_they_are_the_default_rules_of_the_whole_tree():
         ({"rules": Rule("w")}, '`rules=Rule(r"w")` should be a tuple of `Rule`'),
         ({"precision": "nope"}, "nope"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_a_wrong_argument_is_refused_when_the_optimizer_is_built(arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):

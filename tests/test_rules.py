@@ -149,6 +149,9 @@ class Flattened:
     def __init__(self, array):
         self.array = array
 
+    def __repr__(self):
+        return f"Flattened({self.array})"
+
 
 jax.tree_util.register_pytree_with_keys(
     Flattened,
