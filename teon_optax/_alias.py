@@ -120,7 +120,7 @@ def teon(
         taken = plan(tree, tree_rules).taken
         leaves, structure = jax.tree.flatten(tree)
         labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]
-        # A function of the tree: Optax would call labels that are callable, as Equinox's models are.
+        # A function: Optax would call labels that are callable, as Equinox's models are.
         return optax.partition(
             {"teon": transform(tree_rules), "fallback": fallback},
             lambda _: structure.unflatten(labels),

@@ -5,6 +5,8 @@ import os
 # Read when JAX and Matplotlib are imported, also by the scripts that tests start.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
+# Compilation is most of the time of these tests, and no claim of theirs. CI also runs without it.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 # NumPy's factorizations of small matrices take three times as long where threads share two cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
@@ -12,7 +14,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Not XLA_FLAGS: the scripts that tests start would inherit the eight devices.
+# Not in XLA_FLAGS: the scripts that tests start would inherit the eight devices.
 jax.config.update("jax_num_cpu_devices", 8)
 
 hypothesis.settings.register_profile(

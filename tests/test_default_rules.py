@@ -272,6 +272,12 @@ FAMILIES = {
         "layer_*/mlp/linear": ((F, D), muon(F, D)),
         "embedder/input_embedding": ((V, D), LAST),
     },
+    "Gemma with an einsum each": {
+        "layer_*/attn/q_einsum/kernel": ((H, D, K), s2(D, A)),
+        "layer_*/attn/k_einsum/kernel": ((G, D, K), s2(D, G * K)),
+        "layer_*/attn/v_einsum/kernel": ((G, D, K), s2(D, G * K)),
+        "layer_*/attn/attn_vec_einsum/kernel": ((H, K, D), muon(A, D)),
+    },
     "Gemma, fused and transposed": {
         "layer_*/attn/qkv_einsum/w": ((3, H, D, K), s2(D, A)),
         "layer_*/attn/attn_vec_einsum/w": ((H, K, D), muon(A, D)),
@@ -553,7 +559,10 @@ UNREADABLE = {
         {"blocks/0/attn/key/kernel": (D, 3, K)},
         {"blocks/0/attn/query/kernel": (D, H, K), "blocks/0/attn/out/kernel": (H, K, D)},
     ),
-    "linen Einsum": ({"Block_0/q_einsum/kernel": (H, D, K)}, {}),
+    "linen Einsum": (
+        {"Block_0/q_einsum/kernel": (H, D, K), "Block_0/k_einsum/kernel": (G, D, K)},
+        {},
+    ),
     "Gemma with other sizes": (
         {"layer_0/attn/kv_einsum/w": (2, 3, D, K)},
         {"layer_0/attn/attn_vec_einsum/w": (H, K, D)},
@@ -700,6 +709,14 @@ def test_penzai_is_refused_because_its_paths_hold_no_names():
     message = refusal(params)
     assert '"0", shape (19, 6)' in message and '"2", shape (6, 2, 4, 5)' in message
     assert '"1"' not in message
+
+
+def test_penzai_offers_a_rule_for_every_shape_and_rank():
+    shapes = [(D, G, H, K), (D, G, K), (G, H, K, D), (D, G, K)]
+    message = refusal(tuple(Variable(PenzaiArray(array(*shape))) for shape in shapes))
+    assert '"0", shape (6, 2, 4, 5)' in message and "# (in, out, out, out)" in message
+    assert '"2", shape (2, 4, 5, 6)' in message and "# (in, in, in, out)" in message
+    assert '"1", "3", shape (6, 2, 5)' in message and "# (in, out, out)" in message
 
 
 def test_wrapped_and_bare_leaves_get_the_same_rules():

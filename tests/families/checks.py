@@ -1,9 +1,11 @@
 """What the test of every family asserts: the whole plan, the orientation, a loss that falls.
 
 A family says for each path what every axis is, a letter each: `i` fan_in, `o` fan_out, `l` layers,
-`b` batch. In paths `*` is a number and `@` Haiku's (nothing, _1, _2). The oracle reads nothing else.
+`b` batch. In paths `*` is a number and `@` Haiku's (nothing, _1, _2). The oracle reads nothing
+else.
 """
 
+import os
 import pathlib
 import re
 import warnings
@@ -70,7 +72,7 @@ def library(name):
 
 
 def filled(shapes):
-    """Parameters of these shapes: eager initializers would compile for longer than the test runs."""
+    """Parameters of these shapes: eager initializers compile for longer than the test runs."""
     rng = np.random.default_rng(0)
 
     def fill(path, leaf):
@@ -147,7 +149,9 @@ def runs(params, expected):
 
 def misfits(updates, gradients, params, expected):
     """Row -> how far its updates are from the paper's, in units of what rounding allows."""
-    found, wanted = ([np.asarray(x).ravel() for x in jax.tree.leaves(t)] for t in (updates, gradients))
+    found, wanted = (
+        [np.asarray(x).ravel() for x in jax.tree.leaves(t)] for t in (updates, gradients)
+    )
     worst: dict[str, float] = {}
     for run in runs(params, expected):
         fan_in, fan_out, batch = run.size
@@ -170,7 +174,9 @@ def transposed(how):
 def assert_plan(params, expected, rules):
     made = plan(params, rules)
     paths, rows = rows_of(params, expected)
-    apart = {paths[leaf] for row, leaves in rows.items() if expected[row] == FALLBACK for leaf in leaves}
+    apart = {
+        paths[leaf] for row, leaves in rows.items() if expected[row] == FALLBACK for leaf in leaves
+    }
     assert set(made.fallback) == apart
     assert {g.members: (g.fan_in, g.fan_out, g.batch) for g in made.groups} == {
         run.members: run.size for run in runs(params, expected)
@@ -214,9 +220,16 @@ def assert_trains(params, loss, rules=None, learning_rate=0.02, steps=21):
 
 
 def assert_on_page(params, rules, name):
-    """docs/families.md shows this plan under this name."""
-    shown = dict(re.findall(r"<!-- plan: (.+) -->\n+```text\n(.*?)\n```", PAGE.read_text("utf-8"), re.S))
-    assert shown.get(name) == str(plan(params, rules))
+    """docs/families.md shows this plan under this name; WRITE_PLANS=1 writes it there."""
+    page, made = PAGE.read_text("utf-8"), str(plan(params, rules))
+    start = f"<!-- plan: {name} -->\n\n```text\n"
+    assert start in page
+    before, _, after = page.partition(start)
+    shown, end, rest = after.partition("\n```\n")
+    if os.environ.get("WRITE_PLANS"):
+        PAGE.write_text("".join([before, start, made, end, rest]), "utf-8")
+    else:
+        assert shown == made
 
 
 def check(name, params, loss, expected, first=(), **training):
@@ -236,7 +249,8 @@ def offers(params):
     for entry in re.split(r"\n(?=\")", str(error.value))[1:]:
         paths = re.findall(r'"([^"(^]+)"(?=, )', entry.splitlines()[0])
         lines = re.findall(r"^    (Rule\(.*\))  # (.*)$", entry, re.M)
-        yield paths, {axes: eval(line, names) for line, axes in lines}
+        # Where two read the axes alike, the first.
+        yield paths, {axes: eval(line, names) for line, axes in reversed(lines)}
 
 
 def answered(params, readings):

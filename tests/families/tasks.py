@@ -1,4 +1,4 @@
-"""What the tiny models learn, and their sizes: no two agree, so that no wrong reading looks right."""
+"""What the tiny models learn, and their sizes: no two agree, or a wrong reading may look right."""
 
 import jax
 import jax.numpy as jnp

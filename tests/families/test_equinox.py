@@ -3,9 +3,8 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from checks import FALLBACK, answered, check, filled, library, muon_of, teon_of, under
-from tasks import D, E, F, H, IMAGES, K, TOKENS, V, label_loss, next_token_loss
+from tasks import IMAGES, TOKENS, D, E, F, H, K, V, label_loss, next_token_loss
 
 eqx = library("equinox")
 
@@ -13,7 +12,9 @@ AROUND = {"embed/weight": FALLBACK, "head/weight": FALLBACK}
 
 
 def rows(layer=lambda axes: axes):
-    attention = under("", dict.fromkeys(["query", "key", "value"], teon_of(layer("oi"))), "_proj/weight")
+    attention = under(
+        "", dict.fromkeys(["query", "key", "value"], teon_of(layer("oi"))), "_proj/weight"
+    )
     attention |= {"output_proj/weight": muon_of(layer("oi"))}
     mlp = dict.fromkeys(["mlp/layers/0/weight", "mlp/layers/1/weight"], muon_of(layer("oi")))
     mlp |= {"mlp/layers/0/bias": FALLBACK, "mlp/layers/1/bias": FALLBACK}

@@ -2,7 +2,7 @@
 
 import jax
 from checks import FALLBACK, check, filled, library, muon_of, teon_of, under
-from tasks import A, D, F, H, K, TOKENS, V, next_token_loss
+from tasks import TOKENS, D, F, H, K, V, next_token_loss
 
 hk = library("haiku")
 

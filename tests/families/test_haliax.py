@@ -3,7 +3,7 @@
 import jax
 import pytest
 from checks import FALLBACK, answered, check, filled, library, muon_of, teon_of, under
-from tasks import D, E, F, H, K, TOKENS, V, next_token_loss
+from tasks import TOKENS, D, E, F, H, K, V, next_token_loss
 
 hax = library("haliax")
 eqx = library("equinox")
@@ -13,7 +13,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:jax.core:DeprecationWarning")
 
 Vocab, Embed, Mlp = hax.Axis("vocab", V), hax.Axis("embed", D), hax.Axis("mlp", F)
 Heads, Size, Experts = hax.Axis("heads", H), hax.Axis("size", K), hax.Axis("experts", E)
-Batch, Pos = (hax.Axis(name, size) for name, size in zip(("batch", "pos"), TOKENS.shape, strict=True))
+Batch, Pos = (
+    hax.Axis(name, size) for name, size in zip(("batch", "pos"), TOKENS.shape, strict=True)
+)
 AROUND = {"embed/weight": FALLBACK, "head/weight": FALLBACK}
 
 
@@ -103,7 +105,9 @@ def rows(out_first, layer=""):
     # What an error calls (out, in) is "oi" here.
     query, output, matrix = ("ooi", "oii", "oi") if out_first else ("ioo", "iio", "io")
     projections = dict.fromkeys(["q_proj", "k_proj", "v_proj"], teon_of(layer + query))
-    others = {"o_proj": muon_of(layer + output)} | dict.fromkeys(["up", "down"], muon_of(layer + matrix))
+    others = {"o_proj": muon_of(layer + output)} | dict.fromkeys(
+        ["up", "down"], muon_of(layer + matrix)
+    )
     return under("", projections | others, "/weight") | {"ln/weight": FALLBACK, "ln/bias": FALLBACK}
 
 

@@ -5,7 +5,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 from checks import FALLBACK, check, filled, library, muon_of, teon_of, under
-from tasks import IMAGES, N, TOKENS, V, label_loss, next_token_loss
+from tasks import IMAGES, TOKENS, N, V, label_loss, next_token_loss
 
 transformers = library("transformers")
 
@@ -43,8 +43,13 @@ def test_gpt2_keeps_its_kernels_out_in():
 
 def test_llama():
     config = transformers.LlamaConfig(
-        hidden_size=D, num_hidden_layers=2, num_attention_heads=H, num_key_value_heads=G,
-        intermediate_size=F, vocab_size=V, max_position_embeddings=N + 1,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        intermediate_size=F,
+        vocab_size=V,
+        max_position_embeddings=N + 1,
     )
     projections = under("self_attn/", dict.fromkeys("qkv", teon_of("io")), "_proj/kernel")
     others = ["self_attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"]
@@ -64,31 +69,49 @@ def encoder(attention):
 
 def test_bert():
     config = transformers.BertConfig(
-        hidden_size=D, num_hidden_layers=2, num_attention_heads=H, intermediate_size=F,
-        vocab_size=V, max_position_embeddings=N + 1,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=H,
+        intermediate_size=F,
+        vocab_size=V,
+        max_position_embeddings=N + 1,
     )
-    block = encoder("attention/self") | norm("output/LayerNorm") | norm("attention/output/LayerNorm")
+    block = (
+        encoder("attention/self") | norm("output/LayerNorm") | norm("attention/output/LayerNorm")
+    )
     expected = under("bert/encoder/layer/*/", block) | norm("bert/embeddings/LayerNorm")
     tables = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
     expected |= under("bert/embeddings/", dict.fromkeys(tables, FALLBACK), "/embedding")
-    head = norm("transform/LayerNorm") | dense("transform/dense", muon_of("io")) | {"bias": FALLBACK}
+    head = (
+        norm("transform/LayerNorm") | dense("transform/dense", muon_of("io")) | {"bias": FALLBACK}
+    )
     expected |= under("cls/predictions/", head)
     check("hf-bert", *problem("FlaxBertForMaskedLM", config), expected)
 
 
 def test_vit():
     config = transformers.ViTConfig(
-        hidden_size=D, num_hidden_layers=2, num_attention_heads=H, intermediate_size=F,
-        image_size=8, patch_size=4, num_labels=5,
+        hidden_size=D,
+        num_hidden_layers=2,
+        num_attention_heads=H,
+        intermediate_size=F,
+        image_size=8,
+        patch_size=4,
+        num_labels=5,
     )
     block = encoder("attention/attention") | norm("layernorm_before") | norm("layernorm_after")
     expected = under("vit/encoder/layer/*/", block) | norm("vit/layernorm")
     expected |= dense("vit/embeddings/patch_embeddings/projection", FALLBACK)
-    expected |= {"vit/embeddings/cls_token": FALLBACK, "vit/embeddings/position_embeddings": FALLBACK}
+    expected |= {
+        "vit/embeddings/cls_token": FALLBACK,
+        "vit/embeddings/position_embeddings": FALLBACK,
+    }
     expected |= dense("classifier", FALLBACK)
     images = jnp.transpose(IMAGES, (0, 3, 1, 2))
     built = problem(
-        "FlaxViTForImageClassification", config,
-        lambda outputs: label_loss(outputs.logits), pixel_values=images,
+        "FlaxViTForImageClassification",
+        config,
+        lambda outputs: label_loss(outputs.logits),
+        pixel_values=images,
     )
     check("hf-vit", *built, expected)

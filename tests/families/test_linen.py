@@ -9,18 +9,18 @@ import jax.numpy as jnp
 import pytest
 from checks import FALLBACK, answered, check, filled, muon_of, teon_of, under
 from tasks import (
+    IMAGES,
+    INPUTS,
+    TOKENS,
     A,
     D,
     E,
     F,
     G,
     H,
-    IMAGES,
-    INPUTS,
     K,
     N,
     R,
-    TOKENS,
     V,
     attend,
     label_loss,
@@ -104,7 +104,9 @@ def test_dense_layers_with_grouped_queries_and_a_gated_mlp():
 
 
 @pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
-@pytest.mark.parametrize("name", ["SelfAttention", "MultiHeadDotProductAttention", "MultiHeadAttention"])
+@pytest.mark.parametrize(
+    "name", ["SelfAttention", "MultiHeadDotProductAttention", "MultiHeadAttention"]
+)
 def test_attention_of_flax(name):
     # Attention wider than the stream: width and heads x size differ.
     attention = functools.partial(getattr(nn, name), num_heads=H, qkv_features=A, out_features=D)
@@ -113,32 +115,29 @@ def test_attention_of_flax(name):
     check(f"linen-{name}", *problem(model), expected | under("Block_*/", NORM) | AROUND)
 
 
-def in_scan(block, axis, length=3):
+def in_scan(block, axis, length=3, name="layers"):
     """Blocks of one module, with their layers along an axis of every leaf."""
 
     def body(module, x, _):
         return module(x), None
 
-    scan = nn.scan(
-        body, variable_axes={"params": axis}, split_rngs={"params": True}, length=length
-    )
-    return lambda: lambda x: scan(block(name="layers"), x, None)[0]
+    scan = nn.scan(body, variable_axes={"params": axis}, split_rngs={"params": True}, length=length)
+    return lambda: lambda x: scan(block(name=name), x, None)[0]
 
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_scan(axis):
-    expected = under("layers/", scanned(BLOCK, axis)) | AROUND
-    check(f"linen-scan-{axis}", *problem(Model(in_scan(Block, axis), 1)), expected)
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_scan_of_attention_of_flax(axis):
     name = "MultiHeadDotProductAttention"
     attention = functools.partial(getattr(nn, name), num_heads=H, qkv_features=A, out_features=D)
-    block = functools.partial(Block, attention)
+
+    def both():
+        dense = in_scan(Block, axis, name="dense_layers")()
+        heads = in_scan(functools.partial(Block, attention), axis)()
+        return lambda x: heads(dense(x))
+
     rows = under(f"{name}_0/", HEADS | BIASES) | under("mlp/", GATED) | NORM
-    expected = under("layers/", scanned(rows, axis)) | AROUND
-    check(f"linen-scan-heads-{axis}", *problem(Model(in_scan(block, axis), 1)), expected)
+    expected = under("layers/", scanned(rows, axis)) | under("dense_layers/", scanned(BLOCK, axis))
+    check(f"linen-scan-{axis}", *problem(Model(both, 1)), expected | AROUND)
 
 
 class Pair(nn.Module):
@@ -148,26 +147,15 @@ class Pair(nn.Module):
 
 
 def test_scan_over_a_pattern_of_blocks_asks_which_number_counts_the_layers():
-    def scan(name):
-        return in_scan(Pair, 0)()
-
-    class Group(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            return scan("group")(x)
-
-    params, loss = problem(Model(Group, 1))
+    params, loss = problem(Model(in_scan(Pair, 0), 1))
     first = answered(params, {"query|key|value": "(layer, in, out)"})
-    expected = under("Group_0/layers/layers_*/", scanned(BLOCK, 0)) | AROUND
+    expected = dict(AROUND)
+    for position in (0, 1):
+        expected |= under(f"layers/layers_{position}/", scanned(BLOCK, 0))
     check("linen-scan-pattern", params, loss, expected, first)
 
 
-def test_remat():
-    model = Model(nn.remat(Block))
-    check("linen-remat", *problem(model), under("CheckpointBlock_*/", BLOCK) | AROUND)
-
-
-def test_partitioned_boxes():
+def test_remat_and_partitioned_boxes():
     def boxed(features, name=None):
         init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
         return nn.Dense(features, use_bias=False, kernel_init=init, name=name)
@@ -177,10 +165,16 @@ def test_partitioned_boxes():
         def __call__(self, x):
             return boxed(D, "down")(nn.silu(boxed(F, "up")(x)))
 
-    expected = under("Block_*/", BLOCK | dict.fromkeys(["mlp/up/kernel", "mlp/down/kernel"], muon_of("io")))
-    del expected["Block_*/mlp/gate/kernel"]
-    model = Model(functools.partial(Block, mlp=functools.partial(Mlp, name="mlp")))
-    check("linen-partitioned", *problem(model), expected | AROUND)
+    rows = {path: row for path, row in BLOCK.items() if "gate" not in path}
+    model = Model(functools.partial(nn.remat(Block), mlp=functools.partial(Mlp, name="mlp")))
+    params, loss = problem(model)
+    boxes = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_box) if is_box(leaf)]
+    assert len(boxes) == 4
+    check("linen-remat-partitioned", params, loss, under("CheckpointBlock_*/", rows) | AROUND)
+
+
+def is_box(node):
+    return isinstance(node, nn.Partitioned)
 
 
 class Experts(nn.Module):
@@ -189,7 +183,11 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x):
         vmap = functools.partial(
-            nn.vmap, in_axes=None, out_axes=-1, axis_size=E, variable_axes={"params": 0},
+            nn.vmap,
+            in_axes=None,
+            out_axes=-1,
+            axis_size=E,
+            variable_axes={"params": 0},
             split_rngs={"params": True},
         )
         gates = jax.nn.softmax(Dense(E, name="router")(x))
@@ -198,7 +196,9 @@ class Experts(nn.Module):
 
 def test_experts_are_a_batch():
     experts = under("moe/experts/", {f"{n}/kernel": muon_of("bio") for n in ("gate", "up", "down")})
-    expected = under("Block_*/", under("attn/", OWN) | NORM | experts | {"moe/router/kernel": FALLBACK})
+    expected = under(
+        "Block_*/", under("attn/", OWN) | NORM | experts | {"moe/router/kernel": FALLBACK}
+    )
     model = Model(functools.partial(Block, mlp=functools.partial(Experts, name="moe")))
     check("linen-experts", *problem(model), expected | AROUND)
 
@@ -214,7 +214,11 @@ class Convolutions(nn.Module):
 
 def test_convolutions_go_to_the_fallback():
     biases = {f"{name}/bias": FALLBACK for name in ("Conv_*", "Dense_0", "classifier")}
-    kernels = {"Conv_*/kernel": FALLBACK, "classifier/kernel": FALLBACK, "Dense_0/kernel": muon_of("io")}
+    kernels = {
+        "Conv_*/kernel": FALLBACK,
+        "classifier/kernel": FALLBACK,
+        "Dense_0/kernel": muon_of("io"),
+    }
     check("linen-convolutions", *problem(Convolutions(), IMAGES, label_loss), kernels | biases)
 
 
@@ -262,7 +266,9 @@ def test_tied_embeddings_are_one_leaf_of_the_fallback():
                 x = Block()(x)
             return embed.attend(x)
 
-    expected = under("Block_*/", BLOCK) | dict.fromkeys(["Embed_0/embedding", "pos_embedding"], FALLBACK)
+    expected = under("Block_*/", BLOCK) | dict.fromkeys(
+        ["Embed_0/embedding", "pos_embedding"], FALLBACK
+    )
     check("linen-tied", *problem(Tied()), expected)
 
 
@@ -288,6 +294,8 @@ class Translator(nn.Module):
 
 def test_encoder_and_decoder_stacks_never_mix():
     decoder = under("self_attention/", OWN) | under("encoder_decoder_attention/", OWN)
-    expected = under("encoder_layers_*/", OWN) | under("decoder_layers_*/", decoder | under("mlp/", GATED))
+    expected = under("encoder_layers_*/", OWN) | under(
+        "decoder_layers_*/", decoder | under("mlp/", GATED)
+    )
     expected |= dict.fromkeys(["shared_embedding/embedding", "logits_dense/kernel"], FALLBACK)
     check("linen-encoder-decoder", *problem(Translator()), expected)

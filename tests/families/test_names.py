@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from checks import FALLBACK, answered, check, filled, muon_of, teon_of, under
 from optax.contrib import MuonDimensionNumbers
-from tasks import A, D, E, F, G, H, K, TOKENS, V, attend, next_token_loss
+from tasks import TOKENS, D, E, F, G, H, K, V, attend, next_token_loss
 
 from teon_optax import Rule
 
@@ -166,7 +166,9 @@ class MaxTextExperts(nn.Module):
     def __call__(self, x):
         gates = jax.nn.softmax(nn.Dense(E, use_bias=False, name="gate")(x))
         wi_0, wi_1 = (self.param(name, INIT, (E, D, F)) for name in ("wi_0", "wi_1"))
-        hidden = nn.silu(jnp.einsum("btd,edf->btef", x, wi_0)) * jnp.einsum("btd,edf->btef", x, wi_1)
+        hidden = nn.silu(jnp.einsum("btd,edf->btef", x, wi_0)) * jnp.einsum(
+            "btd,edf->btef", x, wi_1
+        )
         return jnp.einsum("btef,efd,bte->btd", hidden, self.param("wo", INIT, (E, F, D)), gates)
 
 
@@ -223,6 +225,8 @@ def test_maxtext(scanned):
     expected = under(place, attention | mlp)
     if scanned:
         expected |= under("params/decoder/moe_layers/", attention | under("MoeBlock_0/", moe))
-    expected |= under("params/decoder/", {"decoder_norm/scale": FALLBACK, "logits_dense/kernel": FALLBACK})
+    expected |= under(
+        "params/decoder/", {"decoder_norm/scale": FALLBACK, "logits_dense/kernel": FALLBACK}
+    )
     expected |= {"params/token_embedder/embedding": FALLBACK}
     check("maxtext-scanned" if scanned else "maxtext", *problem(MaxText(scanned)), expected)

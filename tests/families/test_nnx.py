@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from checks import FALLBACK, QUICKLY, check, filled, muon_of, teon_of, under
 from flax import nnx
-from tasks import A, D, F, H, R, TOKENS, V, next_token_loss
+from tasks import TOKENS, A, D, F, H, R, V, next_token_loss
 
 from teon_optax import plan, teon
 
@@ -121,7 +121,11 @@ def test_lora_factors_go_to_the_fallback():
         def __call__(self, x):
             return x + self.down(nnx.relu(self.q_proj(x)) * self.k_proj(x))
 
-    base = {"q_proj/kernel": teon_of("io"), "k_proj/kernel": teon_of("io"), "down/kernel": muon_of("io")}
+    base = {
+        "q_proj/kernel": teon_of("io"),
+        "k_proj/kernel": teon_of("io"),
+        "down/kernel": muon_of("io"),
+    }
     factors = {f"{p}_proj/lora/lora_{f}": FALLBACK for p in "qk" for f in "ab"}
     expected = under("blocks/*/", base | factors) | AROUND
     check("nnx-lora", *problem(functools.partial(Model, make=Adapted)), expected)

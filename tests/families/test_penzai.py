@@ -3,7 +3,7 @@
 import jax
 from checks import FALLBACK, answered, check, filled, library, muon_of
 from optax.contrib import MuonDimensionNumbers
-from tasks import D, F, G, TOKENS, V, next_token_loss
+from tasks import TOKENS, D, F, G, V, next_token_loss
 
 from teon_optax import Rule, default_rules, plan
 
@@ -69,7 +69,9 @@ def test_rules_by_position_join_the_same_projection_of_two_blocks():
     params, _ = problem()
     dims = MuonDimensionNumbers(0, (1, 2))
     query = Rule(r"^(?P<layer>2|11)$", stack=2, dims=MuonDimensionNumbers(0, (1, 2, 3)))
-    key, value = (Rule(rf"^(?P<layer>{places})$", stack=2, dims=dims) for places in ("3|12", "4|13"))
+    key, value = (
+        Rule(rf"^(?P<layer>{places})$", stack=2, dims=dims) for places in ("3|12", "4|13")
+    )
     rules = default_rules(params, [query, key, value, *offered(params)])
     members = {group.members for group in plan(params, rules).groups if group.rule.stack == 2}
     assert members == {("2", "11"), ("3", "12"), ("4", "13")}

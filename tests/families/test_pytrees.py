@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from checks import FALLBACK, check, filled, muon_of, teon_of, under
-from tasks import A, D, F, G, H, INPUTS, K, TOKENS, V, attend, label_loss, next_token_loss
+from tasks import INPUTS, TOKENS, A, D, F, G, H, K, V, attend, label_loss, next_token_loss
 
 
 def array(*shape):
@@ -13,18 +13,24 @@ def array(*shape):
 
 
 def attention(wq, wk, wv, wo, x):
-    read = (
-        (x @ w).reshape(*x.shape[:-1], heads, K)
-        for w, heads in ((wq, H), (wk, G), (wv, G))
-    )
+    read = ((x @ w).reshape(*x.shape[:-1], heads, K) for w, heads in ((wq, H), (wk, G), (wv, G)))
     return attend(*read).reshape(*x.shape[:-1], A) @ wo
 
 
-LAYER = dict.fromkeys(["wq", "wk", "wv"], teon_of("io")) | dict.fromkeys(["wo", "w1", "w2"], muon_of("io"))
+LAYER = dict.fromkeys(["wq", "wk", "wv"], teon_of("io")) | dict.fromkeys(
+    ["wo", "w1", "w2"], muon_of("io")
+)
 
 
 def test_dicts():
-    shapes = {"wq": (D, A), "wk": (D, G * K), "wv": (D, G * K), "wo": (A, D), "w1": (D, F), "w2": (F, D)}
+    shapes = {
+        "wq": (D, A),
+        "wk": (D, G * K),
+        "wv": (D, G * K),
+        "wo": (A, D),
+        "w1": (D, F),
+        "w2": (F, D),
+    }
     layer = {name: array(*shape) for name, shape in shapes.items()} | {"norm": array(D)}
     params = filled({"wte": array(V, D), "layers": [layer, layer]})
 
