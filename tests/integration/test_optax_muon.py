@@ -1,6 +1,10 @@
 """Rules of stack 1 are Muon: `optax.contrib.muon` and `scale_by_muon`, step for step."""
 
+import doctest
 import functools
+import inspect
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -128,3 +132,69 @@ def test_dims_and_batch_axes_are_those_of_muon():
     muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=dims)
     ours = orthogonalize([Rule("", dims=dims)], **MUON)
     assert relative_error(update_of(ours, gradient), update_of(muon, gradient)) < 1e-3
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "migrating.md"
+
+
+def arguments():
+    """The rows of the page's table: argument, of muon, of teon (empty where there is none)."""
+    table = PAGE.read_text("utf-8").split("<!-- arguments -->")[1].split("<!-- end -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \|(.*?)\|(.*?)\|.*\|$", table, re.M)
+    return [(name, muon.strip().strip("`"), ours.strip().strip("`")) for name, muon, ours in rows]
+
+
+def adam(learning_rate=0.02, **changed):
+    return optax.adamw(learning_rate, **{"weight_decay": 0.0, "nesterov": True} | changed)
+
+
+def called(function, text, **defaults):
+    names = {"adam": adam, "Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers}
+    return function(**{"learning_rate": 0.02} | defaults | eval(f"dict({text})", names))
+
+
+def three_updates(optimizer):
+    rng = np.random.default_rng(4)
+    shapes = {"up": (6, 10), "down": (10, 6), "bias": (10,)}
+    tree = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
+    state, updates = optimizer.init(tree), []
+    for _ in range(3):
+        gradient = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+        update, state = optimizer.update(gradient, state, tree)
+        tree = optax.apply_updates(tree, update)
+        updates.append(update)
+    return updates
+
+
+def difference(some, others):
+    pairs = zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
+    return max(relative_error(a, b) for a, b in pairs)
+
+
+@functools.cache
+def unchanged():
+    return three_updates(optax.contrib.muon(0.02))
+
+
+def test_the_page_maps_every_argument_of_muon():
+    assert [name for name, _, _ in arguments()] == list(
+        inspect.signature(optax.contrib.muon).parameters
+    )
+
+
+@pytest.mark.parametrize(
+    ("muon", "ours"), [row[1:] for row in arguments() if row[2]], ids=lambda text: text[:30]
+)
+def test_each_argument_of_muon_does_what_the_page_says_it_becomes(muon, ours):
+    theirs = three_updates(called(optax.contrib.muon, muon))
+    base = {"rules": [Rule("")], "fallback": adam(), **MUON}
+    # Rounded to bfloat16, the momentum differs where float32 was rounded in another order.
+    tolerance = 1e-2 if "bfloat16" in muon else 1e-4
+    assert difference(three_updates(called(teon, ours, **base)), theirs) < tolerance
+    # Else the argument might do nothing here.
+    assert difference(unchanged(), theirs) > 10 * tolerance or "bfloat16" in muon
+
+
+def test_the_code_on_the_page_runs():
+    results = doctest.testfile(str(PAGE), module_relative=False)
+    assert results.attempted > 10 and not results.failed
