@@ -1,5 +1,6 @@
 """How alike layers are: what a stack of them may gain, in which mode."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -8,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._default_rules import default_rules
 from teon_optax._matrices import to_matrices
 from teon_optax._plan import Plan, plan
-from teon_optax._rules import Rule
-from teon_optax._table import columns, spans
+from teon_optax._rules import Rule, checked_rules
+from teon_optax._table import anonymous, columns, spans
 
 # Of nuclear norms in float32.
 _ROUNDING = 1e-5
@@ -38,9 +40,33 @@ class Alignment(NamedTuple):
         first, second = self.ratios
         return 2 if second < first * (1 - _ROUNDING) else 1
 
+    @property
+    def hurdles(self) -> tuple[float, float]:
+        """(r^2 - 1) / (K - 1) of mode 1 and of mode 2, each in [0, 1]; see `alignment`."""
+        first, second = ((r * r - 1) / (len(self.members) - 1) for r in self.ratios)
+        return first, second
+
 
 class Alignments(tuple[Alignment, ...]):
     """Of every group. `print` shows them as a table."""
+
+    @property
+    def favoured(self) -> dict[str, tuple[int, int]]:
+        """Type -> mode and K of the lowest hurdle, in the mean over its runs of K layers.
+
+        Mode 1 and the larger K, where rounding hides which it is.
+        """
+        hurdles: dict[str, dict[tuple[int, int], list[float]]] = {}
+        for group in self:
+            of_type = hurdles.setdefault(anonymous(group.members[0]), {})
+            for mode, hurdle in enumerate(group.hurdles, 1):
+                of_type.setdefault((mode, len(group.members)), []).append(hurdle)
+
+        def order(item: tuple[tuple[int, int], list[float]]) -> tuple[float, int, int]:
+            (mode, K), found = item
+            return round(float(np.nan_to_num(np.mean(found), nan=1.0)), 4), mode, -K
+
+        return {kind: min(of_type.items(), key=order)[0] for kind, of_type in hurdles.items()}
 
     def __str__(self) -> str:
         header = "group", "layers", "u overlap", "v overlap", "r mode 1", "r mode 2", "favours mode"
@@ -53,10 +79,19 @@ class Alignments(tuple[Alignment, ...]):
             )
             for group in self
         ]
-        return "\n".join(columns([header, *rows])[:-1])
+        lines = columns([header, *rows])
+        if len({len(group.members) for group in self}) > 1:
+            favoured = [(kind, str(mode), str(K)) for kind, (mode, K) in self.favoured.items()]
+            lines += columns([("type", "favours mode", "K"), *favoured])
+        return "\n".join(lines[:-1])
 
 
-def alignment(momentum: Any, rules: Iterable[Rule] | None = None, rank: int = 1) -> Alignments:
+def alignment(
+    momentum: Any,
+    rules: Iterable[Rule] | None = None,
+    rank: int = 1,
+    stacks: Iterable[int] | None = None,
+) -> Alignments:
     r"""How alike the layers are that rules stack: which mode, and how many layers, they favour.
 
     Per group of K layers, in the paper's layout (fan_out, fan_in), kernel_k^T = W_k = U S V^T:
@@ -67,19 +102,24 @@ def alignment(momentum: Any, rules: Iterable[Rule] | None = None, rank: int = 1)
         r of mode 2   = the same of W_k^T
 
     r is 1 if the layers' left (mode 2: right) singular spaces are orthogonal, and sqrt(K) if all
-    W_k W_k^T (W_k^T W_k) are equal. The smaller r, the better: a step is sure to lower the loss by
-    |gradient|_*^2 / 2 L, and Muon's L is at most K times TEON's (arXiv 2601.23261), so that TEON's
-    bound is up to K / r^2 times Muon's. Unrelated layers have overlaps near rank / fan_out and
-    rank / fan_in.
+    W_k W_k^T (W_k^T W_k) are equal. The smaller r, the better. A step is sure to lower the loss by
+    |gradient|_*^2 / 2 L in the norm that it is steepest in: TEON's dual norm is Muon's over r, and
+    Muon's L is 1 to K times TEON's (arXiv 2601.23261), so TEON's bound is 1 / r^2 to K / r^2 times
+    Muon's: never worse at r = 1, never better at r = sqrt(K). It is the better one where the L
+    differ by more than r^2; the hurdle (r^2 - 1) / (K - 1) is the share of their range below that,
+    and can be compared between modes and between K. Unrelated layers have overlaps near
+    rank / fan_out and rank / fan_in.
 
     Args:
       momentum: Tree of momenta or gradients: `state.mu` of `scale_by_teon`; of `teon`,
         `optax.tree.get(state.inner_states["teon"], "mu")` with the rules of all params.
-      rules: As for `plan`. Each run of K >= 2 layers is a group; to compare K, compare K / r^2.
+      rules: As for `plan`. Each run of K >= 2 layers is a group.
       rank: How many leading singular vectors; at most as many as a layer has are taken.
+      stacks: Several K to measure instead of that of each rule with K >= 2; None is the rules' own.
 
     Returns:
-      A tuple with an `Alignment` per group, in the plan's order. Of groups in a batch (experts),
+      A tuple with an `Alignment` per group, in the plan's order; its `favoured` has the mode and K
+      of each type. Of groups in a batch (experts),
       overlaps are averaged and nuclear norms summed. r is NaN where all layers are zero.
 
     Raises:
@@ -97,12 +137,22 @@ def alignment(momentum: Any, rules: Iterable[Rule] | None = None, rank: int = 1)
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`alignment(rank={rank!r})`: rank should be a positive integer.")
-    planned = plan(momentum, rules)
+    rules = checked_rules(default_rules(momentum) if rules is None else rules)
+    plans = [plan(momentum, _at(rules, K)) for K in ([None] if stacks is None else stacks)]
     return Alignments(
         Alignment(group.members, group.layers, *jax.tree.map(float, _measure(stack, rank)))
+        for planned in plans
         for group, stack in zip(planned.groups, _stacks(momentum, planned), strict=True)
         if len(stack) > 1
     )
+
+
+def _at(rules: tuple[Rule, ...], K: int | None) -> list[Rule]:
+    """The rules with another K where they stack."""
+    return [
+        dataclasses.replace(rule, stack=K) if K is not None and rule.stack > 1 else rule
+        for rule in rules
+    ]
 
 
 def _stacks(momentum: Any, planned: Plan) -> Iterator[jax.Array]:

@@ -24,11 +24,11 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
     layers: dict[tuple[str, ...], list] = {}
     for group in groups:
         rule, K, shape = group.rule, len(group.members), f"{group.fan_in} x {group.fan_out}"
-        row = _anonymous(group.members[0]), shape, str(K), str(rule.mode), str(min(group.joint))
+        row = anonymous(group.members[0]), shape, str(K), str(rule.mode), str(min(group.joint))
         taken[row] += group.batch
         layers.setdefault(row, []).extend(group.layers if rule.counts_layers else ())
     left = Counter(
-        (_anonymous(leaf.path), " x ".join(map(str, leaf.shape)), leaf.reason) for leaf in untouched
+        (anonymous(leaf.path), " x ".join(map(str, leaf.shape)), leaf.reason) for leaf in untouched
     )
     lines = columns(
         [("orthogonalized", "layers", "fan_in x fan_out", "K", "mode", "Gram", "groups")]
@@ -68,7 +68,8 @@ def as_dict(
     }
 
 
-def _anonymous(path: str) -> str:
+def anonymous(path: str) -> str:
+    """A path with `*` for its numbers, but for that of a fused part."""
     return re.sub(r"(?<![:\d])\d+", "*", path)
 
 
@@ -89,7 +90,7 @@ def spans(layers: Iterable[Any]) -> str:
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Aligned columns; a path that is too wide for its column goes on in the next line."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    first = max(_LEAST, min(widths[0], _WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    first = min(widths[0], max(_LEAST, _WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
     for path, *cells in rows:
         head, *rest = _wrapped(path, first)

@@ -66,7 +66,7 @@ IMPORTS = {
         "_scaling",
         "_sharding",
     },
-    "_diagnostics": {"_matrices", "_plan", "_rules", "_table"},
+    "_diagnostics": {"_default_rules", "_matrices", "_plan", "_rules", "_table"},
     "_scaling": set(),
     "_transform": {
         "_coefficients",

@@ -230,6 +230,35 @@ def test_the_table_has_a_row_per_group_and_says_which_mode_is_favoured():
     ]
 
 
+@pytest.mark.parametrize("K", [2, 4])
+def test_the_hurdle_is_zero_at_one_end_of_the_ratio_and_one_at_the_other(K):
+    rng = np.random.default_rng(14)
+    apart, together = np.hsplit(orthonormal(rng, 8, K), K), [orthonormal(rng, 8, 1)] * K
+    assert np.allclose(measured(with_sides(apart, together)).hurdles, (0, 1), atol=50 * EPS)
+
+
+def test_the_favoured_k_and_mode_have_the_lowest_hurdle():
+    """Outputs of pairs are orthogonal in `near`, inputs in `other`; in `far`, outputs of all."""
+    rng = np.random.default_rng(15)
+    few, many = np.hsplit(orthonormal(rng, 8, 2), 2), np.hsplit(orthonormal(rng, 8, 4), 4)
+    same = [orthonormal(rng, 8, 1)] * 4
+    types = {"near": (few * 2, same), "far": (many, same), "other": (same, few * 2)}
+    momentum = {
+        name: {str(i): np.float32(kernel) for i, kernel in enumerate(with_sides(*sides))}
+        for name, sides in types.items()
+    }
+    groups = alignment(momentum, [Rule(r"/(?P<layer>\d+)", stack=2)], stacks=(2, 4))
+    assert groups.favoured == {"near/*": (1, 2), "far/*": (1, 4), "other/*": (2, 2)}
+    assert str(groups).splitlines()[-4:] == [
+        "type     favours mode  K",
+        "far/*               1  4",
+        "near/*              1  2",
+        "other/*             2  2",
+    ]
+    assert [len(group.members) for group in groups] == [2] * 6 + [4] * 3
+    assert alignment(momentum, [Rule(r"/(?P<layer>\d+)", stack=2)]) == groups[:6]
+
+
 @pytest.mark.parametrize("rank", [0, -1, 1.0, True, "1"])
 def test_a_rank_that_is_no_positive_integer_is_refused(rank):
     with pytest.raises(ValueError, match=r"alignment\(rank=.*should be a positive integer"):

@@ -1,6 +1,5 @@
 """Rules of stack 1 are Muon: `optax.contrib.muon` and `scale_by_muon`, step for step."""
 
-import doctest
 import functools
 import inspect
 import re
@@ -153,14 +152,18 @@ def called(function, text, **defaults):
     return function(**{"learning_rate": 0.02} | defaults | eval(f"dict({text})", names))
 
 
-def three_updates(optimizer):
+def updates_of(optimizer, compiler=lambda update: update):
+    """Of three steps; matrices have large gradients, so that muon's `eps` is AdamW's alone."""
     rng = np.random.default_rng(4)
     shapes = {"up": (6, 10), "down": (10, 6), "bias": (10,)}
     tree = {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}
-    state, updates = optimizer.init(tree), []
+    state, updates, step = optimizer.init(tree), [], compiler(optimizer.update)
     for _ in range(3):
-        gradient = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
-        update, state = optimizer.update(gradient, state, tree)
+        gradient = {
+            name: jnp.asarray(100 ** (len(shape) - 1) * rng.normal(size=shape), jnp.float32)
+            for name, shape in shapes.items()
+        }
+        update, state = step(gradient, state, tree)
         tree = optax.apply_updates(tree, update)
         updates.append(update)
     return updates
@@ -173,7 +176,7 @@ def difference(some, others):
 
 @functools.cache
 def unchanged():
-    return three_updates(optax.contrib.muon(0.02))
+    return updates_of(optax.contrib.muon(0.02), jax.jit)
 
 
 def test_the_page_maps_every_argument_of_muon():
@@ -186,15 +189,11 @@ def test_the_page_maps_every_argument_of_muon():
     ("muon", "ours"), [row[1:] for row in arguments() if row[2]], ids=lambda text: text[:30]
 )
 def test_each_argument_of_muon_does_what_the_page_says_it_becomes(muon, ours):
-    theirs = three_updates(called(optax.contrib.muon, muon))
+    # Muon compiles its loops at every eager call, ours once for all rows.
+    theirs = updates_of(called(optax.contrib.muon, muon), jax.jit)
     base = {"rules": [Rule("")], "fallback": adam(), **MUON}
     # Rounded to bfloat16, the momentum differs where float32 was rounded in another order.
     tolerance = 1e-2 if "bfloat16" in muon else 1e-4
-    assert difference(three_updates(called(teon, ours, **base)), theirs) < tolerance
+    assert difference(updates_of(called(teon, ours, **base)), theirs) < tolerance
     # Else the argument might do nothing here.
     assert difference(unchanged(), theirs) > 10 * tolerance or "bfloat16" in muon
-
-
-def test_the_code_on_the_page_runs():
-    results = doctest.testfile(str(PAGE), module_relative=False)
-    assert results.attempted > 10 and not results.failed
