@@ -23,6 +23,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("reproducible")
 
 
+def pytest_collection_modifyitems(items):
+    """Programs and whole models take minutes in all: the quick tests leave them out."""
+    for item in items:
+        if item.path.parent.name in ("integration", "families"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def strict_arithmetic(request):
     """No operation changes a dtype or broadcasts a rank unless the code says so."""
