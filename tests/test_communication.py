@@ -1,15 +1,19 @@
 """What devices send and multiply: counted in compiled programs, and by the formulas of the docs."""
 
 import json
+import pathlib
 import re
 import subprocess
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import communication, cost_model, results
 from benchmarks.communication import LAYOUTS, TEON
 from benchmarks.compiled import Program
+from teon_optax import Rule, teon
 
 pytestmark = pytest.mark.promotes_dtypes
 
@@ -114,3 +118,16 @@ def test_communication_writes_json_table_and_plot_and_measures_nothing_twice(
     monkeypatch.setattr(subprocess, "Popen", None)
     communication.main([*flags, "--out", str(tmp_path)])
     assert json.loads(path.read_text())["rows"] == record["rows"]
+
+
+def test_compiled_init_of_the_page_puts_moments_where_parameters_lie():
+    page = (pathlib.Path(__file__).parents[1] / "docs/at_scale.md").read_text("utf-8")
+    code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)[0]
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    kernel = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, PartitionSpec("data", "model")))
+    params = {"block_0": {"query": {"kernel": kernel}, "norm": {"scale": kernel[0]}}}
+    names = {"jax": jax, "NamedSharding": NamedSharding, "PartitionSpec": PartitionSpec}
+    names |= {"params": params, "mesh": mesh, "optimizer": teon(0.1, [Rule("query")])}
+    exec(code, names)
+    moments = [leaf for leaf in jax.tree.leaves(names["state"]) if leaf.shape == (8, 8)]
+    assert [leaf.sharding for leaf in moments] == [kernel.sharding]
