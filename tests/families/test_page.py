@@ -13,7 +13,7 @@ ROWS = re.findall(
 )
 
 
-def tests_of(file):
+def cases_of(file):
     """Every test of a file, with the source of what it is parametrized by."""
     functions = ast.parse((FOLDER / file).read_text("utf-8")).body
     return {
@@ -26,12 +26,12 @@ def tests_of(file):
 @pytest.mark.parametrize("anchor, test", ROWS)
 def test_a_family_has_a_test_and_a_plan(anchor, test):
     file, name, case = re.fullmatch(r"(\w+\.py)::(\w+)(?:\[(\w+)\])?", test).groups()
-    assert name in tests_of(file)
-    assert (case or "") in tests_of(file)[name]
+    assert name in cases_of(file)
+    assert (case or "") in cases_of(file)[name]
     assert f"<!-- plan: {anchor} -->" in PAGE.read_text("utf-8")
 
 
 def test_every_test_of_a_family_is_in_the_table():
     files = {path.name for path in FOLDER.glob("test_*.py")} - {pathlib.Path(__file__).name}
-    written = {(file, name) for file in files for name in tests_of(file)}
+    written = {(file, name) for file in files for name in cases_of(file)}
     assert written == {tuple(re.match(r"(.*)::(\w+)", test).groups()) for _, test in ROWS}
