@@ -1,5 +1,6 @@
 """Where leaves lie on the mesh: what the argument `shardings` and types say."""
 
+import functools
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -49,7 +50,7 @@ class Located(NamedTuple):
         return self._placed(leaf, PartitionSpec()) if restricted else leaf
 
     def entered(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """The leaf, cut as it is to enter; without types, `jax.shard_map` sees to that."""
+        """The leaf, cut as it is to enter; else `jax.shard_map` sees to that."""
         return self._placed(leaf, spec) if self.typed else leaf
 
     def returned(self, index: int, leaf: jax.Array) -> jax.Array:
@@ -57,25 +58,27 @@ class Located(NamedTuple):
         return self._placed(leaf, self.specs[index])
 
     def _placed(self, leaf: jax.Array, spec: PartitionSpec | None) -> jax.Array:
-        if spec is None:
-            return leaf
-        sharding = NamedSharding(self.mesh, spec)
-        if self.typed:
-            return jax.sharding.reshard(leaf, sharding)
-        return jax.lax.with_sharding_constraint(leaf, sharding)
+        place = jax.sharding.reshard if self.typed else jax.lax.with_sharding_constraint
+        return leaf if spec is None else place(leaf, NamedSharding(self.mesh, spec))
 
 
 def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
     """The mesh that leaves lie on as far as types tell, or else the context's; it may be empty."""
-    meshes = [jax.typeof(leaf).sharding.mesh for leaf in leaves]
-    context = jax.sharding.get_abstract_mesh()
-    return next((mesh for mesh in meshes if not mesh.empty), context)
+    meshes = [*(jax.typeof(x).sharding.mesh for x in leaves), jax.sharding.get_abstract_mesh()]
+    return next((mesh for mesh in meshes if not mesh.empty), meshes[-1])
+
+
+def _entered_mesh() -> Mesh | AbstractMesh:
+    """That of a `with mesh:`, which nothing public tells but a constraint; it may be empty."""
+    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec())
+    try:
+        return jax.make_jaxpr(constrain)(1.0).eqns[0].params["sharding"].mesh
+    except RuntimeError:
+        return jax.sharding.get_abstract_mesh()
 
 
 def _names(names: Any) -> tuple[str, ...]:
-    if names is None:
-        return ()
-    return (names,) if isinstance(names, str) else tuple(names)
+    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
 def _cut_by(spec: Iterable[Any]) -> list[str]:
@@ -155,14 +158,12 @@ class Shardings:
             )
 
     def _specs(
-        self,
-        leaves: Sequence[tuple[str, Any]],
-        taken: Collection[int],
-        mesh: Mesh | AbstractMesh,
+        self, leaves: Sequence[Any], taken: Collection[int], mesh: Mesh | AbstractMesh
     ) -> Located | None:
         """Shardings of the taken leaves, on their mesh; None if there is none."""
         found = {index: self._lookup(leaves[index][0]) for index in taken}
         named = [own for own in found.values() if isinstance(own, NamedSharding)]
+        mesh = _entered_mesh() if mesh.empty else mesh
         # One that has devices can be used also where arguments of `jax.jit` lie on none.
         if named and (mesh.empty or named[0].mesh.shape_tuple == mesh.shape_tuple):
             mesh = named[0].mesh
@@ -179,9 +180,7 @@ class Shardings:
             )
         if mesh.empty:
             return None
-        specs = {
-            index: _even_spec(np.shape(leaves[index][1]), own, mesh) for index, own in found.items()
-        }
+        specs = {i: _even_spec(np.shape(leaves[i][1]), own, mesh) for i, own in found.items()}
         return Located(mesh, specs, typed=False)
 
     def _lookup(self, path: str) -> Any:

@@ -298,9 +298,9 @@ def test_partition_specs_find_the_mesh(context):
     if context == "set_mesh":  # arrays that lie on no mesh themselves
         with jax.set_mesh(mesh):
             updates, _ = update(tree, optimizer.init(tree), tree)
-    elif context == "with mesh":
+    elif context == "with mesh":  # the same
         with pytest.warns(DeprecationWarning), mesh:
-            updates, _ = update(params, optimizer.init(params), params)
+            updates, _ = update(tree, optimizer.init(tree), tree)
     else:
         updates, _ = update(params, optimizer.init(params), params)
     assert_same(updates, single_update())
