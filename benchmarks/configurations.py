@@ -1,0 +1,151 @@
+"""The optimizers that `reproduce` compares, in the order in which they are run."""
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import optax
+
+from examples.optimizers import ADAM_B1, ADAM_B2, CLIP, schedule
+from teon_optax import Rule, scale_by_teon
+
+QKV = r"block_(?P<layer>\d+)/attn/(query|key|value)/"
+BLOCKS = r"block_(?P<layer>\d+)/"
+ALL_LAYERS = 10**6
+HEADLINE_SEEDS = (1, 2, 3, 4, 5)
+FEW_SEEDS = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Configuration:
+    """One optimizer, without its learning rate.
+
+    Attributes:
+        name: Also of its file of results.
+        stack: K of query, key and value projections; 1 is Muon, None is AdamW for everything.
+        mode: The unfolding of the joint matrices.
+        method: What approximates the polar factor.
+        everything: Whether K is of all matrices of the blocks, not only of Q, K and V.
+        qkv_factor: Multiplies the updates of Q, K and V.
+        rest_rate: Learning rate of what AdamW keeps: embedding and norms. None: that of the rest.
+        weight_decay: Of the blocks' matrices.
+        start: First values of k in the sweep over learning rates 0.01 * 2^(k / 2).
+        spacing: How near to the best, in k, its neighbours must be.
+        seeds: What runs at the best rate.
+        base: A configuration whose best rate is taken over, instead of a sweep.
+    """
+
+    name: str
+    stack: int | None
+    mode: int = 1
+    method: str = "polar_express"
+    everything: bool = False
+    qkv_factor: float = 1.0
+    rest_rate: float | None = 0.01
+    weight_decay: float = 0.1
+    start: tuple[int, ...] = (1, 3, 5)
+    spacing: int = 1
+    seeds: tuple[int, ...] = HEADLINE_SEEDS
+    base: str | None = None
+
+
+def _ablation(name: str, stack: int, **settings: Any) -> Configuration:
+    return Configuration(name, stack, start=(2, 4), spacing=2, seeds=FEW_SEEDS, **settings)
+
+
+def _variation(name: str, base: Configuration, **settings: Any) -> Configuration:
+    """The base at its best learning rate with one setting changed."""
+    return dataclasses.replace(base, name=name, base=base.name, seeds=FEW_SEEDS, **settings)
+
+
+MUON = Configuration("muon", 1)
+TEON = Configuration("teon-1", 2)
+_ALL: Iterable[Configuration] = (
+    MUON,
+    TEON,
+    Configuration("adamw", None, rest_rate=None, start=(-5, -3, -1)),
+    Configuration("teon-2", 2, mode=2),
+    Configuration("muon-schatten", 1, method="schatten"),
+    Configuration("teon-1-schatten", 2, method="schatten"),
+    Configuration("teon-2-schatten", 2, mode=2, method="schatten"),
+    # As long as TEON's, were both exact: a joint factor of K layers is sqrt(K) times shorter.
+    Configuration("muon-short-qkv", 1, qkv_factor=1 / math.sqrt(2)),
+    Configuration("adamw-own-rest", None, start=(-5, -3, -1), spacing=2, seeds=FEW_SEEDS),
+    _ablation("teon-1-k4", 4),
+    _ablation("teon-1-all-layers", ALL_LAYERS),
+    _ablation("teon-3", 2, mode=3),
+    _ablation("teon-1-everything", 2, everything=True),
+    _variation("muon-jordan", MUON, method="jordan"),
+    _variation("teon-1-jordan", TEON, method="jordan"),
+    _variation("muon-svd", MUON, method="svd"),
+    _variation("teon-1-svd", TEON, method="svd"),
+    _variation("muon-you", MUON, method="you"),
+    _variation("teon-1-you", TEON, method="you"),
+    _variation("muon-no-decay", MUON, weight_decay=0.0),
+    _variation("teon-1-no-decay", TEON, weight_decay=0.0),
+    _variation("muon-rest-high", MUON, rest_rate=0.02),
+    _variation("muon-rest-low", MUON, rest_rate=0.005),
+)
+CONFIGURATIONS = {configuration.name: configuration for configuration in _ALL}
+
+
+def build(
+    configuration: Configuration,
+    steps: int,
+    rate: jax.typing.ArrayLike,
+    rest_rate: jax.typing.ArrayLike,
+    weight_decay: jax.typing.ArrayLike,
+) -> optax.GradientTransformation:
+    """The optimizer; the three numbers may be traced.
+
+    Args:
+        configuration: Which.
+        steps: Length of the schedule.
+        rate: Peak learning rate of the blocks' matrices.
+        rest_rate: Peak learning rate of embedding and norms.
+        weight_decay: Of the blocks' matrices.
+
+    Returns:
+        Clipping, then two optimizers for the two parts of the tree.
+    """
+    of_matrices: Any = schedule(rate, steps)  # pyright: ignore[reportArgumentType]
+    of_rest: Any = schedule(rest_rate, steps)  # pyright: ignore[reportArgumentType]
+    matrices = optax.chain(
+        _direction(configuration),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(of_matrices),
+    )
+    rest = optax.adamw(of_rest, ADAM_B1, ADAM_B2, weight_decay=0.0)
+    parts = optax.partition({"matrices": matrices, "rest": rest}, _parts)
+    return optax.chain(optax.clip_by_global_norm(CLIP), parts)
+
+
+def _direction(configuration: Configuration) -> optax.GradientTransformation:
+    if configuration.stack is None:
+        return optax.scale_by_adam(ADAM_B1, ADAM_B2)
+    pattern = BLOCKS if configuration.everything else QKV
+    rules = (Rule(pattern, stack=configuration.stack, mode=configuration.mode), Rule(BLOCKS))
+    direction = scale_by_teon(rules, method=configuration.method)
+    if configuration.qkv_factor == 1.0:
+        return direction
+    return optax.chain(direction, optax.masked(optax.scale(configuration.qkv_factor), _qkv))
+
+
+def _parts(params: Any) -> Any:
+    def part(path: Any, leaf: jax.Array) -> str:
+        inside = _path(path).startswith("block_") and leaf.ndim == 2
+        return "matrices" if inside else "rest"
+
+    return jax.tree_util.tree_map_with_path(part, params)
+
+
+def _qkv(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _path(path).split("/")[-2] in ("query", "key", "value"), params
+    )
+
+
+def _path(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
