@@ -108,8 +108,8 @@ def parser() -> argparse.ArgumentParser:
     add("--vocab-size", type=int, default=4096, help="default: 4096")
     add("--context", type=int, default=64, help="default: 64")
     add("--batch-size", type=int, default=8, help="sequences per step; default: 8")
-    add("--steps", type=int, default=120, help="default: 120")
-    add("--eval-tokens", type=int, default=32768, help="held out; default: 32768")
+    add("--steps", type=int, default=80, help="default: 80")
+    add("--eval-tokens", type=int, default=16384, help="held out; default: 16384")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser
 
