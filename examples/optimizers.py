@@ -17,17 +17,17 @@ from examples.errors import UserError
 from examples.options import Options
 
 CLIP = 1.0
-ADAM_B1, ADAM_B2 = 0.9, 0.95
 LONGEST_WARMUP = 20
 DECAY_SHARE = 0.4
 
 
 def build(options: Options, shardings: Any = None) -> optax.GradientTransformation:
     """The optimizer that the options name; `shardings` says how parameters lie on a mesh."""
-    rate = schedule(options.learning_rate, options.steps)
-    adam_rate = schedule(options.adam_learning_rate, options.steps)
+    rate = SCHEDULES[options.schedule](options.learning_rate, options.steps)
+    adam_rate = SCHEDULES[options.schedule](options.adam_learning_rate, options.steps)
+    b1, b2 = options.adam_b1, options.adam_b2
     decay = options.weight_decay
-    rest = optax.adamw(adam_rate, b1=ADAM_B1, b2=ADAM_B2, weight_decay=0.0)
+    rest = optax.adamw(adam_rate, b1=b1, b2=b2, weight_decay=0.0)
     if options.optimizer == "teon":
         rules = parse_rules(options.rules)
         optimizer = teon_optax.teon(
@@ -43,9 +43,7 @@ def build(options: Options, shardings: Any = None) -> optax.GradientTransformati
         muon = contrib.muon(rate, weight_decay=decay)
         optimizer = optax.partition({"muon": muon, "rest": rest}, _muon_or_rest)
     else:
-        optimizer = optax.adamw(
-            rate, b1=ADAM_B1, b2=ADAM_B2, weight_decay=decay, mask=_block_matrices
-        )
+        optimizer = optax.adamw(rate, b1=b1, b2=b2, weight_decay=decay, mask=_block_matrices)
     return optax.chain(optax.clip_by_global_norm(CLIP), optimizer)
 
 
@@ -61,6 +59,16 @@ def schedule(peak: float, steps: int) -> optax.Schedule:
         ],
         [warmup, steps - decay],
     )
+
+
+def cosine_schedule(peak: float, steps: int) -> optax.Schedule:
+    """A linear warm-up over a tenth of the steps, then half a cosine to zero."""
+    warmup = max(1, steps // 10)
+    decay_steps = max(steps, warmup + 1)  # optax refuses a decay of no steps
+    return optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, decay_steps)
+
+
+SCHEDULES = {"linear": schedule, "cosine": cosine_schedule}
 
 
 def parse_rules(texts: Sequence[str] | None) -> list[teon_optax.Rule] | None:

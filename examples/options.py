@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,9 @@ METHODS = ("polar_express", "schatten", "jordan", "you", "svd")
 # The best of a sweep over the default run in steps of two, each optimizer for itself.
 LEARNING_RATES = {"teon": 0.02, "muon": 0.02, "adamw": 0.0015}
 ADAM_LEARNING_RATE = 0.01
+ADAM_B1, ADAM_B2 = 0.9, 0.95
+BATCH_SIZE = 16
+SCHEDULES = ("linear", "cosine")
 VOCAB_SIZES = {"byte": 256, "bpe": 4096, "shards": shards.VOCAB_SIZE}
 ONLY_FOR = {
     "rules": ("teon",),
@@ -35,13 +39,19 @@ class Options:
     data: str | None
     tokenizer: str
     vocab_size: int
+    depth: int
+    hidden: int
     rules: tuple[str, ...] | None
     method: str
     learning_rate: float
     adam_learning_rate: float
+    adam_b1: float
+    adam_b2: float
     weight_decay: float
+    schedule: str
     steps: int
     batch_size: int
+    microbatches: int
     context: int
     dtype: str
     seed: int
@@ -63,6 +73,8 @@ def parse(argv: Sequence[str] | None) -> Command:
     """Reads the command line; raises UserError for a flag that makes no sense."""
     given = vars(_parser().parse_args(argv))
     resume = given.pop("resume", False)
+    if (config := given.pop("config", None)) is not None:
+        given = _with_config(config, given)
     run = f"{given.get('model', 'tiny')}-{given.get('optimizer', 'teon')}"
     out = given.pop("out", Path("runs") / run)
     return Command(out, resume, _normalized(given))
@@ -80,19 +92,27 @@ def resolve(given: dict[str, Any]) -> Options:
         raise UserError(f"--tokenizer {tokenizer} does not fit --data: only shards hold tokens")
     if "vocab_size" in given and tokenizer == "byte":
         raise UserError("--vocab-size means nothing to --tokenizer byte: there are 256 bytes")
+    if given.get("batch_size", BATCH_SIZE) % given.get("microbatches", 1):
+        raise UserError("--microbatches does not divide --batch-size")
     defaults = {
         "model": model,
         "optimizer": optimizer,
         "data": None,
         "tokenizer": tokenizer,
         "vocab_size": VOCAB_SIZES[tokenizer],
+        "depth": MODELS[model].depth,
+        "hidden": MODELS[model].hidden,
         "rules": None,
         "method": METHODS[0],
         "learning_rate": LEARNING_RATES[optimizer],
         "adam_learning_rate": ADAM_LEARNING_RATE,
+        "adam_b1": ADAM_B1,
+        "adam_b2": ADAM_B2,
         "weight_decay": 0.1,
+        "schedule": SCHEDULES[0],
         "steps": 200,
-        "batch_size": 16,
+        "batch_size": BATCH_SIZE,
+        "microbatches": 1,
         "context": MODELS[model].context,
         "dtype": "float32",
         "seed": 0,
@@ -122,19 +142,44 @@ def resolve_resumed(stored: object, given: dict[str, Any]) -> Options:
     )
 
 
-def _from_json(stored: object) -> Options:
-    """Options from JSON, held to the same limits as the flags."""
-    names = [field.name for field in dataclasses.fields(Options)]
-    if not isinstance(stored, dict) or sorted(stored) != sorted(names):
-        raise UserError("config.json is damaged: its options are not those of train_gpt")
-    argv = [
+def _with_config(path: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The flags of a TOML file, where the command line does not say otherwise.
+
+    Left out is what the given flags make meaningless: a tokenizer for files that hold tokens, a
+    setting of another optimizer.
+    """
+    try:
+        stored = tomllib.loads(path.read_text())
+        names = {field.name for field in dataclasses.fields(Options)}
+        if unknown := [name for name in stored if name.replace("-", "_") not in names]:
+            raise UserError(f"{', '.join(unknown)}: no such setting")
+        settings = vars(_parser().parse_args(_as_flags(stored)))
+    except (UserError, OSError, ValueError) as error:
+        raise UserError(f"--config {path}: {error}") from error
+    given = {**settings, **given}
+    if "data" in given and shards.is_shards(given["data"]) and "tokenizer" in settings:
+        del given["tokenizer"]
+    optimizer = given.get("optimizer", "teon")
+    foreign = {name for name, optimizers in ONLY_FOR.items() if optimizer not in optimizers}
+    return {name: given[name] for name in given if name not in foreign & set(settings)}
+
+
+def _as_flags(stored: dict[str, Any]) -> list[str]:
+    return [
         f"{_flag(name)}={item}"
         for name, value in stored.items()
         if value is not None
         for item in (value if isinstance(value, list) else [value])
     ]
+
+
+def _from_json(stored: object) -> Options:
+    """Options from JSON, held to the same limits as the flags."""
+    names = [field.name for field in dataclasses.fields(Options)]
+    if not isinstance(stored, dict) or sorted(stored) != sorted(names):
+        raise UserError("config.json is damaged: its options are not those of train_gpt")
     try:
-        given = _normalized(vars(_parser().parse_args(argv)))
+        given = _normalized(vars(_parser().parse_args(_as_flags(stored))))
         return Options(**{"data": None, "rules": None, "alignment_every": None, **given})
     except (UserError, TypeError) as error:
         raise UserError(f"config.json is damaged: {error}") from error
@@ -173,7 +218,16 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=_path, metavar="DIR", help="the run's folder; default: runs/MODEL-OPTIMIZER")
     add("--resume", action="store_true", help="go on with the run in --out, as it was started")
+    add(
+        "--config",
+        type=_path,
+        metavar="FILE",
+        help="TOML with any of the flags below, such as examples/configs/llama-60m.toml; flags of "
+        "the command line come before its own",
+    )
     add("--model", choices=MODELS, help="default: tiny")
+    add("--depth", type=_whole(1), help="number of blocks; default: the model's")
+    add("--hidden", type=_whole(1), help="size of the MLP's hidden layer; default: the model's")
     add("--optimizer", choices=LEARNING_RATES, help="default: teon")
     add(
         "--data",
@@ -202,9 +256,18 @@ def _parser() -> argparse.ArgumentParser:
         type=_real(positive=True),
         help=f"of what TEON and Muon leave to AdamW; default: {ADAM_LEARNING_RATE}",
     )
+    add("--adam-b1", type=_real(positive=False, below=1.0), help=f"default: {ADAM_B1}")
+    add("--adam-b2", type=_real(positive=False, below=1.0), help=f"default: {ADAM_B2}")
     add("--weight-decay", type=_real(positive=False), help="of the blocks' matrices; default: 0.1")
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        help="linear: constant, then linear decay over the last 40 %%; cosine: warm-up over 10 %%, "
+        "then half a cosine; default: linear",
+    )
     add("--steps", type=_whole(1), help="default: 200")
-    add("--batch-size", type=_whole(1), help="sequences per step; default: 16")
+    add("--batch-size", type=_whole(1), help=f"sequences per step; default: {BATCH_SIZE}")
+    add("--microbatches", type=_whole(1), help="parts of a batch, one after another; default: 1")
     add("--context", type=_whole(1), help="tokens per sequence; default: the model's")
     add("--dtype", choices=("float32", "bfloat16"), help="of the activations; default: float32")
     add("--seed", type=_whole(0), help="of parameters and batches; default: 0")
@@ -235,15 +298,16 @@ def _whole(low: int, high: int = 2**31 - 1) -> Callable[[str], int]:
     return parse
 
 
-def _real(positive: bool) -> Callable[[str], float]:
+def _real(positive: bool, below: float = math.inf) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if math.isfinite(value) and (value > 0 or (value == 0 and not positive)):
+        if value < below and (value > 0 or (value == 0 and not positive)):
             return value
         wanted = "a positive number" if positive else "zero or a positive number"
+        wanted += "" if below == math.inf else f" below {below:g}"
         raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
 
     return parse

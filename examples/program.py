@@ -50,6 +50,8 @@ def build(options: Options, vocab_size: int, place: Callable[[Any], Any] | None 
     model = GPT(
         dataclasses.replace(
             MODELS[options.model],
+            depth=options.depth,
+            hidden=options.hidden,
             vocab_size=vocab_size,
             context=options.context,
             dtype=options.dtype,
@@ -70,8 +72,22 @@ def build(options: Options, vocab_size: int, place: Callable[[Any], Any] | None 
         logits: Any = model.apply({"params": params}, batch[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
+    def mean_gradients(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
+        if options.microbatches == 1:
+            return jax.value_and_grad(loss)(params, batch)
+        parts = batch.reshape(options.microbatches, -1, batch.shape[1])
+        sums, _ = jax.lax.scan(
+            lambda sums, part: (
+                jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, part)),
+                None,
+            ),
+            (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
+            parts,
+        )
+        return jax.tree.map(lambda total: total / options.microbatches, sums)
+
     def train_step(state: TrainState, batch: jax.Array) -> tuple[TrainState, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(state.params, batch)
+        value, gradients = mean_gradients(state.params, batch)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), value
 
