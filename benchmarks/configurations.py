@@ -51,6 +51,11 @@ class Configuration:
     seeds: tuple[int, ...] = HEADLINE_SEEDS
     base: str | None = None
 
+    @property
+    def headline(self) -> bool:
+        """Whether it gets all seeds."""
+        return len(self.seeds) > len(FEW_SEEDS)
+
 
 def _ablation(name: str, stack: int, **settings: Any) -> Configuration:
     return Configuration(name, stack, spacing=2, seeds=FEW_SEEDS, **settings)

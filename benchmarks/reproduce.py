@@ -16,6 +16,7 @@ sequences, and differ in nothing but the optimizer.
 import argparse
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -32,7 +33,7 @@ import numpy as np
 import optax
 
 from benchmarks import results
-from benchmarks.configurations import CONFIGURATIONS, Configuration, build
+from benchmarks.configurations import CONFIGURATIONS, FEW_SEEDS, Configuration, build
 from examples import data, shards
 from examples.model import GPT, MODELS, ModelConfig, llama
 
@@ -144,17 +145,27 @@ def work(options: argparse.Namespace, setup: Setup) -> int:
         os.sched_setaffinity(0, {options.core})
     jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
     end = time.monotonic() + 60 * options.minutes
-    corpus, waiting = corpus_of(setup), list(options.only)
+    corpus, waiting = corpus_of(setup), queue(options.only)
     while waiting and time.monotonic() < end:
-        for name in list(waiting):
-            finished = finish(CONFIGURATIONS[name], options.out, setup, corpus, end)
+        for configuration in list(waiting):
+            finished = finish(configuration, options.out, setup, corpus, end)
             if finished:
-                waiting.remove(name)
+                waiting.remove(configuration)
             if finished is not None:
                 break  # begin again with the first that is missing
         else:
             time.sleep(PAUSE)
     return 0
+
+
+def queue(names: Sequence[str]) -> list[Configuration]:
+    """First a few seeds of the headline, then all of them, then the ablations.
+
+    Wherever time runs out, what is there can be compared.
+    """
+    headline = [CONFIGURATIONS[name] for name in names if CONFIGURATIONS[name].headline]
+    few = [dataclasses.replace(each, seeds=FEW_SEEDS) for each in headline]
+    return few + headline + [CONFIGURATIONS[n] for n in names if not CONFIGURATIONS[n].headline]
 
 
 def finish(
@@ -172,7 +183,9 @@ def finish(
                 return None
             if time.monotonic() > end:
                 return False
-            program = program or compiled(configuration, setup, corpus.vocab_size)
+            program = program or compiled(
+                dataclasses.replace(configuration, seeds=()), setup, corpus.vocab_size
+            )
             record = train(configuration, program, run, setup, corpus)
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -272,6 +285,7 @@ def model_of(setup: Setup, vocab_size: int) -> ModelConfig:
     )
 
 
+@functools.cache
 def compiled(configuration: Configuration, setup: Setup, vocab_size: int) -> Program:
     """One program for all rates, decays and seeds of a configuration."""
     model = GPT(model_of(setup, vocab_size))
