@@ -46,7 +46,7 @@ class Configuration:
     qkv_factor: float = 1.0
     rest_rate: float | None = 0.01
     weight_decay: float = 0.1
-    start: tuple[int, ...] = (0, 2)
+    start: tuple[int, ...] = (-1, 0, 1, 2)
     spacing: int = 1
     seeds: tuple[int, ...] = HEADLINE_SEEDS
     base: str | None = None
@@ -58,7 +58,7 @@ class Configuration:
 
 
 def _ablation(name: str, stack: int, **settings: Any) -> Configuration:
-    return Configuration(name, stack, spacing=2, seeds=FEW_SEEDS, **settings)
+    return Configuration(name, stack, start=(-1, 1), spacing=2, seeds=FEW_SEEDS, **settings)
 
 
 def _variation(name: str, base: Configuration, **settings: Any) -> Configuration:
