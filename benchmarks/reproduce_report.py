@@ -99,12 +99,13 @@ def report(out: Path, update_pages: bool = False) -> None:
     if not found:
         raise SystemExit(f"no runs in {out}")
     setup = json.loads((out / "setup.json").read_text())
-    headline = headline_table(found)
+    count = sum(len(read(out, name)) for name in CONFIGURATIONS)
+    headline = f"{headline_table(found)}\n\n{caption(setup, count)}"
     page = "\n\n".join([headline, pairs_table(found), rates_table(found), all_table(found)])
     record = {
         "benchmark": "reproduce",
         **setup,
-        "runs": sum(len(read(out, name)) for name in CONFIGURATIONS),
+        "runs": count,
         "configurations": {name: as_json(summary) for name, summary in found.items()},
     }
     results.write(out, "reproduce", record, page, plot(found))
@@ -160,6 +161,17 @@ def best_of_parabola(summary: Summary) -> float | None:
         return None
     a, b, _ = np.polyfit(ks, losses, 2)
     return float(0.01 * 2 ** (-b / (2 * a) / 2)) if a > 0 else None
+
+
+def caption(setup: Mapping[str, Any], runs: int) -> str:
+    """What was run, under the headline."""
+    tokens = setup["batch_size"] * setup["context"]
+    return (
+        f"Mean ± standard deviation over seeds; differences of losses are paired by seed, with their "
+        f"{CONFIDENCE:.0%} confidence interval. {runs} runs of {setup['steps']} steps of {tokens} "
+        f"tokens, model `{setup['model']}`, {setup['vocab_size']} BPE tokens. "
+        f"{results.caption(dict(setup))}"
+    )
 
 
 def headline_table(found: Mapping[str, Summary]) -> str:
