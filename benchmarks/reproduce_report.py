@@ -167,9 +167,9 @@ def caption(setup: Mapping[str, Any], runs: int) -> str:
     """What was run, under the headline."""
     tokens = setup["batch_size"] * setup["context"]
     return (
-        f"Mean ± standard deviation over seeds; differences of losses are paired by seed, with their "
-        f"{CONFIDENCE:.0%} confidence interval. {runs} runs of {setup['steps']} steps of {tokens} "
-        f"tokens, model `{setup['model']}`, {setup['vocab_size']} BPE tokens. "
+        "Mean ± standard deviation over seeds; differences of losses are paired by seed, with "
+        f"their {CONFIDENCE:.0%} confidence interval. {runs} runs of {setup['steps']} steps of "
+        f"{tokens} tokens, model `{setup['model']}`, {setup['vocab_size']} BPE tokens. "
         f"{results.caption(dict(setup))}"
     )
 
