@@ -101,9 +101,9 @@ CONFIGURATIONS = {configuration.name: configuration for configuration in _ALL}
 def build(
     configuration: Configuration,
     steps: int,
-    rate: jax.typing.ArrayLike,
-    rest_rate: jax.typing.ArrayLike,
-    weight_decay: jax.typing.ArrayLike,
+    rate: jax.Array | float,
+    rest_rate: jax.Array | float,
+    weight_decay: jax.Array | float,
 ) -> optax.GradientTransformation:
     """The optimizer; the three numbers may be traced.
 
