@@ -1,0 +1,82 @@
+"""What MkDocs needs to build the site from files all over the repository, none of them copied.
+
+Pages and images outside docs/ keep their place: `benchmarks/README.md` is a page of that name. Links
+are written as they work in the repository, and turned into those of the site here.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")
+IMAGES = "benchmarks/results/*.png"
+
+# [text](path#fragment), for paths that are relative.
+_LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\((?![a-z]+:|[/#])([^)\s#]+)(#[^)\s]*)?\)")
+_INCLUDE = re.compile(r"<!-- README: (.+) -->")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Leaves pages out of the navigation that are not written yet."""
+    config.nav = _existing(config.nav)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    """Adds the pages and images outside docs/."""
+    images = (path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(IMAGES)))
+    for name in (*OUTSIDE, *images):
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Includes sections of README.md, and turns links of the repository into links of the site."""
+    source = page.file.src_uri
+    place = source if source in OUTSIDE else f"docs/{source}"
+    markdown = _links(markdown, place, page, config, files)
+    return _INCLUDE.sub(
+        lambda match: _links(_section(match[1]), "README.md", page, config, files), markdown
+    )
+
+
+def _existing(nav: Any) -> Any:
+    if isinstance(nav, list):
+        return [item for item in map(_existing, nav) if item]
+    if isinstance(nav, dict):
+        ((title, target),) = nav.items()
+        return {title: found} if (found := _existing(target)) else None
+    return nav if any((folder / nav).exists() for folder in (ROOT, ROOT / "docs")) else None
+
+
+def _section(heading: str) -> str:
+    """The text of README.md under a heading, without the heading."""
+    readme = (ROOT / "README.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", readme, re.M | re.S))
+    if heading not in sections:
+        raise PluginError(f"README.md has no section {heading!r}, which docs/index.md includes.")
+    return sections[heading]
+
+
+def _links(text: str, place: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Text of the file `place` of the repository, for a page of the site."""
+
+    def link(match: re.Match[str]) -> str:
+        words, path, fragment = match[1], match[2], match[3] or ""
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(place), path))
+        name = "index.md" if path == "README.md" else path.removeprefix("docs/")
+        if files.get_file_from_path(name):
+            there = posixpath.relpath(name, posixpath.dirname(page.file.src_uri) or ".")
+            return f"[{words}]({there}{fragment})"
+        if not (ROOT / path).exists():
+            return match[0]  # for MkDocs to complain about
+        if config.repo_url:
+            return f"[{words}]({config.repo_url.rstrip('/')}/blob/main/{path}{fragment})"
+        return words
+
+    return _LINK.sub(link, text)

@@ -1,0 +1,121 @@
+"""Every example of every page runs, and prints what the page shows.
+
+A page's fenced blocks of Python are one program, in their order. A block of `text` right after one is
+what it printed. A block with `>>>` is a doctest. `<!-- hidden: ... -->` holds code that readers need
+not see.
+"""
+
+import ast
+import contextlib
+import doctest
+import io
+import os
+import pathlib
+import re
+import sys
+from itertools import zip_longest
+
+import jax
+import pytest
+
+import teon_optax
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "benchmarks" / "README.md",
+]
+BLOCK = re.compile(r"^<!-- hidden:\n(.*?)^-->$|^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+PYTHON = ("python", "pycon")
+
+
+def blocks(page):
+    """(line, language, text) of each block of a page, with what is shown right after it or None."""
+    text = page.read_text("utf-8")
+    found = list(BLOCK.finditer(text))
+    for block, after in zip_longest(found, found[1:]):
+        hidden, language, code = block.groups()
+        shown = None
+        if after and after[2] == "text" and not text[block.end() : after.start()].strip():
+            shown = after[3]
+        line = text[: block.start()].count("\n") + 1
+        yield line, "python" if hidden else language, hidden or code, shown
+
+
+def programs():
+    for page in PAGES:
+        if any(language in PYTHON for _, language, _, _ in blocks(page)):
+            yield pytest.param(page, id=page.relative_to(ROOT).as_posix())
+
+
+def imported(code):
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+def source(code):
+    """A block without the prompts and the output of a doctest."""
+    examples = doctest.DocTestParser().get_examples(code)
+    return "".join(example.source for example in examples) if examples else code
+
+
+def run_doctest(code, names, page, line):
+    test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
+    test.globs = names  # not the copy that it made: the next block goes on
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(verbose=False)
+    runner.run(test, out=report.write, clear_globs=False)
+    assert not runner.failures, report.getvalue()
+
+
+@pytest.mark.parametrize("page", list(programs()))
+def test_a_page_prints_what_it_shows(page, tmp_path, monkeypatch):
+    program = [block for block in blocks(page) if block[1] in PYTHON]
+    for _, _, code, _ in program:
+        for library in set(imported(source(code))) - set(sys.stdlib_module_names):
+            pytest.importorskip(library)
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "__main__"}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for line, _, code, shown in program:
+            if code.lstrip().startswith(">>>"):
+                run_doctest(code, names, page, line)
+                continue
+            printed = io.StringIO()
+            with contextlib.redirect_stdout(printed):
+                exec(compile("\n" * line + code, page, "exec"), names)
+            if os.environ.get("WRITE_OUTPUT") and shown is not None:
+                text = page.read_text("utf-8")
+                after = "```\n\n```text\n"
+                text = text.replace(code + after + shown, code + after + printed.getvalue())
+                page.write_text(text, "utf-8")
+            else:
+                assert printed.getvalue() == (shown or ""), f"{page}:{line}"
+
+
+def test_the_plan_in_the_readme_is_that_of_the_example():
+    pytest.importorskip("flax")
+    from examples import model
+
+    shown = re.search(r"its plan\n\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
+    network = model.GPT(model.MODELS["tiny"])
+    with jax.numpy_rank_promotion("allow"):
+        shapes = jax.eval_shape(network.init, jax.random.key(0), jax.numpy.ones((1, 8), int))
+    assert shown and shown[1] == f"{teon_optax.plan(shapes['params'])}\n"
+
+
+def test_every_public_name_is_in_the_reference():
+    page = (ROOT / "docs" / "reference.md").read_text("utf-8")
+    documented = set(re.findall(r"^::: teon_optax\.(\w+)$", page, re.M))
+    assert documented == set(teon_optax.__all__)
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8")
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if f" {page}\n" not in nav] == []
