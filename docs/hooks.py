@@ -1,7 +1,7 @@
 """What MkDocs needs to build the site from files all over the repository, none of them copied.
 
-Pages and images outside docs/ keep their place: `benchmarks/README.md` is a page of that name. Links
-are written as they work in the repository, and turned into those of the site here.
+Pages and images outside docs/ keep their place: `benchmarks/README.md` is a page of that name.
+Links are written as they work in the repository, and turned into those of the site here.
 """
 
 import posixpath

@@ -1,8 +1,8 @@
 """Every example of every page runs, and prints what the page shows.
 
-A page's fenced blocks of Python are one program, in their order. A block of `text` right after one is
-what it printed. A block with `>>>` is a doctest. `<!-- hidden: ... -->` holds code that readers need
-not see.
+A page's fenced blocks of Python are one program, in their order. A block of `text` right after one
+is what it printed; WRITE_OUTPUT=1 writes it there. A block with `>>>` is a doctest. A comment
+`<!-- hidden: ... -->` holds code that readers need not see.
 """
 
 import ast
@@ -27,7 +27,7 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
 ]
 BLOCK = re.compile(r"^<!-- hidden:\n(.*?)^-->$|^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
-# Shows a family's own lines beside its plan: tests/families builds the models and compares the plans.
+# Lines of a model beside its plan: tests/families builds the models and compares the plans.
 FRAGMENTS = ROOT / "docs" / "families.md"
 PYTHON = ("python", "pycon")
 
