@@ -44,6 +44,13 @@ PAIRS = (
     ("teon-1", "muon-short-qkv"),
     ("teon-2", "muon-short-qkv"),
     ("adamw", "muon"),
+    ("teon-3", "muon"),
+    ("teon-1-k4", "teon-1"),
+    ("teon-1-all-layers", "teon-1"),
+    ("teon-1-everything", "teon-1"),
+    ("muon-jordan", "muon"),
+    ("teon-1-jordan", "teon-1"),
+    ("muon-you", "muon"),
     ("adamw-one-rate", "adamw"),
 )
 BY_K = {"1": "muon", "2": "teon-1", "4": "teon-1-k4", "all": "teon-1-all-layers"}
@@ -265,7 +272,7 @@ def draw_curves(axes: Any, found: Mapping[str, Summary]) -> None:
 
 def draw_rates(axes: Any, found: Mapping[str, Summary]) -> None:
     for name, title in HEADLINE.items():
-        if name in found:
+        if name in found and not name.startswith("adamw"):
             ks = sorted(found[name].swept)
             rates = [0.01 * 2 ** (k / 2) for k in ks]
             axes.plot(rates, [found[name].swept[k] for k in ks], "o-", markersize=3, label=title)
@@ -303,13 +310,22 @@ def draw_points(
 def common_perplexities(
     found: Mapping[str, Summary], names: Sequence[str]
 ) -> dict[str, tuple[float, float]]:
-    """Perplexity of each, and its standard deviation, over the seeds that all of them have."""
+    """Perplexity of each, over the seeds that all of them have.
+
+    With the standard deviation of its difference from the first one's: that of the perplexity
+    itself is the seeds', which all share.
+    """
     present = [name for name in names if name in found and found[name].losses]
     if not present:
         return {}
     seeds = set.intersection(*(set(found[name].losses) for name in present))
     values = {name: np.exp([found[name].losses[seed] for seed in seeds]) for name in present}
-    return {name: (float(v.mean()), float(v.std())) for name, v in values.items() if v.size}
+    first = values[present[0]]
+    return {
+        name: (float(own.mean()), float((own - first).std()))
+        for name, own in values.items()
+        if own.size
+    }
 
 
 def draw_bars(
