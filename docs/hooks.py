@@ -20,6 +20,7 @@ IMAGES = "benchmarks/results/*.png"
 
 # [text](path#fragment), for paths that are relative.
 _LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\((?![a-z]+:|[/#])([^)\s#]+)(#[^)\s]*)?\)")
+_HIDDEN = re.compile(r"^<!-- hidden:.*?^-->\n", re.M | re.S)  # code of tests/test_docs.py
 _INCLUDE = re.compile(r"<!-- README: (.+) -->")
 
 
@@ -39,7 +40,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Includes sections of README.md, and turns links of the repository into links of the site."""
     source = page.file.src_uri
     place = source if source in OUTSIDE else f"docs/{source}"
-    markdown = _links(markdown, place, page, config, files)
+    markdown = _links(_HIDDEN.sub("", markdown), place, page, config, files)
     return _INCLUDE.sub(
         lambda match: _links(_section(match[1]), "README.md", page, config, files), markdown
     )
