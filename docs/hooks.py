@@ -16,7 +16,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")
-IMAGES = "benchmarks/results/*.png"
+IMAGES = "benchmarks/results/**/*.png"
 
 # [text](path#fragment), for paths that are relative.
 _LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\((?![a-z]+:|[/#])([^)\s#]+)(#[^)\s]*)?\)")
@@ -74,7 +74,11 @@ def _links(text: str, place: str, page: Page, config: MkDocsConfig, files: Files
         if files.get_file_from_path(name):
             there = posixpath.relpath(name, posixpath.dirname(page.file.src_uri) or ".")
             return f"[{words}]({there}{fragment})"
-        if not (ROOT / path).exists():
+        is_image = match.string[: match.start()].endswith("!")
+        if match[2].startswith("../") and (is_image or not (ROOT / path).exists()):
+            # MkDocs does not follow links out of its folder.
+            raise PluginError(f"{place}: {match[2]!r} is not there, or no image of the site.")
+        if is_image or not (ROOT / path).exists():
             return match[0]  # for MkDocs to complain about
         if config.repo_url:
             return f"[{words}]({config.repo_url.rstrip('/')}/blob/main/{path}{fragment})"
