@@ -191,7 +191,9 @@ def placed(
         turned = layout.turned and path.split("/")[-2] in ("out", "down")
         cut: list[tuple[str, ...]] = [(), ()]
         for axis, name in enumerate(layout.spec[::-1] if turned else layout.spec):
-            for place in (axis, 1 - axis) if name else ():
+            if name is None:
+                continue
+            for place in (axis, 1 - axis):
                 pieces = math.prod(sizes[along] for along in (*cut[place], name))
                 if lengths[place] % pieces == 0:
                     cut[place] += (name,)

@@ -120,7 +120,9 @@ def keep_setup(out: Path, setup: Setup) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path, wanted = out / "setup.json", dataclasses.asdict(setup)
     if not path.exists():
-        path.write_text(json.dumps(wanted | {"environment": results.environment()}, indent=1))
+        path.write_text(
+            json.dumps(wanted | {"environment": results.environment()}, indent=1) + "\n"
+        )
     found = json.loads(path.read_text())
     if any(found.get(key) != value for key, value in wanted.items()):
         raise SystemExit(f"{path} is of another set-up: choose another --out, or its flags")
