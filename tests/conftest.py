@@ -34,8 +34,9 @@ def pytest_collection_modifyitems(items):
 def strict_arithmetic(request):
     """No operation changes a dtype or broadcasts a rank unless the code says so."""
     promotes_dtypes = request.node.get_closest_marker("promotes_dtypes")
+    promotes_ranks = request.node.get_closest_marker("promotes_ranks")
     with (
         jax.numpy_dtype_promotion("standard" if promotes_dtypes else "strict"),
-        jax.numpy_rank_promotion("raise"),
+        jax.numpy_rank_promotion("allow" if promotes_ranks else "raise"),
     ):
         yield

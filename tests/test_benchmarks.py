@@ -12,15 +12,8 @@ from benchmarks import accuracy, compare, results, update_cost
 from examples.model import MODELS
 from teon_optax import plan, polar_express, teon
 
-pytestmark = pytest.mark.promotes_dtypes
+pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 D = 8
-
-
-@pytest.fixture(autouse=True)
-def rank_promotion_of_the_model(strict_arithmetic):
-    """The example's GPT adds its positions to a batch."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture

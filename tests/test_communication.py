@@ -15,14 +15,7 @@ from benchmarks.communication import LAYOUTS, TEON
 from benchmarks.compiled import Program
 from teon_optax import Rule, teon
 
-pytestmark = pytest.mark.promotes_dtypes
-
-
-@pytest.fixture(autouse=True)
-def rank_promotion_of_the_model(strict_arithmetic):
-    """The example's GPT adds its positions to a batch."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 
 
 TEXT = """

@@ -15,7 +15,7 @@ from examples.errors import UserError
 from examples.options import parse, resolve
 from teon_optax import plan
 
-pytestmark = pytest.mark.promotes_dtypes
+pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 FOLDER = Path(__file__).parents[1] / "examples/configs"
 MILLIONS = {
     "gpt-small": 124,
@@ -27,13 +27,6 @@ MILLIONS = {
     "llama-1b": 1000,
 }
 SMALL = ("llama-60m",)
-
-
-@pytest.fixture(autouse=True)
-def rank_promotion_of_the_model(strict_arithmetic):
-    """The example's GPT adds its positions to a batch."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def load(name, *flags):

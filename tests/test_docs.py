@@ -81,6 +81,8 @@ def quick_compiler():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.promotes_dtypes
+@pytest.mark.promotes_ranks
 @pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("page", list(programs()))
 def test_a_page_prints_what_it_shows(page, tmp_path, monkeypatch):
@@ -91,31 +93,30 @@ def test_a_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "__main__"}
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        for line, _, code, shown in program:
-            if code.lstrip().startswith(">>>"):
-                run_doctest(code, names, page, line)
-                continue
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(compile("\n" * line + code, page, "exec"), names)
-            if os.environ.get("WRITE_OUTPUT") and shown is not None:
-                text = page.read_text("utf-8")
-                after = "```\n\n```text\n"
-                text = text.replace(code + after + shown, code + after + printed.getvalue())
-                page.write_text(text, "utf-8")
-            else:
-                assert printed.getvalue() == (shown or ""), f"{page}:{line}"
+    for line, _, code, shown in program:
+        if code.lstrip().startswith(">>>"):
+            run_doctest(code, names, page, line)
+            continue
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile("\n" * line + code, page, "exec"), names)
+        if os.environ.get("WRITE_OUTPUT") and shown is not None:
+            text = page.read_text("utf-8")
+            after = "```\n\n```text\n"
+            text = text.replace(code + after + shown, code + after + printed.getvalue())
+            page.write_text(text, "utf-8")
+        else:
+            assert printed.getvalue() == (shown or ""), f"{page}:{line}"
 
 
+@pytest.mark.promotes_ranks
 def test_the_plan_in_the_readme_is_that_of_the_example():
     pytest.importorskip("flax")
     from examples import model
 
     shown = re.search(r"its plan\n\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
     network = model.GPT(model.MODELS["tiny"])
-    with jax.numpy_rank_promotion("allow"):
-        shapes = jax.eval_shape(network.init, jax.random.key(0), jax.numpy.ones((1, 8), int))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jax.numpy.ones((1, 8), int))
     assert shown and shown[1] == f"{teon_optax.plan(shapes['params'])}\n"
 
 

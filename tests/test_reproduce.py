@@ -15,15 +15,9 @@ from benchmarks.reproduce import Run, next_rate
 from examples.data import Corpus
 from examples.model import llama
 
-pytestmark = pytest.mark.promotes_dtypes
+pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 SETUP = reproduce.Setup("small", None, 300, 8, 2, 3, 32, "float32")
 TEXT = Corpus([np.arange(400) % 300], [np.arange(100) % 300], 300, "numbers")
-
-
-@pytest.fixture(autouse=True)
-def rank_promotion_of_the_model(strict_arithmetic):
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 @pytest.fixture
