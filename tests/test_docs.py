@@ -74,16 +74,9 @@ def run_doctest(code, names, page, line):
     assert not runner.failures, report.getvalue()
 
 
-@pytest.fixture
-def quick_compiler():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.promotes_dtypes
 @pytest.mark.promotes_ranks
-@pytest.mark.usefixtures("quick_compiler")
+@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize("page", list(programs()))
 def test_a_page_prints_what_it_shows(page, tmp_path, monkeypatch):
     program = [block for block in blocks(page) if block[1] in PYTHON]

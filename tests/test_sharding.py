@@ -16,17 +16,8 @@ from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, orthogonalize, teon
 
-pytestmark = pytest.mark.slow  # many layouts, each compiled for eight devices
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """Numbers and collectives are the same, in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
+# Many layouts, each compiled for eight devices.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 RULES = (
     Rule(r"block_(?P<layer>\d+)/(query|key)", stack=2),

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -31,13 +30,11 @@ SMALL = f"--batch-size 8 --context 16 --seed 7 --checkpoint-every 1 --steps {LAS
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_model():
-    """In place of the tiny one, and compiled in half the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
+def small_model(quick_compilation):
+    """In place of the tiny one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(MODELS, "tiny", dataclasses.replace(MODELS["tiny"], **MODEL))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
