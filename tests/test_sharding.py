@@ -14,6 +14,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
+from benchmarks import communication
+from benchmarks.compiled import COLLECTIVES
 from teon_optax import Rule, orthogonalize, teon
 
 # Many layouts, each compiled for eight devices.
@@ -444,100 +446,19 @@ def test_specs_without_a_mesh_are_refused():
         optimizer.update(tree, state)
 
 
-COLLECTIVE = re.compile(
-    r" = (.*?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\("
-)
-
-
-def collectives(text):
-    """(kind, bytes that come out, bytes on the wires of a ring of 8) of every collective."""
-    found = []
-    for line in text.splitlines():
-        match = COLLECTIVE.search(line)
-        if match is None:
-            continue
-        shapes = re.findall(r"f32\[([\d,]*)\]", match[1])
-        size = sum(4 * math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
-        groups = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", line)
-        n = 8 if groups is None else int(groups[1] or 1 + groups[2].count(","))
-        wire = {"all-reduce": 2, "reduce-scatter": n}.get(match[2], 1) * size * (n - 1) / n
-        found.append((match[2], size, wire))
-    return found
-
-
-def flops(jaxpr):
-    """Of all products on one device: loops multiplied, the dearest branch of a conditional."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        name, params = eqn.primitive.name, eqn.params
-        inner = [getattr(value, "jaxpr", value) for value in params.values()]
-        if name == "dot_general":
-            (contracted, _), _ = params["dimension_numbers"]
-            lengths = (eqn.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lengths)
-        elif name == "cond":
-            total += max(flops(branch.jaxpr) for branch in params["branches"])
-        else:
-            of_inner = sum(flops(each) for each in inner if hasattr(each, "eqns"))
-            assert name != "while" or of_inner == 0
-            total += params.get("length", 1) * of_inner if name == "scan" else of_inner
-    return total
-
-
-PROJECTIONS = tuple(
-    Rule(rf"block_(?P<layer>\d+)/({name})", stack=stack)
-    for name, stack in (("query|key|value", 2), ("out|up|down", 1))
-)
-
-
-def gpt(d=256):
-    """Abstract kernels of 4 blocks."""
-    square, wide, tall = (
-        jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((d, d), (d, 4 * d), (4 * d, d))
-    )
-    block = dict.fromkeys(("query", "key", "value", "out"), square) | {"up": wide, "down": tall}
-    return {f"block_{i}": block for i in range(4)}
-
-
 @pytest.mark.promotes_dtypes
-@pytest.mark.parametrize("layout", ["fan_in", "fan_out", "two axes"])
+@pytest.mark.promotes_ranks
+@pytest.mark.parametrize("layout", ["fan-in", "fan-out", "2-D"])
 def test_an_update_costs_two_all_to_alls_and_an_eighth_of_the_products(layout):
-    sizes, spec = LAYOUTS[layout]
-    mesh, tree = mesh_of(**sizes), gpt()
-    swapped = P(*reversed(spec)) if layout == "two axes" else spec
-    shardings = {
-        block: {
-            name: NamedSharding(mesh, swapped if name in ("out", "down") else spec)
-            for name in leaves
-        }
-        for block, leaves in tree.items()
-    }
-    tree = jax.tree.map(
-        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
-        tree,
-        shardings,
+    """Of 4 blocks, d = 256, on 8 devices, against Muon of the same kernels."""
+    shapes = communication.kernels("gpt-4x256")
+    shardings = communication.placed(shapes, communication.LAYOUTS[layout], 8)
+    ours, muon = (
+        communication.figures(optimizer, shapes, shardings)
+        for optimizer in communication.optimizers(shardings).values()
     )
-    ours, muon = teon(0.1, PROJECTIONS, shardings=shardings), optax.contrib.muon(0.1)
-
-    def compiled(optimizer):
-        state = jax.eval_shape(optimizer.init, tree)
-        by_path = {
-            jax.tree_util.keystr(k[-2:]): leaf for k, leaf in jax.tree.leaves_with_path(tree)
-        }
-        state = jax.tree_util.tree_map_with_path(
-            lambda keys, leaf: by_path.get(jax.tree_util.keystr(keys[-2:]), leaf), state
-        )
-        text = jax.jit(optimizer.update).lower(tree, state, tree).compile().as_text()
-        return collectives(text), jax.make_jaxpr(optimizer.update)(tree, state, tree).jaxpr
-
-    found, jaxpr = compiled(ours)
-    theirs, _ = compiled(muon)
-    kinds = [kind for kind, _, _ in found]
-    assert kinds.count("all-to-all") == 2 and set(kinds) == {"all-to-all", "all-reduce"}
-    assert sum(size for _, size, _ in found) <= 0.06 * sum(size for _, size, _ in theirs)
-    assert sum(wire for _, _, wire in found) <= 0.07 * sum(wire for _, _, wire in theirs)
-    alone = teon(0.1, PROJECTIONS)
-    tree = gpt()
-    state = jax.eval_shape(alone.init, tree)
-    single = flops(jax.make_jaxpr(alone.update)(tree, state, tree).jaxpr)
-    assert flops(jaxpr) <= 1.10 / 8 * single
+    assert ours["all-to-all"] == 2
+    assert {kind for kind in COLLECTIVES if kind in ours} == {"all-to-all", "all-reduce"}
+    assert ours["bytes"] <= 0.06 * muon["bytes"]
+    assert ours["wire"] <= 0.07 * muon["wire"]
+    assert ours["flops"] <= 1.10 / 8 * communication.start("gpt-4x256")["single_flops"]["teon"]
