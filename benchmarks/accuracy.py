@@ -29,7 +29,8 @@ from benchmarks.emulation import FORMATS, with_products_in
 from examples import checkpoints, run_folder
 from teon_optax import plan
 from teon_optax._coefficients import resolve
-from teon_optax._polar import method_cut, orthogonalize_batches
+from teon_optax._polar import orthogonalize_batches
+from teon_optax._policy import method_cut
 
 METHODS = ("polar_express", "schatten", "jordan", "you")
 PRODUCTS = ("float32", *FORMATS)

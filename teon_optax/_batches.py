@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._matrices import to_leaf, to_matrices
+from teon_optax._mixing import Mix, mixed, mixes, unmixed
 from teon_optax._plan import Type, joint_shape
 
 # Axes of the mesh along fan_in and along fan_out.
@@ -18,8 +19,9 @@ Axes = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class _Piece(NamedTuple):
-    """Layers `start` to `stop` of one part of a leaf."""
+    """Matrices `start` to `stop` of one part of a leaf."""
 
+    sibling: int
     leaf: int
     part: int
     start: int
@@ -29,13 +31,16 @@ class _Piece(NamedTuple):
 class Batch(NamedTuple):
     """What groups agree in that are orthogonalized as one array."""
 
-    K: int
+    K: int  # of a joint matrix; 1 for slices of a transform
     batch: int
     fan_in: int
     fan_out: int
     mode: int
     dtype: Any
     axes: Axes
+    siblings: int = 1
+    joined: int = 1  # matrices of a layer in each of several siblings
+    mix: Mix | None = None
 
     @property
     def joint(self) -> tuple[int, int]:
@@ -56,7 +61,8 @@ class Batch(NamedTuple):
     @property
     def stacked(self) -> tuple[int, ...]:
         """Shape before that transposition."""
-        return (-1, self.K, self.batch, self.fan_in, self.fan_out)
+        slices = self.K if self.mix is None else len(self.mix.rows)
+        return (-1, slices, self.batch, self.fan_in, self.fan_out)
 
 
 def in_batches(
@@ -80,11 +86,14 @@ def in_batches(
     parts: dict[int, dict[_Piece, jax.Array]] = {leaf: {} for leaf in layouts}
     for key, result in function(joint).items():
         for piece, layers in _scatter(result, key, pieces[key]).items():
-            parts[piece.leaf][piece] = layers.astype(key.dtype)
+            held = parts[piece.leaf]
+            # A piece may be in two batches, the real and the complex slices of a transform.
+            held[piece] = held[piece] + layers if piece in held else layers
     done = {}
     for leaf, of_leaf in parts.items():
         by_part = itertools.groupby(sorted(of_leaf), key=operator.attrgetter("part"))
-        whole = [_concatenate([of_leaf[piece] for piece in part]) for _, part in by_part]
+        dtype = leaves[leaf].dtype
+        whole = [_concatenate([of_leaf[p].astype(dtype) for p in part]) for _, part in by_part]
         done[leaf] = to_leaf(whole, layouts[leaf])
     return done
 
@@ -101,27 +110,35 @@ def batches(
     """
     found: dict[Batch, list[_Piece]] = {}
     for kind in types:
-        total = len(kind.members)
-        whole = total - total % kind.rule.stack
-        for start, stop, K in ((0, whole, kind.rule.stack), (whole, total, total - whole)):
+        stack, total = kind.rule.stack, kind.depth
+        whole = total - total % stack
+        for start, stop, layers in ((0, whole, stack), (whole, total, total - whole)):
             if start < stop:
+                K, first = layers * kind.coupled, kind.leaves[0]
                 # A single matrix has no other layer to share an axis with: modes 1 and 2 agree.
                 mode = 1 if K == 1 and kind.rule.mode == 2 else kind.rule.mode
-                first = kind.leaves[0]
                 cut = axes[first] if axes else ((), ())
                 key = Batch(K, kind.batch, *kind.matrix, mode, leaves[first].dtype, cut)
-                found.setdefault(key, []).extend(_pieces(kind, start, stop))
-    return found
+                if kind.siblings > 1:
+                    key = key._replace(siblings=kind.siblings, joined=kind.layout.joined)
+                for mix in mixes(kind.rule.transform, K) or [None]:
+                    own = (
+                        key
+                        if mix is None
+                        else key._replace(K=1, mix=mix, dtype=mix.dtype(key.dtype))
+                    )
+                    found.setdefault(own, []).extend(_pieces(kind, start, stop))
+    return {key: sorted(pieces, key=lambda piece: piece.sibling) for key, pieces in found.items()}
 
 
 def _pieces(kind: Type, start: int, stop: int) -> Iterator[_Piece]:
-    """Layers `start` to `stop` of a type, leaf by leaf; a scanned leaf holds many."""
-    each = len(kind.members) // len(kind.leaves)
-    for position in range(start // each, -(-stop // each)):
-        first = position * each
-        yield _Piece(
-            kind.leaves[position], kind.part, max(start - first, 0), min(stop - first, each)
-        )
+    """Layers `start` to `stop` of a type, sibling by sibling; a scanned leaf holds many."""
+    each, joined = kind.layout.length(kind.layout.layer), kind.layout.joined
+    for sibling in range(kind.siblings):
+        leaves = kind.leaves[sibling :: kind.siblings]
+        for position in range(start // each, -(-stop // each)):
+            first, last = max(start - position * each, 0), min(stop - position * each, each)
+            yield _Piece(sibling, leaves[position], kind.part, first * joined, last * joined)
 
 
 def _gather(
@@ -130,6 +147,12 @@ def _gather(
     """Joint matrices of all groups of a batch: [B, m, n]."""
     layers = [matrices[piece.leaf][piece.part][piece.start : piece.stop] for piece in pieces]
     rows = _concatenate([array.reshape(-1, key.fan_out) for array in layers])
+    if key.siblings > 1:  # siblings of layers, not layers of siblings
+        each = key.joined * key.batch * key.fan_in
+        rows = rows.reshape(key.siblings, -1, each, key.fan_out).swapaxes(0, 1)
+    if key.mix is not None:
+        wide = rows.astype(np.promote_types(rows.dtype, np.float32))
+        rows = mixed(key.mix, wide.reshape(-1, key.mix.K, *key.stacked[2:]))
     return rows.reshape(key.stacked).transpose(key.order).reshape(-1, *key.joint)
 
 
@@ -137,8 +160,14 @@ def _scatter(joint: jax.Array, key: Batch, pieces: Sequence[_Piece]) -> dict[_Pi
     """Inverse of `_gather`."""
     order = key.order
     transposed = joint.reshape([-1, *(key.stacked[axis] for axis in order[1:])])
-    rows = transposed.transpose(np.argsort(order)).reshape(-1, key.fan_out)
-    zero = _unfoldable_zero(joint)
+    stack = transposed.transpose(np.argsort(order))
+    if key.mix is not None:
+        stack = unmixed(key.mix, stack)
+    if key.siblings > 1:
+        each = key.joined * key.batch * key.fan_in
+        stack = stack.reshape(-1, key.siblings, each, key.fan_out).swapaxes(0, 1)
+    rows = stack.reshape(-1, key.fan_out)
+    zero = _unfoldable_zero(joint.real)
     layers, start = {}, 0
     for piece in pieces:
         stop = start + (piece.stop - piece.start) * key.batch * key.fan_in

@@ -160,9 +160,14 @@ def _stacks(momentum: Any, planned: Plan) -> Iterator[jax.Array]:
     leaves = jax.tree.leaves(momentum)
     for kind in planned.types:
         whole = [jax.device_get(leaves[leaf]) for leaf in kind.leaves]
-        layers = jnp.concatenate([to_matrices(leaf, kind.layout)[kind.part] for leaf in whole])
-        for start in range(0, len(layers), kind.rule.stack):
-            yield layers[start : start + kind.rule.stack]
+        held = [to_matrices(leaf, kind.layout)[kind.part] for leaf in whole]
+        joined, S = kind.layout.joined, kind.siblings
+        by_sibling = [jnp.concatenate(held[sibling::S]) for sibling in range(S)]
+        layers = [array.reshape(-1, joined, *array.shape[1:]) for array in by_sibling]
+        matrices = jnp.stack(layers, 1).reshape(-1, *by_sibling[0].shape[1:])
+        K = kind.rule.stack * kind.coupled
+        for start in range(0, len(matrices), K):
+            yield matrices[start : start + K]
 
 
 @functools.partial(jax.jit, static_argnames="rank")

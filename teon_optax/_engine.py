@@ -12,7 +12,7 @@ from teon_optax._batches import Batch, in_batches
 from teon_optax._coefficients import Method
 from teon_optax._owners import entries_of, orthogonalize_owned
 from teon_optax._plan import Plan
-from teon_optax._polar import method_cut, orthogonalize_batches
+from teon_optax._polar import orthogonalize_batches
 from teon_optax._scaling import ScaleFunction
 from teon_optax._sharding import Shardings
 
@@ -91,6 +91,6 @@ def _buckets(
     for key in batches:
         dtype = np.promote_types(key.dtype, np.float32)
         used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
-        bucket = _Bucket(min(key.joint), dtype, method_cut(method, *key.joint, used), used)
+        bucket = _Bucket(min(key.joint), dtype, _policy.method_cut(method, *key.joint, used), used)
         buckets.setdefault(bucket, []).append(key)
     return buckets

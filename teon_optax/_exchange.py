@@ -169,7 +169,7 @@ def _mine(plan: Exchange, hand: Hand, values: Sequence[int]) -> jax.Array:
 
 
 def shared_total(plan: Exchange, hand: Hand, G: jax.Array) -> jax.Array:
-    """Sum of symmetric matrices over the devices that share a group; half of each is sent."""
+    """Sum of Hermitian matrices over the devices that share a group; half of each is sent."""
     return _square(jax.lax.psum(_triangle(G), plan.axes, axis_index_groups=_teams(plan, hand)), G)
 
 
@@ -183,7 +183,7 @@ def _teams(plan: Exchange, hand: Hand) -> list[list[int]]:
 
 
 def _triangle(G: jax.Array) -> jax.Array:
-    """The upper triangle of G = [[A, B], [B^T, D]] as a rectangle: A over D, then B, then diag D.
+    """The upper triangle of G = [[A, B], [B^H, D]] as a rectangle: A over D, then B, then diag D.
 
     Without a table of indices, which would be as large as G.
     """
@@ -197,6 +197,6 @@ def _square(triangle: jax.Array, like: jax.Array) -> jax.Array:
     """Inverse of `_triangle`."""
     half = triangle.shape[1]
     both, B, diagonal = triangle[:half], triangle[half:-1], triangle[-1]
-    A = jnp.triu(both) + jnp.triu(both, 1).T
-    D = jnp.tril(both, -1) + jnp.tril(both, -1).T + jnp.diag(diagonal)
-    return jnp.block([[A, B], [B.T, D]])[: len(like), : len(like)]
+    A = jnp.triu(both) + jnp.triu(both, 1).conj().T
+    D = jnp.tril(both, -1) + jnp.tril(both, -1).conj().T + jnp.diag(diagonal)
+    return jnp.block([[A, B], [B.conj().T, D]])[: len(like), : len(like)]

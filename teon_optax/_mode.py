@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from teon_optax import _policy
 from teon_optax._coefficients import MethodLike, resolve
-from teon_optax._polar import method_cut, orthogonalize_batches
+from teon_optax._polar import orthogonalize_batches
 
 
 def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:
@@ -46,7 +46,7 @@ def polar(matrix: jax.typing.ArrayLike, method: MethodLike = "polar_express") ->
         [batch],
         [1],
         method=resolved,
-        cut=method_cut(resolved, batch.shape[1], batch.shape[2], precision),
+        cut=_policy.method_cut(resolved, batch.shape[1], batch.shape[2], precision),
         precision=precision,
         budget=_policy.budget(backend),
     )

@@ -22,7 +22,7 @@ from teon_optax._exchange import (
     to_owners,
 )
 from teon_optax._plan import Type
-from teon_optax._polar import method_cut, orthogonalize_batches, orthogonalize_columns
+from teon_optax._polar import orthogonalize_batches, orthogonalize_columns
 from teon_optax._scaling import ScaleFunction
 from teon_optax._sharding import Located
 
@@ -48,7 +48,8 @@ def orthogonalize_owned(
     precision: jax.lax.PrecisionLike,
 ) -> dict[int, jax.Array]:
     """Orthogonalized updates of the leaves that enter, by position in the tree."""
-    local = [_local(kind, entries[kind.leaves[0]]) for kind in types if kind.leaves[0] in entries]
+    entering = [(kind, entries[kind.leaves[0]]) for kind in types if kind.leaves[0] in entries]
+    local = [kind._replace(layout=own.layout) for kind, own in entering]
     if not local:
         return {}
     entered = {leaf: located.entered(leaves[leaf], entries[leaf].spec) for leaf in entries}
@@ -64,14 +65,6 @@ def orthogonalize_owned(
         sizes=tuple(located.sizes.items()),
         method=method,
         precision=precision,
-    )
-
-
-def _local(kind: Type, own: Entry) -> Type:
-    """A type as one device's shards of its leaves hold it."""
-    count = len(kind.leaves) * own.layout.length(own.layout.layer)
-    return kind._replace(
-        layout=own.layout, members=kind.members[:count], layers=kind.layers[:count]
     )
 
 
@@ -173,7 +166,7 @@ def _cost(
     if method is None:
         return N / d if share == 1 else float("inf")
     columns = -(-N // share)
-    return _policy.cost(method_cut(method, d, max(d, columns), precision), columns / d)
+    return _policy.cost(_policy.method_cut(method, d, max(d, columns), precision), columns / d)
 
 
 def _numerics(
@@ -196,7 +189,7 @@ def _numerics(
     for index, (hand, matrices) in enumerate(zip(plan.hands, owned, strict=True)):
         factors.append(own_value(plan, hand, [scales[block] for block, _, _ in hand.members]))
         widths = [plan.blocks[block].N for block, _, _ in hand.members]
-        cuts = [method_cut(method, hand.d, N, precision) for N in widths]
+        cuts = [_policy.method_cut(method, hand.d, N, precision) for N in widths]
         if hand.share > 1:
             done[index] = _shared(plan, hand, matrices, factors[index], method, precision)
         elif len(set(cuts)) == 1:
@@ -244,7 +237,7 @@ def _shared(
         functools.partial(shared_total, plan, hand),
         functools.partial(shared_peak, plan, hand),
         method=method,
-        cut=method_cut(method, d, max(d, N), precision),
+        cut=_policy.method_cut(method, d, max(d, N), precision),
         precision=precision,
     )
     return done[None]

@@ -1,7 +1,7 @@
 """Which matrices are orthogonalized together: params and rules become a Plan."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,28 +9,38 @@ import numpy as np
 
 from teon_optax._default_rules import default_rules
 from teon_optax._matrices import Layout, layout
+from teon_optax._mixing import mixes
+from teon_optax._places import Place, place_of, problems
 from teon_optax._rules import Rule, checked_rules, leaf_paths
 from teon_optax._table import as_dict, table
 
 
 class Type(NamedTuple):
-    """Matrices that differ only in their layer, in the order of layers.
+    """Matrices that differ only in their layer, or in what a rule couples.
 
     Attributes:
       rule: The rule that took the leaves.
       layout: How each leaf holds its matrices.
-      part: Index of the fused part, 0 where nothing is fused.
-      leaves: Positions of the leaves in the tree, by layer number.
-      members: Path of each layer's matrix.
-      layers: Number of each layer: from the path, along `layer_axis`, or a pair of both.
+      part: Index of the fused part, 0 where nothing is fused or parts are joined.
+      siblings: How many leaves hold a layer.
+      leaves: Positions of the leaves in the tree, by layer number, then by sibling.
     """
 
     rule: Rule
     layout: Layout
     part: int
+    siblings: int
     leaves: tuple[int, ...]
-    members: tuple[str, ...]
-    layers: tuple[Any, ...]
+
+    @property
+    def depth(self) -> int:
+        """How many layers."""
+        return len(self.leaves) // self.siblings * self.layout.length(self.layout.layer)
+
+    @property
+    def coupled(self) -> int:
+        """How many matrices of each layer are coupled."""
+        return self.siblings * self.layout.joined
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -45,13 +55,13 @@ class Type(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A run of layers of one type that are orthogonalized jointly.
+    """Matrices of one type, from a run of layers, that are orthogonalized jointly.
 
     Attributes:
-      members: Path of each layer's matrix; `path:0` is a fused part, `path[3]` a slice of a scanned
-        leaf.
+      members: Path of each of the K matrices; `path:0` is a fused part, `path[3]` a slice of a
+        scanned leaf, `path#2` a joined head.
       rule: The rule that took them.
-      layers: Their numbers.
+      layers: Numbers of their layers.
       fan_in: Of one layer.
       fan_out: Of one layer.
       batch: How many such groups the batch axes hold (experts).
@@ -66,8 +76,15 @@ class Group(NamedTuple):
 
     @property
     def joint(self) -> tuple[int, int]:
-        """Shape of the joint matrix; its Gram matrix is square in the smaller number."""
-        return joint_shape(len(self.members), self.fan_in, self.fan_out, self.rule.mode)
+        """Shape of the joint matrix (or of a transform's slices); Gram is its smaller side."""
+        K = 1 if self.rule.transform else len(self.members)
+        return joint_shape(K, self.fan_in, self.fan_out, self.rule.mode)
+
+    @property
+    def factors(self) -> int:
+        """How many polar factors it takes: 1, or K of a transform; of complex ones each is four."""
+        found = mixes(self.rule.transform, len(self.members))
+        return sum(len(mix.rows) * (4 if mix.is_complex else 1) for mix in found) or 1
 
 
 def joint_shape(K: int, fan_in: int, fan_out: int, mode: int) -> tuple[int, int]:
@@ -127,12 +144,6 @@ class Plan(NamedTuple):
         return as_dict(self.groups, self.untouched, self.unused)
 
 
-class _Found(NamedTuple):
-    number: int
-    leaf: int
-    path: str
-
-
 def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
     r"""Assigns every leaf of `params` to a group or to the fallback.
 
@@ -157,8 +168,8 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
       [(0, 1), (2,)]
     """
     rules = checked_rules(default_rules(params) if rules is None else rules)
-    found: dict[tuple, list[_Found]] = {}
-    untouched, problems = [], []
+    found: dict[tuple, list[Place]] = {}
+    untouched, wrong = [], []
     used = set()
     for index, (path, leaf) in enumerate(leaf_paths(params)):
         shape = np.shape(leaf)
@@ -168,21 +179,22 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
             untouched.append(Untouched(path, shape, _reason(rule, shape)))
             continue
         try:
-            place, number = _place_and_layer(path, rule)
-            key = rule, _checked_layout(shape, leaf.dtype, rule), leaf.dtype, place
-            found.setdefault(key, []).append(_Found(number, index, path))
+            type_path, place = place_of(path, index, rule)
+            key = type_path, rule, _checked_layout(shape, leaf.dtype, rule), leaf.dtype
+            found.setdefault(key, []).append(place)
         except ValueError as error:
-            problems.append(f"{path!r}, shape {shape}, taken by `{rule}`: {error}.")
-    types = []
-    for (rule, read_as, _, _), leaves in found.items():
-        leaves.sort()
-        problems += _same_layer_twice(rule, read_as, leaves)
-        types += [_type(rule, read_as, part, leaves) for part in range(len(read_as.sizes))]
-    if problems:
-        raise ValueError("Rules do not fit the leaves that they take:\n  " + "\n  ".join(problems))
-    groups = tuple(group for kind in types for group in _runs(kind))
+            wrong.append(f"{path!r}, shape {shape}, taken by `{rule}`: {error}.")
+    found = {key: sorted(places) for key, places in found.items()}
+    if wrong := [*wrong, *problems(found)]:
+        raise ValueError("Rules do not fit the leaves that they take:\n  " + "\n  ".join(wrong))
+    types, groups = [], []
+    for (_, rule, held, _), places in found.items():
+        siblings, leaves = len({place.sibling for place in places}), [p.leaf for p in places]
+        for part in range(len(held.sizes) // held.parts):
+            types.append(Type(rule, held, part, siblings, tuple(leaves)))
+            groups += _groups(types[-1], places)
     unused = tuple(rule for rule in rules if rule not in used)
-    return Plan(groups, tuple(types), tuple(untouched), unused)
+    return Plan(tuple(groups), tuple(types), tuple(untouched), unused)
 
 
 def _reason(rule: Rule | None, shape: tuple[int, ...]) -> str:
@@ -200,45 +212,22 @@ def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
     return layout(shape, rule)
 
 
-def _place_and_layer(path: str, rule: Rule) -> tuple[str, int]:
-    """The path without its layer number (nor a `_` right before it), and the number."""
-    match = rule.search(path)
-    assert match is not None
-    number = match.groupdict().get("layer")
-    if number is None:
-        return path, 0
-    if not number.isdecimal():
-        raise ValueError(f"its layer is {number!r}, not a number: write `(?P<layer>\\d+)`")
-    start, end = match.span("layer")
-    return path[:start].removesuffix("_") + path[end:], int(number)
-
-
-def _same_layer_twice(rule: Rule, layout: Layout, leaves: Sequence[_Found]) -> list[str]:
-    return [
-        f"{a.path!r} and {b.path!r}, shape {layout.shape}, taken by `{rule}`: both are layer "
-        f"{a.number} of one type: let `(?P<layer>\\d+)` match the number that tells them apart."
-        for a, b in itertools.pairwise(leaves)
-        if a.number == b.number
-    ]
-
-
-def _type(rule: Rule, layout: Layout, part: int, leaves: Sequence[_Found]) -> Type:
-    suffix = f":{part}" if len(layout.sizes) > 1 else ""
-    slices = range(layout.length(layout.layer)) if layout.layer else [None]
-    members, layers = [], []
-    for leaf, index in itertools.product(leaves, slices):
-        members.append(f"{leaf.path}{suffix}" + ("" if index is None else f"[{index}]"))
-        numbers = leaf.number, index
-        named = "layer" in rule.compiled().groupindex
-        layers.append(leaf.number if index is None else numbers if named else index)
-    return Type(
-        rule, layout, part, tuple(leaf.leaf for leaf in leaves), tuple(members), tuple(layers)
-    )
-
-
-def _runs(kind: Type) -> Iterable[Group]:
-    """A type cut into runs of K layers; the last may be shorter."""
-    fan_in, fan_out = kind.matrix
-    for start in range(0, len(kind.members), kind.rule.stack):
-        run = slice(start, start + kind.rule.stack)
-        yield Group(kind.members[run], kind.rule, kind.layers[run], fan_in, fan_out, kind.batch)
+def _groups(kind: Type, places: Sequence[Place]) -> Iterator[Group]:
+    """A type cut into runs of layers; the last may be shorter."""
+    rule, held = kind.rule, kind.layout
+    parts = [f":{i}" for i in (range(held.parts) if held.parts > 1 else [kind.part])]
+    parts = parts if len(held.sizes) > 1 else [""]
+    heads = [f"#{i}" for i in range(held.length(held.heads))] if held.heads else [""]
+    slices = range(held.length(held.layer)) if held.layer else [None]
+    named = "layer" in rule.compiled().groupindex
+    members = []
+    for start, index in itertools.product(range(0, len(places), kind.siblings), slices):
+        number, at = places[start].number, "" if index is None else f"[{index}]"
+        layer = number if index is None else (number, index) if named else index
+        leaves = places[start : start + kind.siblings]
+        for leaf, part, head in itertools.product(leaves, parts, heads):
+            members.append((f"{leaf.path}{part}{at}{head}", layer))
+    K = rule.stack * kind.coupled
+    for start in range(0, len(members), K):
+        paths, layers = zip(*members[start : start + K], strict=True)
+        yield Group(paths, rule, layers, *kind.matrix, kind.batch)

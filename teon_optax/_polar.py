@@ -1,7 +1,6 @@
 """Every product of the library: polar factors of batches of matrices, by way of Gram matrices.
 
-With d = min(m, n) the Gram matrix of an m x n matrix is d x d, and matrices of any length that
-agree in d share one polynomial.
+The Gram matrix of an m x n matrix is d x d, d = min(m, n); equal d share one polynomial.
 """
 
 import functools
@@ -17,21 +16,21 @@ from teon_optax._coefficients import Method, Triple
 
 
 def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
-    """M M^T, or M^T M of a matrix that is not wider than high: [d, d]."""
+    """M M^H, or M^H M of a matrix that is not wider than high: [d, d]."""
     m, n = M.shape
-    left, right = (M, M.T) if m < n else (M.T, M)
+    left, right = (M, M.conj().T) if m < n else (M.conj().T, M)
     return jnp.matmul(left, right, precision=precision)
 
 
 def _apply(precision: jax.lax.PrecisionLike, P: jax.Array, M: jax.Array) -> jax.Array:
-    """M P, or P^T M of a matrix that is wider than high: [m, n].
+    """M P, or P^H M of a matrix that is wider than high: [m, n].
 
-    Rounding leaves P = Q_1 Q_2 .. not quite symmetric, and on the left too Q_1 comes first: P M
+    Rounding leaves P = Q_1 Q_2 .. not quite Hermitian, and on the left too Q_1 comes first: P M
     would not be the matrix whose Gram matrix the segment ended with (with bf16 products it reached
     1e13).
     """
     m, n = M.shape
-    left, right = (P.T, M) if m < n else (M, P)
+    left, right = (P.conj().T, M) if m < n else (M, P)
     return jnp.matmul(left, right, precision=precision)
 
 
@@ -44,13 +43,16 @@ def _scaled(
     """
     M = M.astype(np.promote_types(M.dtype, np.float32))
     peak = largest(jnp.max(jnp.abs(M)))
-    return M / jnp.where(peak == 0, 1, peak)
+    peak = jnp.where(peak == 0, 1, peak)
+    # A quotient of complex numbers would square the peak.
+    return jax.lax.complex(M.real / peak, M.imag / peak) if jnp.iscomplexobj(M) else M / peak
 
 
 def _norm(G: jax.Array, method: Method) -> jax.Array:
     """What M is divided by, from its Gram matrix; 1 for zero."""
-    square = jnp.sqrt(jnp.sum(jnp.square(G))) if method.norm == "schatten4" else jnp.trace(G)
-    return jnp.where(square == 0, 1, method.margin * jnp.sqrt(square))
+    frobenius = method.norm == "frobenius"
+    square = jnp.trace(G).real if frobenius else jnp.sqrt(jnp.sum(G * G.conj()).real)
+    return jnp.where(square == 0, 1, method.margin * jnp.sqrt(square)).astype(G.dtype)
 
 
 def _factor(
@@ -66,7 +68,7 @@ def _factor(
         P <- P Q_j = P Z + a P          G <- Q_j G Q_j = Z W + a W,  W = G Z + a G
 
     The identity is never rounded: it is no part of an operand. G and, of one-pass products, W are
-    made symmetric, which takes a third off the errors of three steps. With `normalization`, G is
+    made Hermitian, which takes a third off the errors of three steps. With `normalization`, G is
     divided by the square of the method's norm first and P by the norm last, which costs nothing.
     """
     multiply, exact = functools.partial(jnp.matmul, precision=precision), _policy.exact(precision)
@@ -74,9 +76,9 @@ def _factor(
 
     def next_gram(G: jax.Array, Z: jax.Array, a: jax.typing.ArrayLike) -> jax.Array:
         GZ = multiply(G, Z)
-        W = (GZ if exact else (GZ + GZ.T) / 2) + a * G
+        W = (GZ if exact else (GZ + GZ.conj().T) / 2) + a * G
         G = multiply(Z, W) + a * W
-        return (G + G.T) / 2
+        return (G + G.conj().T) / 2
 
     def step(carry: tuple[jax.Array, jax.Array], triple: jax.Array) -> tuple[Any, None]:
         P, G = carry
@@ -161,6 +163,13 @@ def _in_chunks(
     return rows.reshape(B, m, n)
 
 
+def weighted_sums(weights: np.ndarray, stack: jax.Array) -> jax.Array:
+    """Of K arrays, by rows of weights [rows, K]: [B, K, ...] to [B, rows, ...]."""
+    # In one pass, rounding of A and B would be all that is left of a small A - B.
+    exact, weights = jax.lax.Precision.HIGHEST, np.asarray(weights, stack.dtype)
+    return jnp.moveaxis(jnp.tensordot(weights, stack, (1, 1), precision=exact), 0, 1)
+
+
 @functools.partial(jax.jit, static_argnames=("method", "cut", "precision", "budget"))
 def orthogonalize_batches(
     batches: Sequence[jax.Array],
@@ -171,7 +180,7 @@ def orthogonalize_batches(
     precision: jax.lax.PrecisionLike,
     budget: int,
 ) -> list[jax.Array]:
-    """Scaled polar factors of some batches that agree in d.
+    """Scaled polar factors of some batches, real or complex, that agree in d.
 
     Batches that fit the budget share one polynomial; otherwise each is worked off in chunks.
 
@@ -210,7 +219,7 @@ def orthogonalize_columns(
     Args:
       M: [d, columns], of a matrix that is not higher than wide.
       scale: Factor of the result.
-      total: Sum over the devices of a symmetric matrix.
+      total: Sum over the devices of a Hermitian matrix.
       largest: Maximum over the devices of a number.
       method: As `resolve` gives it.
       cut: Lengths of the segments. A segment costs one `total`. One step alone multiplies the
@@ -222,26 +231,17 @@ def orthogonalize_columns(
     for steps, stop in zip(cut, np.cumsum(cut), strict=True):
         triples = method.coefficients[stop - steps : stop]
         first = method if stop == steps else None
-        G = total(multiply(M, M.T))
+        G = total(multiply(M, M.conj().T))
         if steps == 1 and M.shape[1] < M.shape[0]:
             norm = 1 if first is None else _norm(G, first)
             a, b, c = triples[0]
             M, G = M / norm, G / jnp.square(norm)
             M = a * M + multiply(G, b * M + c * multiply(G, M))
         else:
-            M = multiply(_factor(precision, triples, first, G).T, M)  # as `_apply`
+            M = multiply(_factor(precision, triples, first, G).conj().T, M)  # as `_apply`
         if stop < len(method.coefficients):
             M = M / _policy.room(steps, precision)
     return jnp.asarray(scale, M.dtype) * M
-
-
-def method_cut(
-    method: Method | None, m: int, n: int, precision: jax.lax.PrecisionLike
-) -> tuple[int, ...]:
-    """The cut of the method's steps for m x n matrices; empty for the SVD."""
-    if method is None:
-        return ()
-    return _policy.cut(len(method.coefficients), max(m, n) / min(m, n), precision)
 
 
 def check_precision(precision: jax.lax.PrecisionLike) -> None:

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from teon_optax._coefficients import Method
+
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 # Steps that one segment holds in float32 on any input, rank-deficient included: rounding makes
@@ -29,7 +31,8 @@ def products(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
     One pass is bf16 on TPU and TF32 on GPU. At HIGHEST a product costs six passes on a TPU, and the
     cut below makes one pass accurate enough.
     """
-    return _HIGHEST if backend == "cpu" or dtype == jnp.float64 else jax.lax.Precision.DEFAULT
+    exact = backend == "cpu" or jnp.finfo(dtype).dtype == jnp.float64
+    return _HIGHEST if exact else jax.lax.Precision.DEFAULT
 
 
 def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int, ...]:
@@ -64,6 +67,15 @@ def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int
     if ratio > _ODD_STEP_ALONE_UP_TO and steps > 3:
         return (*pairs[:-1], 3)
     return (*pairs[:1], 1, *pairs[1:])
+
+
+def method_cut(
+    method: Method | None, m: int, n: int, precision: jax.lax.PrecisionLike
+) -> tuple[int, ...]:
+    """The cut of the method's steps for m x n matrices; empty for the SVD."""
+    if method is None:
+        return ()
+    return cut(len(method.coefficients), max(m, n) / min(m, n), precision)
 
 
 def room(steps: int, precision: jax.lax.PrecisionLike) -> float:

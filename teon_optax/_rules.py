@@ -11,6 +11,7 @@ import optax
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 from optax.contrib import MuonDimensionNumbers
 
+TRANSFORMS = ("dct", "dft", "haar")
 _WRAPPER_ATTRIBUTES = ("value", "data_array")
 
 
@@ -21,16 +22,22 @@ class Rule:
     Attributes:
       pattern: Regular expression, searched (`re.search`) in the leaf's path. A named group
         `(?P<layer>\\d+)` gives the layer number; where the group is optional and does not match,
-        the layer is 0.
-      stack: K, how many consecutive layers of a type are orthogonalized jointly. 0 sends the leaf
-        to the fallback optimizer, 1 is Muon, 2 or more is TEON.
+        the layer is 0. `(?P<slice>query|key|value)` couples the leaves of a layer that differ only
+        there, in the order of the alternatives.
+      stack: How many consecutive layers of a type are coupled. 0 sends the leaf to the fallback
+        optimizer, 1 is Muon, 2 or more TEON. K is this times what `slice` and `join` couple.
       mode: Mode of the unfolding (arXiv 2601.23261). 1 shares the Gram matrix over fan_out, 2 over
-        fan_in, 3 over the layers.
+        fan_in, 3 over the K matrices.
       dims: Axes that are summed over (fan_in) and axes of the result (fan_out) of the whole leaf;
         all others are batch. None is a matrix (fan_in, fan_out) in the axes that `layer_axis`
         leaves.
       layer_axis: Axis of the leaf that counts layers (`nn.scan`, `nnx.vmap`).
       split: A fused projection's parts along the first fan_out axis: their number, or their sizes.
+      join: "parts", "heads" or both: couples the (equal) parts of `split`, and the matrices along
+        the axes that `dims` does not name. Without it, each part and each head is alone.
+      transform: "dct", "dft" or "haar": instead of a joint matrix, the K matrices are transformed
+        along the stack, each slice gets its own polar factor, and the transform is undone
+        (arXiv 2610.24938). There is no unfolding then, so `mode` stays 1.
 
     Raises:
       ValueError: If an argument has the wrong type or range, or two of them contradict each other.
@@ -49,6 +56,8 @@ class Rule:
     dims: MuonDimensionNumbers | None = None
     layer_axis: int | None = None
     split: int | tuple[int, ...] = 1
+    join: str | tuple[str, ...] = ()
+    transform: str | None = None
 
     def __post_init__(self) -> None:
         self.compiled()
@@ -68,6 +77,7 @@ class Rule:
             self._set("layer_axis", self._integer("layer_axis", self.layer_axis))
         self._check_dims()
         self._check_split()
+        self._check_coupling()
         if self.stack >= 2 and not self.counts_layers:
             raise ValueError(
                 f"`{self}` cannot tell which layer a leaf belongs to: put `(?P<layer>\\d+)` in the "
@@ -146,13 +156,24 @@ class Rule:
             )
         self._set("split", sizes if isinstance(self.split, Sequence) else sizes[0])
 
+    def _check_coupling(self) -> None:
+        given = (self.join,) if isinstance(self.join, str) else self.join
+        if not isinstance(given, tuple) or not set(given) <= {"parts", "heads"}:
+            raise ValueError(f'`{self}`: join should be "parts", "heads" or ("parts", "heads").')
+        sizes = self.split if isinstance(self.split, tuple) else (1,) * min(self.split, 2)
+        if "parts" in given and (len(sizes) == 1 or len(set(sizes)) > 1):
+            raise ValueError(
+                f"`{self}` should join parts of one size, two at least: split into such parts, as "
+                "with split=fan_out // head_dim, or leave join out."
+            )
+        if self.transform not in (None, *TRANSFORMS):
+            raise ValueError(f"`{self}`: transform should be None or one of {TRANSFORMS}.")
+        if self.transform and self.mode != 1:
+            raise ValueError(f"`{self}`: a transform unfolds nothing, so leave out mode.")
+
     def __repr__(self) -> str:
         """The call that makes this rule, defaults left out: it can be pasted back as code."""
-        raw = (
-            self.pattern.isprintable()
-            and '"' not in self.pattern
-            and not self.pattern.endswith("\\")
-        )
+        raw = self.pattern.isprintable() and not re.search(r'"|\\$', self.pattern)
         changed = [
             f"{field.name}={getattr(self, field.name)!r}"
             for field in dataclasses.fields(self)[1:]

@@ -24,7 +24,8 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
     layers: dict[tuple[str, ...], list] = {}
     for group in groups:
         rule, K, shape = group.rule, len(group.members), f"{group.fan_in} x {group.fan_out}"
-        row = anonymous(group.members[0]), shape, str(K), str(rule.mode), str(min(group.joint))
+        coupled = str(rule.transform or rule.mode)
+        row = anonymous(group.members[0]), shape, str(K), coupled, str(min(group.joint))
         taken[row] += group.batch
         layers.setdefault(row, []).extend(group.layers if rule.counts_layers else ())
     left = Counter(
@@ -53,7 +54,7 @@ def as_dict(
                 "members": list(group.members),
                 "layers": [list(n) if isinstance(n, tuple) else n for n in group.layers],
                 "rule": str(group.rule),
-                "mode": group.rule.mode,
+                "mode": group.rule.transform or group.rule.mode,
                 "fan_in": group.fan_in,
                 "fan_out": group.fan_out,
                 "batch": group.batch,
@@ -108,8 +109,12 @@ def _parameters(groups: Sequence[Any], untouched: Sequence[Any]) -> dict[str, in
     sizes = {"TEON": 0, "Muon": 0, "fallback": sum(math.prod(leaf.shape) for leaf in untouched)}
     for group in groups:
         name = "TEON" if len(group.members) > 1 or group.rule.mode == 3 else "Muon"
-        sizes[name] += len(group.members) * group.fan_in * group.fan_out * group.batch
+        sizes[name] += _size(group)
     return sizes
+
+
+def _size(group: Any) -> int:
+    return len(group.members) * group.fan_in * group.fan_out * group.batch
 
 
 def _flops(groups: Sequence[Any]) -> tuple[int, int]:
@@ -120,7 +125,9 @@ def _flops(groups: Sequence[Any]) -> tuple[int, int]:
         return 2 * d**3 * _policy.cost(cut or _policy.cut(_STEPS, ratio, precision), ratio)
 
     precision = _policy.products(jax.default_backend(), np.dtype("float32"))
-    ours = sum(group.batch * products(group.joint) for group in groups)
+    ours = sum(group.batch * group.factors * products(group.joint) for group in groups)
+    # There and back, of K matrices along their stack.
+    ours += sum(4 * len(g.members) * _size(g) for g in groups if g.factors > 1)
     alone = [(len(group.members) * group.batch, (group.fan_in, group.fan_out)) for group in groups]
     return round(ours), round(sum(n * products(shape, (1,) * _STEPS) for n, shape in alone))
 

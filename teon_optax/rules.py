@@ -10,8 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+from optax.contrib import MuonDimensionNumbers
+
 from teon_optax._default_rules import default_rules
 from teon_optax._families import ATTENTION, FUSED, OUTPUT, PROJECTION, anywhere, leaves_of, stem
+from teon_optax._matrices import layout
 from teon_optax._rules import Rule, Rules
 
 
@@ -96,6 +99,54 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
         return [*(_restacked(part, stack) for part in _narrowed(rule, taken, some)), rule]
 
     return _edited(params, first, edit)
+
+
+def per_head(
+    params: Any, head_dim: int | None = None, stack: int = 1, first: Sequence[Rule] = ()
+) -> Rules:
+    """Muon on each head alone, of the projections that `paper` stacks; the rest as `muon`.
+
+    Args:
+      params: As for `paper`.
+      head_dim: Length of a head, where shapes do not show it: of projections with one fan_out axis.
+      stack: How many consecutive layers of each head jointly.
+      first: As for `paper`.
+
+    Returns:
+      As of `paper`.
+
+    Raises:
+      ValueError: If `head_dim` is needed, or does not divide a projection's fan_out.
+    """
+
+    def edit(rule: Rule) -> Iterable[Rule]:
+        if rule.stack < 2:
+            return [rule]
+        taken = [leaf for leaf in leaves_of(params) if rule.search(leaf.path)]
+        shapes = dict.fromkeys(leaf.array_shape for leaf in taken)
+        paths = {shape: [x.path for x in taken if x.array_shape == shape] for shape in shapes}
+        new = {shape: _restacked(_by_heads(rule, shape, head_dim), stack) for shape in shapes}
+        if len(set(new.values())) == 1:
+            return [*new.values()][:1]
+        every = [leaf.path for leaf in taken]
+        return [part for shape in new for part in _narrowed(new[shape], every, paths[shape])]
+
+    return _edited(params, first, edit)
+
+
+def _by_heads(rule: Rule, shape: tuple[int, ...], head_dim: int | None) -> Rule:
+    """A rule of projections with this shape, whose heads become a batch, or parts."""
+    held = layout(shape, rule)
+    fan_in, fan_out = held.fan_in, held.fan_out
+    if len(fan_out) > 1 + (len(held.sizes) > 1):
+        dims = MuonDimensionNumbers(fan_in, (*fan_out[:-2], fan_out[-1]))
+        return dataclasses.replace(rule, dims=dims)
+    if head_dim is None or any(size % head_dim for size in held.sizes):
+        raise ValueError(
+            f"`rules.per_head(params, head_dim={head_dim})`: shape {shape}, taken by `{rule}`, "
+            "does not show its heads: pass a head_dim that divides it."
+        )
+    return dataclasses.replace(rule, split=shape[fan_out[0]] // head_dim)
 
 
 def _edited(params: Any, first: Sequence[Rule], edit: Callable[[Rule], Iterable[Rule]]) -> Rules:

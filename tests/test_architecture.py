@@ -15,6 +15,7 @@ CHECKOUT = pathlib.Path(__file__).parents[1]
 # Every module and the modules of ours that it imports.
 IMPORTS = {
     "__init__": {
+        "_after",
         "_alias",
         "_coefficients",
         "_default_rules",
@@ -27,24 +28,26 @@ IMPORTS = {
     },
     # Mathematics: arrays, no pytree.
     "_coefficients": set(),
-    "_policy": set(),
+    "_policy": {"_coefficients"},
     "_polar": {"_coefficients", "_policy"},
     "_mode": {"_coefficients", "_polar", "_policy"},
+    "_mixing": {"_polar"},
     # Structure: pytrees and strings, no arithmetic.
     "_rules": set(),
     "_families": {"_rules"},
     "_readings": {"_families", "_rules"},
     "_default_rules": {"_families", "_readings", "_rules"},
     "_matrices": {"_rules"},
-    "rules": {"_default_rules", "_families", "_rules"},
+    "rules": {"_default_rules", "_families", "_matrices", "_rules"},
+    "_places": {"_rules"},
     "_table": {"_policy"},
-    "_plan": {"_default_rules", "_matrices", "_rules", "_table"},
+    "_plan": {"_default_rules", "_matrices", "_mixing", "_places", "_rules", "_table"},
     # Meshes: which device gets what.
     "_sharding": {"_rules"},
     "_deal": {"_matrices"},
     "_exchange": {"_deal"},
     # Where they meet.
-    "_batches": {"_matrices", "_plan"},
+    "_batches": {"_matrices", "_mixing", "_plan"},
     "_owners": {
         "_batches",
         "_coefficients",
@@ -68,6 +71,7 @@ IMPORTS = {
     },
     "_diagnostics": {"_default_rules", "_matrices", "_plan", "_rules", "_table"},
     "_scaling": set(),
+    "_after": {"_matrices", "_plan", "_rules", "_scaling"},
     "_transform": {
         "_coefficients",
         "_engine",

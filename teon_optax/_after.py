@@ -1,0 +1,183 @@
+"""What may follow `orthogonalize` in a chain, on each matrix of its own."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from teon_optax._matrices import Layout
+from teon_optax._plan import plan
+from teon_optax._rules import Rule
+from teon_optax._scaling import ScaleLike, scaling
+
+_NORMALIZATIONS = ("none", "col", "row", "col_row", "row_col")
+
+
+def normalize_matrices(
+    rules: Iterable[Rule] | None = None,
+    *,
+    normalize: str = "col_row",
+    scale: ScaleLike = "spectral",
+    eps: float = 1e-7,
+) -> optax.GradientTransformation:
+    """Muon+ (arXiv 2602.21545): divides columns, rows or both by their norms, then scales.
+
+    In the paper's layout (fan_out, fan_in) a column is an input, a row an output neuron:
+
+        col: O <- O / sqrt(sum_fan_out O^2 + eps)      row: O <- O / sqrt(sum_fan_in O^2 + eps)
+
+    Args:
+      rules: As for `orthogonalize`; leaves that they do not take pass.
+      normalize: "none" (all pass), "col", "row", "col_row" (columns first) or "row_col".
+      scale: As for `orthogonalize`, and in place of that one's.
+      eps: Added to squares of norms.
+
+    Returns:
+      A stateless `optax.GradientTransformation`.
+
+    Examples:
+      >>> import optax
+      >>> from teon_optax import normalize_matrices, orthogonalize
+      >>> optimizer = optax.chain(orthogonalize(), normalize_matrices(), optax.scale(-0.02))
+    """
+    if normalize not in _NORMALIZATIONS:
+        raise ValueError(f"`normalize={normalize!r}` should be one of {_NORMALIZATIONS}.")
+    factor = scaling(scale)
+
+    def normalized(matrix: jax.Array, layout: Layout) -> tuple[jax.Array]:
+        fans = {"row": layout.fan_in, "col": layout.fan_out}
+        fan_in, fan_out = (_count(matrix, axes) for axes in fans.values())
+        for kind in normalize.split("_"):
+            matrix = matrix / jnp.sqrt(_square(matrix, fans[kind]) + eps)
+        square = fan_in if normalize.endswith("col") else fan_out
+        return (factor(fan_in, fan_out, 1, square) * matrix,)
+
+    def update_fn(updates: optax.Updates, _: Any = None) -> optax.Updates:
+        return updates if normalize == "none" else _each(normalized, rules, updates)[0]
+
+    return optax.stateless(update_fn)
+
+
+class NorMuonState(NamedTuple):
+    """State of `scale_by_normuon`.
+
+    Attributes:
+      nu: Second moments of output neurons, of the leaves that rules take, in the tree's order.
+    """
+
+    nu: tuple[jax.Array, ...]
+
+
+def scale_by_normuon(
+    rules: Iterable[Rule] | None = None,
+    *,
+    beta2: jax.typing.ArrayLike = 0.95,
+    rms: jax.typing.ArrayLike | None = None,
+    eps: float = 1e-10,
+) -> optax.GradientTransformation:
+    """NorMuon (arXiv 2510.05491): a second moment for each output neuron of each layer.
+
+        v <- beta2 v + (1 - beta2) mean_fan_in O^2      N = O / (sqrt(v) + eps)
+
+    The update is N |O|_F / |N|_F, or rms sqrt(fan_in fan_out) N / |N|_F: the paper's with 0.2.
+
+    Args:
+      rules: As for `orthogonalize`; leaves that they do not take pass.
+      beta2: Decay of the second moment.
+      rms: Root mean square of every matrix's update; None keeps its norm.
+      eps: Added to what is divided by.
+
+    Returns:
+      An `optax.GradientTransformation` with state `NorMuonState(nu)`.
+
+    Examples:
+      >>> import optax
+      >>> from teon_optax import orthogonalize, scale_by_normuon
+      >>> optimizer = optax.chain(orthogonalize(), scale_by_normuon(), optax.scale(-0.02))
+    """
+
+    def zero(matrix: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+        return matrix, jnp.zeros_like(_square(matrix, layout.fan_in))
+
+    def scaled(matrix: jax.Array, nu: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
+        fans = layout.fan_in + layout.fan_out
+        mean = _square(matrix, layout.fan_in) / _count(matrix, layout.fan_in)
+        nu = beta2 * nu + (1 - beta2) * mean
+        new = matrix / (jnp.sqrt(nu) + eps)
+        size = rms and rms * math.sqrt(_count(matrix, fans))
+        norm = jnp.sqrt(_square(matrix, fans)) if rms is None else size
+        return new * (norm / (jnp.sqrt(_square(new, fans)) + eps)), nu
+
+    def init_fn(params: optax.Params) -> NorMuonState:
+        return NorMuonState(_each(zero, rules, params)[1])
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, NorMuonState]:
+        del params
+        updates, nu = _each(scaled, rules, updates, state.nu)
+        return updates, NorMuonState(nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def add_cautious_weight_decay(
+    weight_decay: optax.ScalarOrSchedule, mask: Any | Callable[[optax.Params], Any] | None = None
+) -> optax.GradientTransformation:
+    """Cautious weight decay (arXiv 2510.12402): u <- u + weight_decay I(u x >= 0) x.
+
+    Args:
+      weight_decay: As for `optax.add_decayed_weights`.
+      mask: As there.
+
+    Returns:
+      An `optax.GradientTransformation`, to stand before `optax.scale_by_learning_rate`.
+
+    Examples:
+      >>> import optax
+      >>> from teon_optax import add_cautious_weight_decay, orthogonalize
+      >>> optimizer = optax.chain(orthogonalize(), add_cautious_weight_decay(0.1), optax.scale(-1))
+    """
+    decay = optax.add_decayed_weights(weight_decay, mask)
+
+    def agreeing(update: jax.Array, param: jax.Array) -> jax.Array:
+        # Of signs: the product of two small numbers may be zero.
+        agrees = jnp.sign(update) * jnp.sign(param).astype(update.dtype) >= 0
+        return jnp.where(agrees, param, jnp.zeros_like(param))
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        kept = None if params is None else jax.tree.map(agreeing, updates, params)
+        return decay.update(updates, state, kept)
+
+    return optax.GradientTransformation(decay.init, update_fn)
+
+
+def _each(function: Callable[..., tuple], rules: Any, tree: Any, *more: Any) -> tuple[Any, tuple]:
+    """`function` of leaves that rules take, by fused parts: the tree, and the last it gives."""
+    leaves, structure = jax.tree.flatten(tree)
+    layouts = {leaf: kind.layout for kind in plan(tree, rules).types for leaf in kind.leaves}
+    last = []
+    for index, *extra in zip(sorted(layouts), *more, strict=True):
+        leaf, layout = leaves[index], layouts[index]
+        wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
+        axis, cuts = layout.fan_out[0], np.cumsum(layout.sizes)[:-1]
+        parts = zip(*(jnp.split(array, cuts, axis) for array in (wide, *extra)), strict=True)
+        done = zip(*(function(*part, layout) for part in parts), strict=True)
+        new, *other = (jnp.concatenate(arrays, axis) for arrays in done)
+        leaves[index] = new.astype(leaf.dtype)
+        last += other
+    return structure.unflatten(leaves), tuple(last)
+
+
+def _square(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    return jnp.sum(jnp.square(leaf), axes, keepdims=True)
+
+
+def _count(leaf: jax.Array, axes: tuple[int, ...]) -> int:
+    return math.prod(leaf.shape[axis] for axis in axes)

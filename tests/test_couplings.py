@@ -1,0 +1,542 @@
+"""Every way to couple matrices, against float64 and the definition; what may follow it."""
+
+import dataclasses
+import functools
+import itertools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from optax.contrib import MuonDimensionNumbers
+
+from benchmarks.counting import count_products
+from teon_optax import (
+    Rule,
+    add_cautious_weight_decay,
+    alignment,
+    normalize_matrices,
+    orthogonalize,
+    plan,
+    polar_express,
+    rules,
+    scale_by_normuon,
+)
+from teon_optax._coefficients import resolve
+
+D = MuonDimensionNumbers
+NAMES = ("query", "key", "value")
+LAYERS, HEADS, FAN_IN, HEAD = 3, 2, 12, 8
+FAN_OUT = HEADS * HEAD
+TRANSFORMS = ("dct", "dft", "haar")
+METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1)}
+
+# Compilation is most of the time of these tests, and no claim of theirs.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def basis(transform, K):
+    """Rows of the orthonormal transform, complex for the DFT, from its definition."""
+    k = np.arange(K)
+    if transform == "dft":
+        return np.exp(-2j * np.pi * np.outer(k, k) / K) / math.sqrt(K)
+    if transform == "dct":
+        rows = np.cos(np.pi * np.outer(k, k + 0.5) / K)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = [np.ones(K)]  # of Haar: each interval's first half, the longer, against its second
+
+    def add(start, stop):
+        if stop - start > 1:
+            middle = start + (stop - start + 1) // 2
+            row = np.zeros(K)
+            row[start:middle], row[middle:stop] = 1 / (middle - start), -1 / (stop - middle)
+            rows.append(row)
+            add(start, middle)
+            add(middle, stop)
+
+    add(0, K)
+    return np.array([row / np.linalg.norm(row) for row in rows])
+
+
+def t_svd(kernels, transform, function=np.ones_like):
+    """The t-SVD's polar factor, of every slice on its own; singular values of the worst slice."""
+    F = basis(transform, len(kernels))
+    slices = np.tensordot(F, np.asarray(kernels, np.float64), 1)
+    U, values, Vh = np.linalg.svd(slices, full_matrices=False)
+    reshaped = np.array([function(own) for own in values])
+    back = np.tensordot(F.conj().T, (U * reshaped[:, None]) @ Vh, 1)
+    assert np.abs(back.imag).max() < 1e-12
+    return list(back.real), max(values, key=lambda own: own[0] / own[-1])
+
+
+@pytest.mark.parametrize("K", range(1, 10))
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_the_rows_of_a_transform_are_orthonormal(transform, K):
+    F = basis(transform, K)
+    np.testing.assert_allclose(F @ F.conj().T, np.eye(K), atol=1e-12)
+    if K == 2:  # A + B and A - B over the root of 2, for all three
+        np.testing.assert_allclose(F, np.array([[1, 1], [1, -1]]) / math.sqrt(2), atol=1e-12)
+
+
+def gaussian(seed=0, layers=LAYERS):
+    """[layer, name, head, fan_in, head's fan_out]."""
+    shape = layers, len(NAMES), HEADS, FAN_IN, HEAD
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def whole(T):
+    """Heads side by side: [..., fan_in, fan_out] of [..., head, fan_in, head's fan_out]."""
+    return np.moveaxis(T, -3, -2).reshape(*T.shape[:-3], FAN_IN, -1)
+
+
+def named(T, function):
+    return {
+        f"block_{9 + i}": {name: function(T[i, n]) for n, name in enumerate(NAMES)}
+        for i in range(len(T))
+    }
+
+
+def kernels(T):
+    return named(T, whole)
+
+
+def multi_head(T):
+    return named(T, lambda heads: np.moveaxis(heads, 0, 1))
+
+
+def scanned(T):
+    return {name: whole(T[:, n]) for n, name in enumerate(NAMES)}
+
+
+def fused(T):
+    return {f"block_{9 + i}": np.concatenate(list(whole(T[i])), axis=1) for i in range(len(T))}
+
+
+def fused_heads(T):
+    return {f"block_{9 + i}": T[i].transpose(2, 0, 1, 3) for i in range(len(T))}
+
+
+def scanned_fused(T):
+    return {"w": np.stack(list(fused(T).values()), axis=1)}
+
+
+LAYER, SLICE = r"block_(?P<layer>\d+)", "(?P<slice>query|key|value)"
+PER_HEAD, BY_HEADS = D(0, 2), D(0, (1, 3))
+# How leaves hold the matrices, the rule, and axes of [layer, name, head, ..] that it couples, the
+# first by twos.
+HOLDINGS = {
+    "layers": (kernels, Rule(rf"{LAYER}/", 2), ""),
+    "siblings": (kernels, Rule(f"{LAYER}/{SLICE}"), "n"),
+    "siblings of layers": (kernels, Rule(f"{LAYER}/{SLICE}", 2), "n"),
+    "scanned siblings": (scanned, Rule(f"{SLICE}$", 2, layer_axis=0), "n"),
+    "parts": (fused, Rule(LAYER, split=3, join="parts"), "n"),
+    "scanned parts": (scanned_fused, Rule("w", 2, layer_axis=1, split=3, join="parts"), "n"),
+    "heads": (multi_head, Rule(rf"{LAYER}/", dims=PER_HEAD, join="heads"), "h"),
+    "heads as parts": (kernels, Rule(f"{LAYER}/", 2, split=HEADS, join="parts"), "h"),
+    "heads of siblings": (multi_head, Rule(f"{LAYER}/{SLICE}", 2, 1, PER_HEAD, join="heads"), "nh"),
+    "heads of parts": (
+        fused_heads,
+        Rule(LAYER, 2, dims=BY_HEADS, split=3, join=("parts", "heads")),
+        "nh",
+    ),
+    "parts of heads": (fused_heads, Rule(LAYER, 2, dims=BY_HEADS, split=3, join="parts"), "n."),
+    "each head": (multi_head, Rule(f"{LAYER}/", dims=PER_HEAD), "."),
+}
+WAYS = {"mode 1": {}, "mode 2": {"mode": 2}, "mode 3": {"mode": 3}} | {
+    transform: {"transform": transform} for transform in TRANSFORMS
+}
+# Every holding in two ways, two holdings in every way.
+TABLE = [(holding, way) for holding in HOLDINGS for way in ("mode 1", "haar")]
+TABLE += [(h, w) for h in ("siblings of layers", "heads of parts") for w in WAYS if w[-1] in "23tf"]
+
+
+def rule_of(case):
+    holding, way = case
+    rule = HOLDINGS[holding][1]
+    changes = WAYS[way] | {"pattern": f"^{holding}, {way}/x/.*{rule.pattern}"}
+    return dataclasses.replace(rule, **changes)
+
+
+def tree_of(cases, seed=0):
+    T = gaussian(seed)
+    return {
+        ", ".join(case): {"x": jax.tree.map(jnp.asarray, HOLDINGS[case[0]][0](T))} for case in cases
+    }
+
+
+def expected_of(case, T, function):
+    """The update as leaves hold it, and how far rounding may move it."""
+    hold, rule, axes = HOLDINGS[case[0]]
+    matrices = T if set("h.") & set(axes) else whole(T)[:, :, None]
+    fan_in, fan_out = matrices.shape[-2:]
+    result, tolerance = np.empty(matrices.shape), 0.0
+    names = [slice(None)] if "n" in axes else [slice(n, n + 1) for n in range(len(NAMES))]
+    heads = [slice(h, h + 1) for h in range(HEADS)] if "." in axes else [slice(None)]
+    runs = [slice(start, start + rule.stack) for start in range(0, LAYERS, rule.stack)]
+    for index in itertools.product(runs, names, heads):
+        group = matrices[index].reshape(-1, fan_in, fan_out)
+        if case[1] in TRANSFORMS:
+            done, values = t_svd(group, case[1], function)
+        else:
+            mode = WAYS[case[1]].get("mode", 1)
+            done = oracles.joint(list(group), mode, function)
+            values = np.linalg.svd(oracles.unfolding(list(group), mode), compute_uv=False)
+        result[index] = math.sqrt(fan_out / fan_in) * np.reshape(done, matrices[index].shape)
+        tolerance = max(tolerance, 2 * oracles.rounding(values, function is not np.ones_like))
+    if matrices is not T:
+        result = np.moveaxis(result[:, :, 0].reshape(*T.shape[:2], FAN_IN, HEADS, HEAD), 3, 2)
+    return hold(result), tolerance
+
+
+@functools.cache
+def updates_of(method):
+    transform = orthogonalize([rule_of(case) for case in TABLE], method=METHODS[method])
+    return quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(TABLE))
+
+
+@pytest.mark.parametrize("case", TABLE, ids=", ".join)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(case, method):
+    function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(METHODS[method]))
+    expected, tolerance = expected_of(case, gaussian(), function)
+    result = updates_of(method)[", ".join(case)]["x"]
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=0), result, expected
+    )
+
+
+# What has complex slices, unequal runs, and every kind of joining.
+FEW = [
+    ("siblings of layers", "dft"),
+    ("siblings of layers", "haar"),
+    ("heads of parts", "dct"),
+    ("heads of siblings", "mode 1"),
+    ("scanned siblings", "dft"),
+]
+
+
+@functools.cache
+def compiled_few():
+    transform = orthogonalize([rule_of(case) for case in FEW])
+    return quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
+
+
+def assert_near(result, expected, tolerance):
+    for ours, theirs in zip(jax.tree.leaves(result), jax.tree.leaves(expected), strict=True):
+        ours, theirs = np.float64(ours.astype("float32")), np.float64(theirs.astype("float32"))
+        assert np.linalg.norm(ours - theirs) <= tolerance * np.linalg.norm(theirs)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
+def test_zero_gives_zero_and_scale_does_not_matter(scale):
+    tree = tree_of(FEW)
+    result = compiled_few()(jax.tree.map(lambda leaf: leaf * np.float32(scale), tree))
+    assert_near(
+        result,
+        jax.tree.map(lambda u: u if scale else jnp.zeros_like(u), compiled_few()(tree)),
+        1e-3,
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_shows_in_its_group_and_in_no_other(bad):
+    tree = tree_of(FEW[:4])
+    spoilt = jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: leaf.at[(0,) * leaf.ndim].set(bad) if "block_9" in str(keys) else leaf,
+        tree,
+    )
+    rest = tree_of(FEW[4:])
+    result, expected = compiled_few()(spoilt | rest), compiled_few()(tree | rest)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(result):
+        if "scanned" not in str(keys):
+            assert np.isfinite(leaf).all() == ("block_11" in str(keys))
+            assert np.isfinite(leaf).any() == ("block_11" in str(keys))
+    last = [
+        {
+            name: tree["x"]["block_11"]
+            for name, tree in t.items()
+            if "x" in tree and "block_11" in tree["x"]
+        }
+        for t in (result, expected)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *last)
+
+
+def test_each_leaf_keeps_its_dtype():
+    tree = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tree_of(FEW))
+    result = compiled_few()(tree)
+    assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype("bfloat16")}
+    wide = compiled_few()(jax.tree.map(lambda leaf: leaf.astype("float32"), tree))
+    assert_near(result, wide, 1e-2)
+
+
+def test_a_number_for_scale_is_the_root_mean_square_of_every_group():
+    cases = [("siblings of layers", "dft"), ("heads of parts", "haar"), ("parts", "mode 1")]
+    transform = orthogonalize([rule_of(case) for case in cases], method="svd", scale=0.2)
+    result = quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(cases))
+    for of_case in result.values():
+        for block in [["block_9", "block_10"], ["block_11"]]:
+            leaves = jax.tree.leaves([of_case["x"][name] for name in block])
+            rms = np.sqrt(np.mean(np.concatenate([np.ravel(leaf) for leaf in leaves]) ** 2))
+            assert rms == pytest.approx(0.2, rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_sharded_updates_are_those_of_one_device(kind):
+    mesh, tree = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2), tree_of(FEW)
+    specs = jax.tree.map(lambda M: P(*("data" if n == FAN_IN else None for n in M.shape)), tree)
+    put = jax.tree.map(lambda M, spec: jax.device_put(M, NamedSharding(mesh, spec)), tree, specs)
+    given = specs if kind == AxisType.Auto else None
+    transform = orthogonalize([rule_of(case) for case in FEW], shardings=given)
+    compiled = quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
+    compiled = compiled.lower(put).compile()
+    assert " all-to-all(" in compiled.as_text()
+    result = compiled(put)
+    assert_near(result, compiled_few()(tree), 1e-4)
+    for leaf, before in zip(jax.tree.leaves(result), jax.tree.leaves(put), strict=True):
+        assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
+
+
+def test_siblings_come_by_layer_then_in_the_order_of_the_alternatives():
+    planned = plan(named(gaussian(), whole), [Rule(f"{LAYER}/{SLICE}", stack=2)])
+    assert planned.groups[0].members == tuple(f"block_{i}/{n}" for i in (9, 10) for n in NAMES)
+    assert planned.groups[0].layers == (9, 9, 9, 10, 10, 10)
+    assert [len(group.members) for group in planned.groups] == [6, 3]
+    turned = plan(named(gaussian(), whole), [Rule(rf"{LAYER}/(?P<slice>v\w+|key|query)")])
+    assert turned.groups[0].members == ("block_9/value", "block_9/key", "block_9/query")
+
+
+def test_members_are_named_by_part_layer_and_head():
+    rule = Rule("w", dims=D(1, (2, 4)), layer_axis=0, split=2, join=("heads", "parts"))
+    planned = plan({"w": jax.ShapeDtypeStruct((2, 5, 2, 3, 4), jnp.float32)}, [rule])
+    assert planned.groups[1].members == tuple(f"w:{p}[1]#{h}" for p in (0, 1) for h in range(3))
+
+
+def test_the_table_and_the_dict_show_k_and_the_transform():
+    planned = plan(named(gaussian(), whole), [Rule(f"{LAYER}/{SLICE}", stack=2, transform="dft")])
+    lines = str(planned).split("\n")
+    assert re.split("  +", lines[1]) == ["block_*/query", "9-10", "12 x 16", "6", "dft", "12", "1"]
+    assert re.split("  +", lines[2]) == ["block_*/query", "11", "12 x 16", "3", "dft", "12", "1"]
+    assert [group["mode"] for group in planned.as_dict()["groups"]] == ["dft", "dft"]
+
+
+@pytest.mark.parametrize("transform", [None, *TRANSFORMS])
+def test_the_flops_are_those_of_the_products_that_an_update_traces(transform):
+    tree = jax.tree.map(jnp.asarray, kernels(gaussian()))
+    coupling = [Rule(f"{LAYER}/{SLICE}", stack=2, transform=transform)]
+    traced = count_products(lambda tree: orthogonalize(coupling).update(tree, None), tree)
+    assert plan(tree, coupling).as_dict()["flops"]["plan"] == traced.flops
+
+
+def test_alignment_measures_the_matrices_that_are_coupled():
+    T = gaussian()
+    (first, last), (as_parts, _) = (
+        alignment(hold(T), [rule])
+        for hold, rule in (
+            (scanned, Rule(SLICE, 2, layer_axis=0)),
+            (scanned_fused, Rule("w", 2, layer_axis=1, split=3, join="parts")),
+        )
+    )
+    assert len(first.members) == 6 and len(last.members) == 3
+    np.testing.assert_allclose(first.ratios, as_parts.ratios, rtol=1e-4)
+    stack = [np.float64(M) for M in whole(T[2])]
+    nuclear = sum(np.linalg.norm(M, "nuc") for M in stack)
+    expected = [nuclear / np.linalg.norm(oracles.unfolding(stack, m), "nuc") for m in (1, 2)]
+    np.testing.assert_allclose(last.ratios, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"join": "head"}, 'join should be "parts", "heads" or ("parts", "heads")'),
+        ({"join": ["heads"]}, "join should be"),
+        ({"join": "parts"}, "should join parts of one size, two at least: split into such"),
+        ({"join": "parts", "split": (4, 2)}, "should join parts of one size"),
+        ({"transform": "fft"}, "transform should be None or one of ('dct', 'dft', 'haar')"),
+        ({"transform": "dct", "mode": 2}, "a transform unfolds nothing, so leave out mode"),
+    ],
+    ids=str,
+)
+def test_a_rule_that_couples_what_cannot_be_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Rule("w", **arguments)
+
+
+def test_siblings_of_unequal_shape_or_absent_are_refused_with_the_way_out():
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    tree = {"block_0": {"query": array((8, 8)), "key": array((8, 4)), "value": array((8, 4))}}
+    rule = Rule(f"{LAYER}/{SLICE}")
+    with pytest.raises(
+        ValueError, match="'block_0/query', shape .* no 'key', 'value' of its shape"
+    ):
+        plan(tree, [rule])
+    ways_out = [Rule(f"{LAYER}/(?P<slice>key|value)"), Rule("query")]
+    assert [len(group.members) for group in plan(tree, ways_out).groups] == [2, 1]
+    tree = {"block_0": {"query": array((8, 8))}, "block_1": dict.fromkeys(NAMES, array((8, 8)))}
+    with pytest.raises(ValueError, match="'block_0/query', .* write a rule for each shape"):
+        plan(tree, [rule])
+    with pytest.raises(ValueError, match="dims names the axis of the heads to join, too"):
+        plan({"w": array((8, 2, 4))}, [Rule("w", dims=D(0, (1, 2)), join="heads")])
+
+
+def shapes_of(*projections, d=8, kinds=NAMES):
+    attention = dict(zip(kinds, projections, strict=True))
+    leaves = {
+        name: {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)} for name, s in attention.items()
+    }
+    leaves["out"] = {"kernel": jax.ShapeDtypeStruct((d, d), jnp.float32)}
+    return {f"block_{i}": {"attn": leaves} for i in range(2)}
+
+
+def test_per_head_has_each_head_alone():
+    heads = shapes_of((8, 4, 2), (8, 2, 2), (8, 2, 2))
+    for block in heads.values():
+        block["attn"]["out"]["kernel"] = jax.ShapeDtypeStruct((4, 2, 8), jnp.float32)
+    for tree, arguments in ((heads, {}), (shapes_of((8, 8), (8, 4), (8, 4)), {"head_dim": 2})):
+        planned = plan(tree, rules.per_head(tree, **arguments))
+        found = {}
+        for group in planned.groups:
+            assert len(group.members) == 1
+            name = group.members[0].split("/")[2]
+            found.setdefault(name, set()).add((group.fan_in, group.fan_out))
+            found[name, "count"] = found.get((name, "count"), 0) + group.batch
+        assert [found[name] for name in NAMES] == [{(8, 2)}] * 3
+        assert [found[name, "count"] for name in NAMES] == [8, 4, 4]
+        assert found["out"] == {(8, 8)} and not planned.unused
+    for head_dim in (None, 3):
+        with pytest.raises(ValueError, match="does not show its heads: pass a head_dim"):
+            rules.per_head(shapes_of((8, 8), (8, 4), (8, 4)), head_dim)
+
+
+# What follows: how leaves hold matrices, and W (fan_out, fan_in) from there and back.
+FOLLOWED = {
+    "kernel": ((6, 10), Rule("w"), lambda M: [M.T], lambda W: W[0].T),
+    "weight": ((10, 6), Rule("w", dims=D(1, 0)), lambda M: [M], lambda W: W[0]),
+    "parts": (
+        (6, 10),
+        Rule("w", split=(4, 6)),
+        lambda M: [M[:, :4].T, M[:, 4:].T],
+        lambda W: np.concatenate([each.T for each in W], axis=1),
+    ),
+    "heads": (
+        (6, 3, 4),
+        Rule("w", dims=D(0, 2), join="heads"),
+        lambda M: list(M.transpose(1, 2, 0)),
+        lambda W: np.array(W).transpose(2, 0, 1),
+    ),
+    "scanned, as one matrix": (
+        (2, 6, 3, 4),
+        Rule("w", 2, dims=D(1, (2, 3)), layer_axis=0),
+        lambda M: list(M.reshape(2, 6, 12).transpose(0, 2, 1)),
+        lambda W: np.array(W).transpose(0, 2, 1).reshape(2, 6, 3, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("holding", FOLLOWED)
+@pytest.mark.parametrize("normalize", ["none", "col", "row", "col_row", "row_col"])
+def test_normalize_matrices_is_muon_plus(normalize, holding):
+    shape, rule, to_weights, back = FOLLOWED[holding]
+    update = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    transform = normalize_matrices([rule], normalize=normalize)
+    tree = {"w": jnp.asarray(update), "bias": jnp.ones(3)}
+    result, _ = transform.update(tree, transform.init(tree))
+    weights = to_weights(np.float64(update))
+    if normalize != "none":
+        for i, W in enumerate(weights):
+            for kind in normalize.split("_"):
+                axis = {"col": 0, "row": 1}[kind]
+                W = W / np.sqrt(np.sum(W**2, axis=axis, keepdims=True) + 1e-7)
+            weights[i] = math.sqrt(W.shape[0] / W.shape[1]) * W
+    np.testing.assert_allclose(result["w"], back(weights), rtol=1e-5, atol=1e-6)
+    assert result["bias"] is tree["bias"]
+    if normalize != "none":
+        transform = normalize_matrices([rule], normalize=normalize, scale=0.2)
+        rms = np.sqrt(np.mean(np.square(transform.update(tree, None)[0]["w"])))
+        assert rms == pytest.approx(0.2, rel=1e-4)
+
+
+@pytest.mark.parametrize("holding", FOLLOWED)
+@pytest.mark.parametrize("rms", [None, 0.2])
+def test_scale_by_normuon_is_normuon_on_each_layer(rms, holding):
+    shape, rule, to_weights, back = FOLLOWED[holding]
+    transform, moments = scale_by_normuon([rule], beta2=0.9, rms=rms), None
+    state = types = None
+    for step in range(3):
+        update = np.random.default_rng(step).normal(size=shape).astype(np.float32)
+        tree = {"w": jnp.asarray(update), "bias": jnp.ones(3)}
+        state = transform.init(tree) if state is None else state
+        types = types or jax.tree.map(jax.typeof, state)
+        result, state = transform.update(tree, state)
+        assert jax.tree.map(jax.typeof, state) == types
+        weights = to_weights(np.float64(update))
+        moments = moments or [0.0] * len(weights)
+        for i, W in enumerate(weights):
+            moments[i] = 0.9 * moments[i] + 0.1 * np.mean(W**2, axis=1, keepdims=True)
+            N = W / (np.sqrt(moments[i]) + 1e-10)
+            norm = np.linalg.norm(W) if rms is None else rms * math.sqrt(W.size)
+            weights[i] = norm * N / np.linalg.norm(N)
+        np.testing.assert_allclose(result["w"], back(weights), rtol=1e-5, atol=1e-6)
+        assert result["bias"] is tree["bias"]
+
+
+def test_normuon_of_zero_is_zero_and_16_bits_keep_their_dtype():
+    tree = {"w": jnp.zeros((4, 6), "bfloat16")}
+    transform = scale_by_normuon([Rule("w")])
+    updates, state = transform.update(tree, transform.init(tree))
+    assert updates["w"].dtype == "bfloat16" and not updates["w"].any()
+    assert state.nu[0].dtype == "float32" and state.nu[0].shape == (1, 6)
+
+
+@pytest.mark.parametrize("decay", [0.1, lambda count: 0.1])
+def test_cautious_weight_decay_decays_where_update_and_param_agree(decay):
+    rng = np.random.default_rng(2)
+    updates, params = ({"w": rng.normal(size=(4, 6)).astype(np.float32)} for _ in range(2))
+    updates["w"][0], params["w"][1] = 0, -1e-30
+    updates["w"][1] = 1e-30  # the product is no number of float32
+    transform = add_cautious_weight_decay(decay)
+    result, _ = transform.update(updates, transform.init(params), params)
+    u, x = np.float64(updates["w"]), np.float64(params["w"])
+    np.testing.assert_allclose(result["w"], u + 0.1 * (u * x >= 0) * x, rtol=1e-6)
+    masked = add_cautious_weight_decay(decay, {"w": False})
+    result, _ = masked.update(updates, masked.init(params), params)
+    np.testing.assert_array_equal(result["w"], updates["w"])
+    with pytest.raises(ValueError, match="params"):
+        transform.update(updates, transform.init(params))
+
+
+@pytest.mark.parametrize("normalize", ["rows", None, "none_col"])
+def test_an_unknown_normalization_is_refused(normalize):
+    with pytest.raises(ValueError, match=r"`normalize=.*` should be one of \('none', 'col'"):
+        normalize_matrices(normalize=normalize)
+
+
+@pytest.mark.promotes_dtypes
+def test_all_of_them_chain_after_orthogonalize():
+    params = jax.tree.map(jnp.asarray, kernels(gaussian())) | {"bias": jnp.ones(4)}
+    coupling = [Rule(f"{LAYER}/{SLICE}", transform="dct")]
+    optimizer = optax.chain(
+        optax.trace(0.95, nesterov=True),
+        orthogonalize(coupling),
+        normalize_matrices(coupling),
+        scale_by_normuon(coupling, rms=0.2),
+        add_cautious_weight_decay(0.1),
+        optax.scale_by_learning_rate(0.02),
+    )
+
+    @quick_jit
+    def step(params, state):
+        updates, state = optimizer.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = optimizer.init(params)
+    new, after = step(*step(params, state))
+    assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
