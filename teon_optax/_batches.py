@@ -121,12 +121,9 @@ def batches(
                 key = Batch(K, kind.batch, *kind.matrix, mode, leaves[first].dtype, cut)
                 if kind.siblings > 1:
                     key = key._replace(siblings=kind.siblings, joined=kind.layout.joined)
-                for mix in mixes(kind.rule.transform, K) or [None]:
-                    own = (
-                        key
-                        if mix is None
-                        else key._replace(K=1, mix=mix, dtype=mix.dtype(key.dtype))
-                    )
+                kinds = mixes(kind.rule.transform, K)
+                slices = [key._replace(K=1, mix=x, dtype=x.dtype(key.dtype)) for x in kinds]
+                for own in slices or [key]:
                     found.setdefault(own, []).extend(_pieces(kind, start, stop))
     return {key: sorted(pieces, key=lambda piece: piece.sibling) for key, pieces in found.items()}
 

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,15 +15,6 @@ from teon_optax._plan import Plan
 from teon_optax._polar import orthogonalize_batches
 from teon_optax._scaling import ScaleFunction
 from teon_optax._sharding import Shardings
-
-
-class _Bucket(NamedTuple):
-    """What batches agree in that share one polynomial."""
-
-    d: int
-    dtype: Any
-    cut: tuple[int, ...]
-    precision: jax.lax.PrecisionLike
 
 
 def orthogonalize_updates(
@@ -70,13 +61,13 @@ def _here(
 ) -> dict[Batch, jax.Array]:
     """Scaled polar factors of batches that are whole on every device."""
     done = {}
-    for bucket, keys in _buckets(joint, method, precision).items():
+    for (_, _, cut, used), keys in _buckets(joint, method, precision).items():
         results = orthogonalize_batches(
             [joint[key] for key in keys],
             [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in keys],
             method=method,
-            cut=bucket.cut,
-            precision=bucket.precision,
+            cut=cut,
+            precision=used,
             budget=_policy.budget(jax.default_backend()),
         )
         done |= zip(keys, results, strict=True)
@@ -85,12 +76,12 @@ def _here(
 
 def _buckets(
     batches: Iterable[Batch], method: Method | None, precision: jax.lax.PrecisionLike
-) -> dict[_Bucket, list[Batch]]:
-    """Batches by the size of their Gram matrices and the way that policy takes with them."""
-    buckets: dict[_Bucket, list[Batch]] = {}
+) -> dict[tuple, list[Batch]]:
+    """Batches that share a polynomial, by d, dtype, cut and precision."""
+    buckets: dict[tuple, list[Batch]] = {}
     for key in batches:
         dtype = np.promote_types(key.dtype, np.float32)
         used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
-        bucket = _Bucket(min(key.joint), dtype, _policy.method_cut(method, *key.joint, used), used)
+        bucket = min(key.joint), dtype, _policy.method_cut(method, *key.joint, used), used
         buckets.setdefault(bucket, []).append(key)
     return buckets

@@ -1,6 +1,6 @@
 """The optax transformations: `orthogonalize`, and momentum before it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from teon_optax._plan import plan
 from teon_optax._polar import check_precision
 from teon_optax._rules import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, scaling
-from teon_optax._sharding import Shardings, as_shardings
+from teon_optax._sharding import as_shardings
 
 INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
 
@@ -86,7 +86,8 @@ def orthogonalize(
     """
     rules = None if rules is None else checked_rules(rules)
     placement = as_shardings(shardings)
-    run = _orthogonalizer(rules, method, scale, placement, precision)
+    resolved, scale_function = resolve(method), scaling(scale)
+    check_precision(precision)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
         placement.check(params, plan(params, rules).taken)
@@ -96,29 +97,13 @@ def orthogonalize(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        return run(updates), state
+        planned = plan(updates, rules)
+        done = orthogonalize_updates(
+            updates, planned, resolved, scale_function, precision, placement
+        )
+        return done, state
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _orthogonalizer(
-    rules: tuple[Rule, ...] | None,
-    method: MethodLike,
-    scale: ScaleLike,
-    shardings: Shardings,
-    precision: jax.lax.PrecisionLike,
-) -> Callable[[optax.Updates], optax.Updates]:
-    """The checked arguments as one function of updates."""
-    resolved, scale_function = resolve(method), scaling(scale)
-    check_precision(precision)
-
-    def run(updates: optax.Updates) -> optax.Updates:
-        planned = plan(updates, rules)
-        return orthogonalize_updates(
-            updates, planned, resolved, scale_function, precision, shardings
-        )
-
-    return run
 
 
 def scale_by_teon(
@@ -165,16 +150,16 @@ def scale_by_teon(
       >>> updates["block_0"]["query"]["kernel"].round(2).tolist()[0]
       [0.7099999785423279, 0.0]
     """
-    rules = None if rules is None else checked_rules(rules)
-    placement = as_shardings(shardings)
-    run = _orthogonalizer(rules, method, scale, placement, precision)
+    transform = orthogonalize(
+        rules, method=method, scale=scale, shardings=shardings, precision=precision
+    )
     in_range = not isinstance(beta, (int, float)) or 0 <= beta < 1
     if not in_range or not isinstance(beta, (int, float, np.number, np.ndarray, jax.Array)):
         raise ValueError(f"`beta={beta!r}` should be a number, at least 0 and less than 1.")
     mu_dtype = checked_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> TeonState:
-        placement.check(params, plan(params, rules).taken)
+        transform.init(params)  # for its checks
         return TeonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
 
     def update_fn(
@@ -187,7 +172,7 @@ def scale_by_teon(
         mu = optax.tree.add_scale(mu, 1 - beta, optax.tree.sub(wide, mu))
         with jax.numpy_dtype_promotion("standard"):  # a float to the power of a count
             momentum = _momentum(mu, wide, beta, count, nesterov)
-        orthogonalized = run(momentum)
+        orthogonalized, _ = transform.update(momentum, optax.EmptyState())
         mu = optax.tree.cast_like(mu, state.mu)
         return optax.tree.cast_like(orthogonalized, updates), TeonState(count, mu)
 

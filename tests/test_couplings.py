@@ -1,9 +1,11 @@
 """Every way to couple matrices, against float64 and the definition; what may follow it."""
 
 import dataclasses
+import doctest
 import functools
 import itertools
 import math
+import pathlib
 import re
 
 import jax
@@ -540,3 +542,9 @@ def test_all_of_them_chain_after_orthogonalize():
     new, after = step(*step(params, state))
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
+
+
+def test_the_examples_of_the_page_run():
+    page = pathlib.Path(__file__).parents[1] / "docs" / "couplings.md"
+    failed, tried = doctest.testfile(str(page), module_relative=False)
+    assert tried > 10 and not failed
