@@ -108,8 +108,8 @@ def scale_by_normuon(
         mean = _square(matrix, layout.fan_in) / _count(matrix, layout.fan_in)
         nu = beta2 * nu + (1 - beta2) * mean
         new = matrix / (jnp.sqrt(nu) + eps)
-        size = rms and rms * math.sqrt(_count(matrix, fans))
-        norm = jnp.sqrt(_square(matrix, fans)) if rms is None else size
+        own = jnp.sqrt(_square(matrix, fans))
+        norm = own if rms is None else rms * math.sqrt(_count(matrix, fans))
         return new * (norm / (jnp.sqrt(_square(new, fans)) + eps)), nu
 
     def init_fn(params: optax.Params) -> NorMuonState:
@@ -167,7 +167,8 @@ def _each(function: Callable[..., tuple], rules: Any, tree: Any, *more: Any) -> 
         leaf, layout = leaves[index], layouts[index]
         wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
         axis, cuts = layout.fan_out[0], np.cumsum(layout.sizes)[:-1]
-        parts = zip(*(jnp.split(array, cuts, axis) for array in (wide, *extra)), strict=True)
+        held = [jnp.split(each, cuts, axis) if cuts.size else [each] for each in (wide, *extra)]
+        parts = zip(*held, strict=True)
         done = zip(*(function(*part, layout) for part in parts), strict=True)
         new, *other = (jnp.concatenate(arrays, axis) for arrays in done)
         leaves[index] = new.astype(leaf.dtype)

@@ -544,6 +544,23 @@ def test_all_of_them_chain_after_orthogonalize():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("rule", [Rule("w"), Rule("w", split=2)], ids=str)
+def test_what_follows_is_the_same_on_a_mesh(kind, rule):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    transform = optax.chain(normalize_matrices([rule]), scale_by_normuon([rule]))
+    tree = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(8, 16)), jnp.float32)}
+    alone, _ = quick_jit(transform.update)(tree, transform.init(tree))
+    for spec in (P("data", None), P(None, "data")):
+        put = {"w": jax.device_put(tree["w"], NamedSharding(mesh, spec))}
+        with jax.set_mesh(mesh):
+            state = transform.init(put)
+            result, after = quick_jit(transform.update)(put, state)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
+        np.testing.assert_allclose(result["w"], alone["w"], rtol=1e-5)
+
+
 def test_the_examples_of_the_page_run():
     page = pathlib.Path(__file__).parents[1] / "docs" / "couplings.md"
     failed, tried = doctest.testfile(str(page), module_relative=False)
