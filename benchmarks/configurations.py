@@ -10,10 +10,18 @@ import optax
 
 from examples.optimizers import CLIP, schedule
 from examples.options import ADAM_B1, ADAM_B2
-from teon_optax import Rule, scale_by_teon
+from teon_optax import (
+    Rule,
+    add_cautious_weight_decay,
+    normalize_matrices,
+    scale_by_normuon,
+    scale_by_teon,
+)
 
 QKV = r"block_(?P<layer>\d+)/attn/(query|key|value)/"
+SIBLINGS = r"block_(?P<layer>\d+)/attn/(?P<slice>query|key|value)/"
 BLOCKS = r"block_(?P<layer>\d+)/"
+HEADS = 4  # of the default model
 ALL_LAYERS = 10**6
 HEADLINE_SEEDS = (1, 2, 3, 4, 5)
 FEW_SEEDS = (1, 2)
@@ -25,10 +33,10 @@ class Configuration:
 
     Attributes:
         name: Also of its file of results.
-        stack: K of query, key and value projections; 1 is Muon, None is AdamW for everything.
-        mode: The unfolding of the joint matrices.
+        coupling: The rule of query, key and value projections, or of all matrices of the blocks;
+            what it does not take is Muon's. None is AdamW for everything.
         method: What approximates the polar factor.
-        everything: Whether K is of all matrices of the blocks, not only of Q, K and V.
+        after: What follows it: "normalize", "normuon" or "cautious" weight decay.
         qkv_factor: Multiplies the updates of Q, K and V.
         rest_rate: Learning rate of what AdamW keeps: embedding and norms. None: that of the rest.
         weight_decay: Of the blocks' matrices.
@@ -39,10 +47,9 @@ class Configuration:
     """
 
     name: str
-    stack: int | None
-    mode: int = 1
+    coupling: Rule | None
     method: str = "polar_express"
-    everything: bool = False
+    after: str | None = None
     qkv_factor: float = 1.0
     rest_rate: float | None = 0.01
     weight_decay: float = 0.1
@@ -57,8 +64,13 @@ class Configuration:
         return len(self.seeds) > len(FEW_SEEDS)
 
 
-def _ablation(name: str, stack: int, **settings: Any) -> Configuration:
-    return Configuration(name, stack, start=(-1, 1), spacing=2, seeds=FEW_SEEDS, **settings)
+def _ablation(name: str, coupling: Rule) -> Configuration:
+    return Configuration(name, coupling, start=(-1, 1), spacing=2, seeds=FEW_SEEDS)
+
+
+def _coupling(name: str, coupling: Rule, length: float = 1.0) -> Configuration:
+    """With updates of Q, K and V as long as Muon's: `length` is what these are longer by."""
+    return Configuration(name, coupling, qkv_factor=length, start=(-1,))
 
 
 def _variation(name: str, base: Configuration, **settings: Any) -> Configuration:
@@ -66,22 +78,22 @@ def _variation(name: str, base: Configuration, **settings: Any) -> Configuration
     return dataclasses.replace(base, name=name, base=base.name, seeds=FEW_SEEDS, **settings)
 
 
-MUON = Configuration("muon", 1)
-TEON = Configuration("teon-1", 2)
+MUON = Configuration("muon", Rule(QKV))
+TEON = Configuration("teon-1", Rule(QKV, 2))
 _ALL: Iterable[Configuration] = (
     MUON,
     TEON,
-    Configuration("teon-2", 2, mode=2),
-    Configuration("muon-schatten", 1, method="schatten"),
-    Configuration("teon-1-schatten", 2, method="schatten"),
-    Configuration("teon-2-schatten", 2, mode=2, method="schatten"),
+    Configuration("teon-2", Rule(QKV, 2, mode=2)),
+    Configuration("muon-schatten", Rule(QKV), method="schatten"),
+    Configuration("teon-1-schatten", Rule(QKV, 2), method="schatten"),
+    Configuration("teon-2-schatten", Rule(QKV, 2, mode=2), method="schatten"),
     # As long as TEON's, were both exact: a joint factor of K layers is sqrt(K) times shorter.
-    Configuration("muon-short-qkv", 1, qkv_factor=1 / math.sqrt(2)),
+    Configuration("muon-short-qkv", Rule(QKV), qkv_factor=1 / math.sqrt(2)),
     Configuration("adamw", None, start=(-5, -3)),
-    _ablation("teon-1-k4", 4),
-    _ablation("teon-1-all-layers", ALL_LAYERS),
-    _ablation("teon-3", 2, mode=3),
-    _ablation("teon-1-everything", 2, everything=True),
+    _ablation("teon-1-k4", Rule(QKV, 4)),
+    _ablation("teon-1-all-layers", Rule(QKV, ALL_LAYERS)),
+    _ablation("teon-3", Rule(QKV, 2, mode=3)),
+    _ablation("teon-1-everything", Rule(BLOCKS, 2)),
     _variation("muon-jordan", MUON, method="jordan"),
     _variation("teon-1-jordan", TEON, method="jordan"),
     _variation("muon-you", MUON, method="you"),
@@ -94,6 +106,25 @@ _ALL: Iterable[Configuration] = (
     _variation("teon-1-no-decay", TEON, weight_decay=0.0),
     # What AdamW is without a rate of its own for embedding and norms.
     Configuration("adamw-one-rate", None, rest_rate=None, start=(-5, -3), seeds=FEW_SEEDS),
+    _coupling("siblings-1", Rule(SIBLINGS), math.sqrt(3)),
+    _coupling("layers-dct", Rule(QKV, 2, transform="dct")),
+    _coupling("heads-alone", Rule(QKV, split=HEADS), math.sqrt(HEADS)),
+    dataclasses.replace(MUON, name="muon-normalize", after="normalize", start=(-1,)),
+    dataclasses.replace(MUON, name="muon-normuon", after="normuon", start=(-1,)),
+    dataclasses.replace(MUON, name="muon-cautious", after="cautious", start=(-1,)),
+    _coupling("layers-1", Rule(QKV, 2), math.sqrt(2)),
+    _coupling("siblings-dct", Rule(SIBLINGS, transform="dct")),
+    _coupling("heads-1", Rule(QKV, split=HEADS, join="parts"), HEADS),
+    _coupling("heads-dct", Rule(QKV, split=HEADS, join="parts", transform="dct"), math.sqrt(HEADS)),
+    _coupling("layers-siblings-1", Rule(SIBLINGS, 2), math.sqrt(6)),
+    _coupling("siblings-heads-1", Rule(SIBLINGS, split=HEADS, join="parts"), HEADS * math.sqrt(3)),
+    _coupling("layers-dct-4", Rule(QKV, 4, transform="dct")),
+    _coupling("layers-dft-4", Rule(QKV, 4, transform="dft")),
+    _coupling("layers-haar-4", Rule(QKV, 4, transform="haar")),
+    _coupling("siblings-2", Rule(SIBLINGS, mode=2), math.sqrt(3)),
+    dataclasses.replace(TEON, name="teon-1-normalize", after="normalize", start=(-1,)),
+    dataclasses.replace(TEON, name="teon-1-normuon", after="normuon", start=(-1,)),
+    dataclasses.replace(TEON, name="teon-1-cautious", after="cautious", start=(-1,)),
 )
 CONFIGURATIONS = {configuration.name: configuration for configuration in _ALL}
 
@@ -119,9 +150,11 @@ def build(
     """
     of_matrices: Any = schedule(rate, steps)  # pyright: ignore[reportArgumentType]
     of_rest: Any = schedule(rest_rate, steps)  # pyright: ignore[reportArgumentType]
+    cautious = configuration.after == "cautious"
+    decay = add_cautious_weight_decay if cautious else optax.add_decayed_weights
     matrices = optax.chain(
         _direction(configuration),
-        optax.add_decayed_weights(weight_decay),
+        decay(weight_decay),
         optax.scale_by_learning_rate(of_matrices),
     )
     rest = optax.adamw(of_rest, ADAM_B1, ADAM_B2, weight_decay=0.0)
@@ -130,14 +163,17 @@ def build(
 
 
 def _direction(configuration: Configuration) -> optax.GradientTransformation:
-    if configuration.stack is None:
+    if configuration.coupling is None:
         return optax.scale_by_adam(ADAM_B1, ADAM_B2)
-    pattern = BLOCKS if configuration.everything else QKV
-    rules = (Rule(pattern, stack=configuration.stack, mode=configuration.mode), Rule(BLOCKS))
-    direction = scale_by_teon(rules, method=configuration.method)
-    if configuration.qkv_factor == 1.0:
-        return direction
-    return optax.chain(direction, optax.masked(optax.scale(configuration.qkv_factor), _qkv))
+    rules = configuration.coupling, Rule(BLOCKS)
+    steps = [scale_by_teon(rules, method=configuration.method)]
+    if configuration.qkv_factor != 1.0:
+        steps.append(optax.masked(optax.scale(configuration.qkv_factor), _qkv))
+    if configuration.after == "normalize":
+        steps.append(normalize_matrices(rules))
+    if configuration.after == "normuon":
+        steps.append(scale_by_normuon(rules))
+    return optax.chain(*steps)
 
 
 def _parts(params: Any) -> Any:

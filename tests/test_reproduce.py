@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ def trained(monkeypatch):
 
     def train(configuration, program, run, setup, text):
         runs.append((configuration.name, run))
-        loss = 5 + 0.01 * (run.k - 3) ** 2 + 0.1 * run.seed - 0.05 * (configuration.stack == 2)
+        loss = (
+            5 + 0.01 * (run.k - 3) ** 2 + 0.1 * run.seed - 0.05 * (configuration.name == "teon-1")
+        )
         record = {"k": run.k, "seed": run.seed, "val_loss": loss, "losses": [6.0, loss]}
         return record | {"rate": 0, "wall": 0, "cpu": 0}
 
@@ -139,20 +142,28 @@ def gradients():
     )
 
 
-def query_norm(name):
-    """Of the updates of both blocks' query projections, together."""
+def norm(name, *projections):
+    """Of the updates of all blocks' projections, together."""
     configuration = dataclasses.replace(CONFIGURATIONS[name], method="svd")
     tree = gradients()
     optimizer = build(configuration, 100, 1.0, 1.0, 0.0)
     updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
-    return math.hypot(
-        *(np.linalg.norm(updates[block]["attn"]["query"]["kernel"]) for block in sorted(tree)[:2])
-    )
+    attention = [updates[block]["attn"] for block in tree if block.startswith("block")]
+    return math.hypot(*(np.linalg.norm(own[p]["kernel"]) for own in attention for p in projections))
 
 
 def test_the_control_makes_updates_as_long_as_teons():
-    assert query_norm("muon-short-qkv") == pytest.approx(query_norm("teon-1"), rel=1e-4)
-    assert query_norm("muon") == pytest.approx(math.sqrt(2) * query_norm("teon-1"), rel=1e-4)
+    short, teon, muon = (norm(name, "query") for name in ("muon-short-qkv", "teon-1", "muon"))
+    assert short == pytest.approx(teon, rel=1e-4)
+    assert muon == pytest.approx(math.sqrt(2) * teon, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in CONFIGURATIONS if re.match("layers|siblings|heads", n)]
+)
+def test_couplings_move_queries_keys_and_values_as_far_as_muon(name):
+    qkv = "query", "key", "value"
+    assert norm(name, *qkv) == pytest.approx(norm("muon", *qkv), rel=1e-4)
 
 
 @pytest.mark.slow
