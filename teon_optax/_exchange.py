@@ -7,6 +7,7 @@ groups of unequal N meet, and stay zero.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._deal import Axes, Block, Exchange, Hand, count
+from teon_optax._deal import Block, Exchange, Hand, count
 
 
 def to_owners(plan: Exchange, arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -22,25 +23,28 @@ def to_owners(plan: Exchange, arrays: Sequence[jax.Array]) -> list[jax.Array]:
 
     One array for each hand of the plan.
     """
-    packed = [_pack(plan, hand, arrays) for hand in plan.hands]
-    arrived = _swap(plan, packed)
-    return [
-        _by_block(plan, hand, _assemble, sent)
-        for hand, sent in zip(plan.hands, arrived, strict=True)
+    stops: dict[int, list[int]] = {}
+    for index, _, stop in itertools.chain(*(hand.members for hand in plan.hands)):
+        stops.setdefault(index, []).append(stop)
+    pieces = {i: iter(jnp.split(arrays[i], stops[i][:-1])) for i in stops}
+    packed = [
+        _pack(plan, hand, [next(pieces[index]) for index, _, _ in hand.members])
+        for hand in plan.hands
     ]
+    owned = []
+    for hand, sent in zip(plan.hands, _swap(plan, packed), strict=True):
+        kinds = [plan.blocks[index]._replace(count=0) for index, _, _ in hand.members]
+        owned.append(own_branch(plan, hand, kinds, functools.partial(_assemble, plan, hand), sent))
+    return owned
 
 
 def from_owners(plan: Exchange, matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    """Inverse of `to_owners`."""
-    packed = [
-        _by_block(plan, hand, _disassemble, matrix)
-        for hand, matrix in zip(plan.hands, matrices, strict=True)
-    ]
-    pieces: dict[int, list[jax.Array]] = {index: [] for index in range(len(plan.blocks))}
-    for hand, sent in zip(plan.hands, _swap(plan, packed), strict=True):
-        for index, piece in _unpack(plan, hand, sent):
-            pieces[index].append(piece)
-    return [jnp.concatenate(of_block) for of_block in pieces.values()]
+    """Inverse of `to_owners`, and its transpose: it moves numbers, and adds zeros."""
+    dtype = matrices[0].dtype
+    shapes = [(block.count, *plan.held(index)) for index, block in enumerate(plan.blocks)]
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    (done,) = jax.linear_transpose(functools.partial(to_owners, plan), arrays)(list(matrices))
+    return done
 
 
 def _swap(plan: Exchange, packed: Sequence[jax.Array]) -> list[jax.Array]:
@@ -52,33 +56,18 @@ def _swap(plan: Exchange, packed: Sequence[jax.Array]) -> list[jax.Array]:
     return jnp.split(jax.lax.all_to_all(message, plan.axes, 0, 0, tiled=True), ends, axis=1)
 
 
-def _pack(plan: Exchange, hand: Hand, arrays: Sequence[jax.Array]) -> jax.Array:
+def _pack(plan: Exchange, hand: Hand, pieces: Sequence[jax.Array]) -> jax.Array:
     """This device's blocks of a hand's groups, by the slot they go to: [devices, ...]."""
     slots = []
-    for index, start, stop in hand.members:
-        groups = arrays[index][start:stop]
+    for (index, _, _), groups in zip(hand.members, pieces, strict=True):
         width = hand.width // count(plan.blocks[index].axes[1], dict(plan.sizes))
         padded = jnp.pad(groups, ((0, 0), (0, 0), (0, width - groups.shape[2])))
-        columns = padded.reshape(stop - start, groups.shape[1], hand.share, -1)
-        slots.append(columns.transpose(0, 2, 1, 3).reshape((stop - start) * hand.share, -1))
+        columns = padded.reshape(*groups.shape[:2], hand.share, -1)
+        slots.append(columns.transpose(0, 2, 1, 3).reshape(len(groups) * hand.share, -1))
     dealt = jnp.concatenate(slots)
     empty = hand.rows * plan.devices - len(dealt)
     rows = jnp.pad(dealt, ((0, empty), (0, 0))).reshape(hand.rows, plan.devices, -1)
     return rows.transpose(1, 0, 2).reshape(plan.devices, -1)
-
-
-def _unpack(plan: Exchange, hand: Hand, packed: jax.Array) -> list[tuple[int, jax.Array]]:
-    """Inverse of `_pack`: pieces of blocks."""
-    rows = packed.reshape(plan.devices, hand.rows, -1).transpose(1, 0, 2)
-    slots = rows.reshape(hand.rows * plan.devices, -1)
-    pieces, first = [], 0
-    for index, start, stop in hand.members:
-        d, N = plan.held(index)
-        last = first + (stop - start) * hand.share
-        columns = slots[first:last].reshape(stop - start, hand.share, d, -1)
-        pieces.append((index, columns.transpose(0, 2, 1, 3).reshape(stop - start, d, -1)[..., :N]))
-        first = last
-    return pieces
 
 
 def _assemble(plan: Exchange, hand: Hand, block: Block, arrived: jax.Array) -> jax.Array:
@@ -90,49 +79,14 @@ def _assemble(plan: Exchange, hand: Hand, block: Block, arrived: jax.Array) -> j
     pieces = count(block.axes[1], sizes)
     d, N = block.d // count(block.axes[0], sizes), hand.width // pieces // hand.share
     grid = arrived.reshape(*sizes.values(), hand.rows, d, N)
-    columns = grid.transpose(_order(plan, block.axes)).reshape(hand.rows, hand.d, pieces, N)
+    along_d, along_N = ([plan.axes.index(name) for name in along] for along in block.axes)
+    mesh = len(plan.axes)
+    order = mesh, *along_d, mesh + 1, *along_N, mesh + 2
+    columns = grid.transpose(order).reshape(hand.rows, hand.d, pieces, N)
     if hand.share > 1:
         return columns.reshape(hand.rows, hand.d, -1)
     filled = columns[..., : block.N // pieces].reshape(hand.rows, hand.d, -1)
     return jnp.pad(filled, ((0, 0), (0, 0), (0, hand.width - block.N)))
-
-
-def _disassemble(plan: Exchange, hand: Hand, block: Block, matrices: jax.Array) -> jax.Array:
-    """Inverse of `_assemble`."""
-    sizes = dict(plan.sizes)
-    pieces = count(block.axes[1], sizes)
-    if hand.share == 1:
-        matrices = matrices[..., : block.N]
-    columns = matrices.reshape(hand.rows, hand.d, pieces, -1)
-    missing = hand.width // pieces // hand.share - columns.shape[3]
-    columns = jnp.pad(columns, ((0, 0), (0, 0), (0, 0), (0, missing)))
-    along_d, along_N = ([sizes[name] for name in along] for along in block.axes)
-    grid = columns.reshape(hand.rows, *along_d, -1, *along_N, columns.shape[3])
-    return grid.transpose(np.argsort(_order(plan, block.axes))).reshape(plan.devices, -1)
-
-
-def _order(plan: Exchange, axes: Axes) -> list[int]:
-    """Transposition of [axes of the mesh .., rows, d, N] to [rows, (.., d), (.., N)]."""
-    along_d, along_N = ([plan.axes.index(name) for name in along] for along in axes)
-    mesh = len(plan.axes)
-    return [mesh, *along_d, mesh + 1, *along_N, mesh + 2]
-
-
-def _by_block(
-    plan: Exchange,
-    hand: Hand,
-    function: Callable[[Exchange, Hand, Block, jax.Array], jax.Array],
-    array: jax.Array,
-) -> jax.Array:
-    """`function` of the block that this device's matrices are of, and an array."""
-    kinds = [plan.blocks[index]._replace(count=0) for index, _, _ in hand.members]
-    return own_branch(
-        plan,
-        hand,
-        kinds,
-        lambda kind, array: function(plan, hand, kind, array),
-        array,
-    )
 
 
 def own_branch(
