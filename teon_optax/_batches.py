@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._matrices import to_leaf, to_matrices
-from teon_optax._mixing import Mix, mixed, mixes, unmixed
+from teon_optax._mixing import Mix, mixed, slices, unmixed
 from teon_optax._plan import Type, joint_shape
 
 # Axes of the mesh along fan_in and along fan_out.
@@ -21,7 +21,6 @@ Axes = tuple[tuple[str, ...], tuple[str, ...]]
 class _Piece(NamedTuple):
     """Matrices `start` to `stop` of one part of a leaf."""
 
-    sibling: int
     leaf: int
     part: int
     start: int
@@ -38,8 +37,6 @@ class Batch(NamedTuple):
     mode: int
     dtype: Any
     axes: Axes
-    siblings: int = 1
-    joined: int = 1  # matrices of a layer in each of several siblings
     mix: Mix | None = None
 
     @property
@@ -61,8 +58,7 @@ class Batch(NamedTuple):
     @property
     def stacked(self) -> tuple[int, ...]:
         """Shape before that transposition."""
-        slices = self.K if self.mix is None else len(self.mix.rows)
-        return (-1, slices, self.batch, self.fan_in, self.fan_out)
+        return (-1, self.K, self.batch, self.fan_in, self.fan_out)
 
 
 def in_batches(
@@ -117,25 +113,31 @@ def batches(
                 K, first = layers * kind.coupled, kind.leaves[0]
                 # A single matrix has no other layer to share an axis with: modes 1 and 2 agree.
                 mode = 1 if K == 1 and kind.rule.mode == 2 else kind.rule.mode
-                cut = axes[first] if axes else ((), ())
-                key = Batch(K, kind.batch, *kind.matrix, mode, leaves[first].dtype, cut)
-                if kind.siblings > 1:
-                    key = key._replace(siblings=kind.siblings, joined=kind.layout.joined)
-                kinds = mixes(kind.rule.transform, K)
-                slices = [key._replace(K=1, mix=x, dtype=x.dtype(key.dtype)) for x in kinds]
-                for own in slices or [key]:
-                    found.setdefault(own, []).extend(_pieces(kind, start, stop))
-    return {key: sorted(pieces, key=lambda piece: piece.sibling) for key, pieces in found.items()}
+                dtype, cut = leaves[first].dtype, axes[first] if axes else ((), ())
+                key = Batch(K, kind.batch, *kind.matrix, mode, dtype, cut)
+                for own in _by_slices(key, kind.rule.transform):
+                    found.setdefault(own, []).extend(pieces_of(kind, start, stop))
+    return found
 
 
-def _pieces(kind: Type, start: int, stop: int) -> Iterator[_Piece]:
-    """Layers `start` to `stop` of a type, sibling by sibling; a scanned leaf holds many."""
-    each, joined = kind.layout.length(kind.layout.layer), kind.layout.joined
-    for sibling in range(kind.siblings):
-        leaves = kind.leaves[sibling :: kind.siblings]
-        for position in range(start // each, -(-stop // each)):
-            first, last = max(start - position * each, 0), min(stop - position * each, each)
-            yield _Piece(sibling, leaves[position], kind.part, first * joined, last * joined)
+def _by_slices(key: Batch, transform: str | None) -> list[Batch]:
+    """A batch's real and its complex slices, or the batch itself where nothing is mixed."""
+    kinds = [np.iscomplexobj(weights) for weights in slices(transform, key.K)]
+    wide = np.promote_types(key.dtype, np.float32)
+    dtypes = [np.promote_types(wide, np.complex64) if kind else wide for kind in kinds]
+    mixes = [(transform, key.K, index) for index in range(len(kinds))]
+    return [key._replace(K=1, dtype=d, mix=m) for d, m in zip(dtypes, mixes, strict=True)] or [key]
+
+
+def pieces_of(kind: Type, start: int, stop: int) -> Iterator[_Piece]:
+    """Layers `start` to `stop` of a type, of each the siblings, and of these the joined parts."""
+    each, heads = (kind.layout.length(axes) for axes in (kind.layout.layer, kind.layout.heads))
+    for position in range(start // each, -(-stop // each)):
+        first, last = max(start - position * each, 0), min(stop - position * each, each)
+        step = last - first if kind.siblings == len(kind.parts) == 1 else 1
+        leaves = kind.leaves[position * kind.siblings : (position + 1) * kind.siblings]
+        for layer, leaf, part in itertools.product(range(first, last, step), leaves, kind.parts):
+            yield _Piece(leaf, part, layer * heads, (layer + step) * heads)
 
 
 def _gather(
@@ -144,12 +146,8 @@ def _gather(
     """Joint matrices of all groups of a batch: [B, m, n]."""
     layers = [matrices[piece.leaf][piece.part][piece.start : piece.stop] for piece in pieces]
     rows = _concatenate([array.reshape(-1, key.fan_out) for array in layers])
-    if key.siblings > 1:  # siblings of layers, not layers of siblings
-        each = key.joined * key.batch * key.fan_in
-        rows = rows.reshape(key.siblings, -1, each, key.fan_out).swapaxes(0, 1)
     if key.mix is not None:
-        wide = rows.astype(np.promote_types(rows.dtype, np.float32))
-        rows = mixed(key.mix, wide.reshape(-1, key.mix.K, *key.stacked[2:]))
+        rows = mixed(key.mix, rows.reshape(-1, key.batch * key.fan_in, key.fan_out))
     return rows.reshape(key.stacked).transpose(key.order).reshape(-1, *key.joint)
 
 
@@ -157,13 +155,10 @@ def _scatter(joint: jax.Array, key: Batch, pieces: Sequence[_Piece]) -> dict[_Pi
     """Inverse of `_gather`."""
     order = key.order
     transposed = joint.reshape([-1, *(key.stacked[axis] for axis in order[1:])])
-    stack = transposed.transpose(np.argsort(order))
+    rows = transposed.transpose(np.argsort(order)).reshape(-1, key.fan_out)
     if key.mix is not None:
-        stack = unmixed(key.mix, stack)
-    if key.siblings > 1:
-        each = key.joined * key.batch * key.fan_in
-        stack = stack.reshape(-1, key.siblings, each, key.fan_out).swapaxes(0, 1)
-    rows = stack.reshape(-1, key.fan_out)
+        matrices = rows.reshape(-1, key.batch * key.fan_in, key.fan_out)
+        rows = unmixed(key.mix, matrices).reshape(-1, key.fan_out)
     zero = _unfoldable_zero(joint.real)
     layers, start = {}, 0
     for piece in pieces:

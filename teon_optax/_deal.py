@@ -122,8 +122,8 @@ def _divides(
     names: Sequence[str], axis: int, layout: Layout, stack: int, sizes: Mapping[str, int]
 ) -> bool:
     """Whether an axis of the leaf can be cut along these axes of the mesh."""
-    if axis == layout.fan_out[0] and len(layout.sizes) > 1:
-        return False  # the pieces would not be those of the fused parts
+    if axis in layout.heads or (axis == layout.fan_out[0] and len(layout.sizes) > 1):
+        return False  # groups need all heads, and the pieces would not be those of fused parts
     unit = stack if axis in layout.layer else 1
     return layout.shape[axis] % (count(names, sizes) * unit) == 0
 

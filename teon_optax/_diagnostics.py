@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._batches import pieces_of
 from teon_optax._default_rules import default_rules
 from teon_optax._matrices import to_matrices
 from teon_optax._plan import Plan, plan
@@ -159,12 +160,9 @@ def _stacks(momentum: Any, planned: Plan) -> Iterator[jax.Array]:
     """The layers of each group, wherever the leaves were: [K, batch, fan_in, fan_out]."""
     leaves = jax.tree.leaves(momentum)
     for kind in planned.types:
-        whole = [jax.device_get(leaves[leaf]) for leaf in kind.leaves]
-        held = [to_matrices(leaf, kind.layout)[kind.part] for leaf in whole]
-        joined, S = kind.layout.joined, kind.siblings
-        by_sibling = [jnp.concatenate(held[sibling::S]) for sibling in range(S)]
-        layers = [array.reshape(-1, joined, *array.shape[1:]) for array in by_sibling]
-        matrices = jnp.stack(layers, 1).reshape(-1, *by_sibling[0].shape[1:])
+        held = {i: to_matrices(jax.device_get(leaves[i]), kind.layout) for i in kind.leaves}
+        pieces = [held[p.leaf][p.part][p.start : p.stop] for p in pieces_of(kind, 0, kind.depth)]
+        matrices = jnp.concatenate(pieces)
         K = kind.rule.stack * kind.coupled
         for start in range(0, len(matrices), K):
             yield matrices[start : start + K]

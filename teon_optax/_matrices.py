@@ -19,13 +19,7 @@ class Layout(NamedTuple):
     fan_in: tuple[int, ...]
     fan_out: tuple[int, ...]
     sizes: tuple[int, ...]  # of the parts, along the first fan_out axis
-    heads: tuple[int, ...] = ()  # axes whose matrices are coupled
-    parts: int = 1  # how many are coupled; otherwise each is of a type of its own
-
-    @property
-    def joined(self) -> int:
-        """How many matrices of each layer are coupled."""
-        return self.parts * self.length(self.heads)
+    heads: tuple[int, ...] = ()  # axes along which matrices are coupled
 
     def length(self, axes: tuple[int, ...]) -> int:
         """Product of the lengths of some axes."""
@@ -61,8 +55,7 @@ def layout(shape: tuple[int, ...], rule: Rule) -> Layout:
         if not heads:
             raise ValueError("dims names the axis of the heads to join, too: leave it out there")
     sizes = _part_sizes(rule.split, shape[fan_out[0]])
-    parts = len(sizes) if "parts" in rule.join else 1
-    return Layout(shape, layer, batch, fan_in, fan_out, sizes, heads, parts)
+    return Layout(shape, layer, batch, fan_in, fan_out, sizes, heads)
 
 
 def _normalized(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -87,29 +80,19 @@ def _part_sizes(split: int | tuple[int, ...], length: int) -> tuple[int, ...]:
 def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
     """The matrices of every part of the leaf: [layers, batch, fan_in, fan_out].
 
-    Several axes of one role are flattened in the order written. What is joined is in the place of
-    layers, each layer's parts one after another and each part's heads, and is one part.
+    Several axes of one role are flattened in the order written; joined heads count as layers.
     """
-    roles = layout.layer + layout.heads, layout.batch, layout.fan_in
-    roles += layout.fan_out[:1], layout.fan_out[1:]
+    layers, fan_out = layout.layer + layout.heads, layout.fan_out
+    roles = layers, layout.batch, layout.fan_in, fan_out[:1], fan_out[1:]
     flat = leaf.transpose(sum(roles, ())).reshape([layout.length(axes) for axes in roles])
-    if layout.parts > 1:
-        layers, part = layout.length(layout.layer), layout.sizes[0] * flat.shape[4]
-        apart = flat.reshape(layers, -1, *flat.shape[1:3], layout.parts, part)
-        parts = [jnp.moveaxis(apart, 4, 1).reshape(-1, *flat.shape[1:3], part)]
-    elif len(layout.sizes) > 1:
-        parts = jnp.split(flat, np.cumsum(layout.sizes)[:-1], axis=3)
-    else:
-        parts = [flat]
+    parts = (
+        jnp.split(flat, np.cumsum(layout.sizes)[:-1], axis=3) if len(layout.sizes) > 1 else [flat]
+    )
     return [part.reshape(*part.shape[:3], -1) for part in parts]
 
 
 def to_leaf(parts: list[jax.Array], layout: Layout) -> jax.Array:
     """Inverse of `to_matrices`."""
-    if layout.parts > 1:
-        layers = layout.length(layout.layer), layout.parts, -1
-        apart = jnp.moveaxis(parts[0].reshape(*layers, *parts[0].shape[1:]), 1, 4)
-        parts = [apart.reshape(-1, *parts[0].shape[1:3], layout.parts * parts[0].shape[3])]
     rest = layout.length(layout.fan_out[1:])
     unflat = [part.reshape(*part.shape[:3], -1, rest) for part in parts]
     flat = jnp.concatenate(unflat, axis=3) if len(parts) > 1 else unflat[0]

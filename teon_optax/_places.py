@@ -25,24 +25,21 @@ def place_of(path: str, leaf: int, rule: Rule) -> tuple[str, Place]:
     """
     match = rule.search(path)
     assert match is not None
-    number, name = (match.groupdict().get(group) for group in ("layer", "slice"))
-    if not (number is None or number.isdecimal()):
-        raise ValueError(f"its layer is {number!r}, not a number: write `(?P<layer>\\d+)`")
-    dropped: set[int] = set() if name is None else {*range(*match.span("slice"))}
-    if number is not None:
-        start, end = match.span("layer")
-        dropped |= {*range(len(path[:start].removesuffix("_")), end)}
-    type_path = "".join(letter for i, letter in enumerate(path) if i not in dropped)
-    sibling = (0, "") if name is None else (_position(name, rule), name)
-    return type_path, Place(int(number or 0), sibling, leaf, path)
-
-
-def _position(name: str, rule: Rule) -> int:
-    """Which alternative of `slice` it is; where these are no words, the first, for all names."""
-    group = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
-    words = group[1].split("|") if group else []
+    groups = match.groupdict()
+    spans = {name: match.span(name) for name in ("layer", "slice") if groups.get(name) is not None}
+    number, name = groups.get("layer") or "0", groups.get("slice") or ""
+    if "layer" in spans and not groups["layer"].isdecimal():
+        raise ValueError(f"its layer is {groups['layer']!r}, not a number: write `(?P<layer>\\d+)`")
+    type_path = path
+    for group, (start, end) in sorted(spans.items(), key=lambda item: item[1], reverse=True):
+        above = path[:start].removesuffix("_") if group == "layer" else path[:start]
+        type_path = above + type_path[end:]
+    alternatives = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
+    words = alternatives[1].split("|") if alternatives else []
+    # Where these are no words, the first for all, so that names decide.
     fits = (re.fullmatch(word, name, rule.compiled().flags) for word in words)
-    return next((index for index, match in enumerate(fits) if match), 0)
+    position = next((index for index, match in enumerate(fits) if match), 0)
+    return type_path, Place(int(number), (position, name), leaf, path)
 
 
 def problems(found: Mapping[tuple, Sequence[Place]]) -> Iterator[str]:
@@ -52,15 +49,15 @@ def problems(found: Mapping[tuple, Sequence[Place]]) -> Iterator[str]:
         siblings.setdefault(key[:2], set()).update(place.sibling for place in places)
     for (type_path, rule, layout, dtype), places in found.items():
         shape = f"shape {layout.shape}, taken by `{rule}`"
-        for a, b in itertools.pairwise(places):
-            if a[:2] == b[:2]:
-                yield (
-                    f"{a.path!r} and {b.path!r}, {shape}: both are layer {a.number} of one type: "
-                    "let `(?P<layer>\\d+)` match the number that tells them apart."
-                )
-        for _, layer in itertools.groupby(places, key=lambda place: place.number):
+        for number, layer in itertools.groupby(places, key=lambda place: place.number):
             first, *others = layer
             missing = siblings[type_path, rule] - {first.sibling, *(o.sibling for o in others)}
+            for a, b in itertools.pairwise([first, *others]):
+                if a.sibling == b.sibling:
+                    yield (
+                        f"{a.path!r} and {b.path!r}, {shape}: both are layer {number} of one type: "
+                        "let `(?P<layer>\\d+)` match the number that tells them apart."
+                    )
             if missing:
                 names = ", ".join(repr(name) for _, name in sorted(missing))
                 yield (

@@ -9,7 +9,7 @@ import numpy as np
 
 from teon_optax._default_rules import default_rules
 from teon_optax._matrices import Layout, layout
-from teon_optax._mixing import mixes
+from teon_optax._mixing import slices
 from teon_optax._places import Place, place_of, problems
 from teon_optax._rules import Rule, checked_rules, leaf_paths
 from teon_optax._table import as_dict, table
@@ -21,14 +21,14 @@ class Type(NamedTuple):
     Attributes:
       rule: The rule that took the leaves.
       layout: How each leaf holds its matrices.
-      part: Index of the fused part, 0 where nothing is fused or parts are joined.
+      parts: Indices of the fused parts: all that are joined, or one.
       siblings: How many leaves hold a layer.
       leaves: Positions of the leaves in the tree, by layer number, then by sibling.
     """
 
     rule: Rule
     layout: Layout
-    part: int
+    parts: tuple[int, ...]
     siblings: int
     leaves: tuple[int, ...]
 
@@ -40,13 +40,13 @@ class Type(NamedTuple):
     @property
     def coupled(self) -> int:
         """How many matrices of each layer are coupled."""
-        return self.siblings * self.layout.joined
+        return self.siblings * len(self.parts) * self.layout.length(self.layout.heads)
 
     @property
     def matrix(self) -> tuple[int, int]:
         """(fan_in, fan_out) of one layer."""
         rest = self.layout.length(self.layout.fan_out[1:])
-        return self.layout.length(self.layout.fan_in), self.layout.sizes[self.part] * rest
+        return self.layout.length(self.layout.fan_in), self.layout.sizes[self.parts[0]] * rest
 
     @property
     def batch(self) -> int:
@@ -83,8 +83,8 @@ class Group(NamedTuple):
     @property
     def factors(self) -> int:
         """How many polar factors it takes: 1, or K of a transform; of complex ones each is four."""
-        found = mixes(self.rule.transform, len(self.members))
-        return sum(len(mix.rows) * (4 if mix.is_complex else 1) for mix in found) or 1
+        found = slices(self.rule.transform, len(self.members))
+        return sum(len(rows) * (4 if np.iscomplexobj(rows) else 1) for rows in found) or 1
 
 
 def joint_shape(K: int, fan_in: int, fan_out: int, mode: int) -> tuple[int, int]:
@@ -190,8 +190,9 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
     types, groups = [], []
     for (_, rule, held, _), places in found.items():
         siblings, leaves = len({place.sibling for place in places}), [p.leaf for p in places]
-        for part in range(len(held.sizes) // held.parts):
-            types.append(Type(rule, held, part, siblings, tuple(leaves)))
+        every = tuple(range(len(held.sizes)))
+        for parts in [every] if "parts" in rule.join else zip(every, strict=True):
+            types.append(Type(rule, held, parts, siblings, tuple(leaves)))
             groups += _groups(types[-1], places)
     unused = tuple(rule for rule in rules if rule not in used)
     return Plan(tuple(groups), tuple(types), tuple(untouched), unused)
@@ -215,8 +216,7 @@ def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
 def _groups(kind: Type, places: Sequence[Place]) -> Iterator[Group]:
     """A type cut into runs of layers; the last may be shorter."""
     rule, held = kind.rule, kind.layout
-    parts = [f":{i}" for i in (range(held.parts) if held.parts > 1 else [kind.part])]
-    parts = parts if len(held.sizes) > 1 else [""]
+    parts = [f":{i}" for i in kind.parts] if len(held.sizes) > 1 else [""]
     heads = [f"#{i}" for i in range(held.length(held.heads))] if held.heads else [""]
     slices = range(held.length(held.layer)) if held.layer else [None]
     named = "layer" in rule.compiled().groupindex
