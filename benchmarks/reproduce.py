@@ -60,7 +60,7 @@ class Setup:
 
 
 class Run(NamedTuple):
-    """One training run: learning rate 0.01 * 2^(k / 2)."""
+    """One training run, at the learning rate `rate_of(k)`."""
 
     k: int
     seed: int
@@ -218,6 +218,11 @@ def next_run(configuration: Configuration, out: Path) -> Run | None:
     return Run(best, missing[0]) if missing else None
 
 
+def rate_of(k: float) -> float:
+    """The learning rate number k of every sweep."""
+    return 0.01 * 2 ** (k / 2)
+
+
 def next_rate(configuration: Configuration, losses: dict[int, float]) -> int | None:
     """The sweep: first the rates it starts from, then the neighbours of the best."""
     for k in configuration.start:
@@ -315,7 +320,7 @@ def train(
 ) -> dict[str, Any]:
     """One run from its first step to its evaluation."""
     wall, cpu = time.monotonic(), time.process_time()
-    rate = 0.01 * 2 ** (run.k / 2)
+    rate = rate_of(run.k)
     rest = rate if configuration.rest_rate is None else configuration.rest_rate
     rates = tuple(jnp.float32(x) for x in (rate, rest, configuration.weight_decay))
     state, losses = program.init(jax.random.key(run.seed)), []

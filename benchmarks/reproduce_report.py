@@ -12,10 +12,14 @@ from scipy import stats
 
 from benchmarks import results
 from benchmarks.configurations import CONFIGURATIONS
-from benchmarks.reproduce import SWEEP_SEED, next_rate, read, sweep_losses
+from benchmarks.reproduce import SWEEP_SEED, next_rate, rate_of, read, sweep_losses
 
 ROOT = Path(__file__).parent.parent
-PAGES = {"reproduce-headline": ROOT / "README.md", "reproduce": ROOT / "docs/results.md"}
+PAGES = {
+    "reproduce-headline": ROOT / "README.md",
+    "reproduce": ROOT / "docs/results.md",
+    "reproduce-couplings": ROOT / "docs/couplings.md",
+}
 REFERENCE = "muon"
 CONFIDENCE = 0.95
 SMOOTHED = 10  # steps
@@ -28,6 +32,31 @@ HEADLINE = {
     "teon-2": "TEON mode 2, `polar_express`",
     "teon-2-schatten": "TEON mode 2, `schatten`",
     "muon-short-qkv": "Muon, Q K V updates / sqrt(2)",
+}
+# Title, and K of queries, keys and values.
+COUPLINGS = {
+    "muon": ("Muon: each alone", 1),
+    "layers-1": ("2 layers, mode 1 (TEON)", 2),
+    "layers-dct": ('2 layers, `"dct"` (`"dft"` and `"haar"` are the same)', 2),
+    "layers-dct-4": ('4 layers, `"dct"`', 4),
+    "layers-dft-4": ('4 layers, `"dft"`', 4),
+    "layers-haar-4": ('4 layers, `"haar"`', 4),
+    "siblings-1": ("Q, K, V, mode 1", 3),
+    "siblings-2": ("Q, K, V, mode 2", 3),
+    "siblings-dct": ('Q, K, V, `"dct"`', 3),
+    "layers-siblings-1": ("Q, K, V of 2 layers, mode 1", 6),
+    "heads-alone": ("each head alone", 1),
+    "heads-1": ("4 heads, mode 1", 4),
+    "heads-dct": ('4 heads, `"dct"`', 4),
+    "siblings-heads-1": ("4 heads of Q, K, V, mode 1", 12),
+    "muon-normalize": ("Muon, then `normalize_matrices`", 1),
+    "muon-normuon": ("Muon, then `scale_by_normuon`", 1),
+    "muon-cautious": ("Muon, `add_cautious_weight_decay`", 1),
+    "teon-1": ("TEON mode 1 at its own length", 2),
+    "teon-1-normalize": ("the same, then `normalize_matrices`", 2),
+    "teon-1-normuon": ("the same, then `scale_by_normuon`", 2),
+    "teon-1-cautious": ("the same, `add_cautious_weight_decay`", 2),
+    "muon-short-qkv": ("Muon, updates of Q, K, V / sqrt(2)", 1),
 }
 # What is compared with what, seed by seed.
 PAIRS = (
@@ -52,6 +81,15 @@ PAIRS = (
     ("teon-1-jordan", "teon-1"),
     ("muon-you", "muon"),
     ("adamw-one-rate", "adamw"),
+    ("layers-dct", "layers-1"),
+    ("siblings-dct", "siblings-1"),
+    ("heads-dct", "heads-1"),
+    ("heads-1", "heads-alone"),
+    ("teon-1-normalize", "muon-normalize"),
+    ("teon-1-normuon", "muon-normuon"),
+    ("teon-1-normalize", "teon-1"),
+    ("teon-1-normuon", "teon-1"),
+    ("teon-1-cautious", "teon-1"),
 )
 BY_K = {"1": "muon", "2": "teon-1", "4": "teon-1-k4", "all": "teon-1-all-layers"}
 BY_MODE = {"Muon": "muon", "1": "teon-1", "2": "teon-2", "3": "teon-3"}
@@ -82,7 +120,7 @@ class Summary(NamedTuple):
 
     @property
     def rate(self) -> float:
-        return 0.01 * 2 ** (self.k / 2)
+        return rate_of(self.k)
 
     @property
     def mean(self) -> float:
@@ -117,7 +155,8 @@ def report(out: Path, update_pages: bool = False) -> None:
     }
     results.write(out, "reproduce", record, page, plot(found))
     if update_pages:
-        for (name, path), text in zip(PAGES.items(), (headline, page), strict=True):
+        couplings = f"{couplings_table(found)}\n\n{caption(setup, count)}"
+        for (name, path), text in zip(PAGES.items(), (headline, page, couplings), strict=True):
             results.update_readme(name, text, path)
 
 
@@ -167,7 +206,7 @@ def best_of_parabola(summary: Summary) -> float | None:
     if not all(map(math.isfinite, losses)):
         return None
     a, b, _ = np.polyfit(ks, losses, 2)
-    return float(0.01 * 2 ** (-b / (2 * a) / 2)) if a > 0 else None
+    return float(rate_of(-b / (2 * a))) if a > 0 else None
 
 
 def caption(setup: Mapping[str, Any], runs: int) -> str:
@@ -184,6 +223,16 @@ def caption(setup: Mapping[str, Any], runs: int) -> str:
 def headline_table(found: Mapping[str, Summary]) -> str:
     header = "optimizer", "learning rate", "seeds", "validation loss", "perplexity", "against Muon"
     rows = [_row(title, name, found) for name, title in HEADLINE.items() if name in found]
+    return results.markdown(header, rows)
+
+
+def couplings_table(found: Mapping[str, Summary]) -> str:
+    header = "coupling", "K", "learning rate", "seeds", "validation loss", "against Muon"
+    rows = []
+    for name, (title, K) in COUPLINGS.items():
+        if name in found:
+            title, rate, seeds, loss, _, against = _row(title, name, found)
+            rows.append([title, str(K), rate, seeds, loss, against])
     return results.markdown(header, rows)
 
 
@@ -226,7 +275,7 @@ def rates_table(found: Mapping[str, Summary]) -> str:
     """The sweeps: one column for each learning rate."""
     swept = {name: summary for name, summary in found.items() if summary.swept}
     ks = sorted({k for summary in swept.values() for k in summary.swept})
-    header = "seed 0", *(f"{0.01 * 2 ** (k / 2):.2g}" for k in ks), "vertex"
+    header = "seed 0", *(f"{rate_of(k):.2g}" for k in ks), "vertex"
     rows = []
     for name, summary in swept.items():
         cells = [f"{summary.swept[k]:.4f}" if k in summary.swept else "" for k in ks]
@@ -240,7 +289,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
     return {
         "rate": float(f"{summary.rate:.4g}"),
         "inside": summary.inside,
-        "sweep": {f"{0.01 * 2 ** (k / 2):.4g}": summary.swept[k] for k in sorted(summary.swept)},
+        "sweep": {f"{rate_of(k):.4g}": summary.swept[k] for k in sorted(summary.swept)},
         "seeds": summary.losses,
     }
 
@@ -274,7 +323,7 @@ def draw_rates(axes: Any, found: Mapping[str, Summary]) -> None:
     for name, title in HEADLINE.items():
         if name in found and not name.startswith("adamw"):
             ks = sorted(found[name].swept)
-            rates = [0.01 * 2 ** (k / 2) for k in ks]
+            rates = [rate_of(k) for k in ks]
             axes.plot(rates, [found[name].swept[k] for k in ks], "o-", markersize=3, label=title)
     axes.set(xlabel="learning rate", ylabel="validation loss, seed 0", xscale="log")
     matrices = [s for name, s in found.items() if name in HEADLINE and not name.startswith("adamw")]
