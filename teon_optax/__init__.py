@@ -1,12 +1,7 @@
 """TEON for JAX: Muon whose orthogonalization spans a stack of layers (arXiv 2601.23261)."""
 
 from teon_optax import rules
-from teon_optax._after import (
-    NorMuonState,
-    add_cautious_weight_decay,
-    normalize_matrices,
-    scale_by_normuon,
-)
+from teon_optax._after import add_cautious_weight_decay, normalize_matrices, scale_by_normuon
 from teon_optax._alias import teon
 from teon_optax._coefficients import polar_express
 from teon_optax._default_rules import default_rules
@@ -19,7 +14,6 @@ from teon_optax._transform import TeonState, orthogonalize, scale_by_teon
 __all__ = [
     "Alignment",
     "Group",
-    "NorMuonState",
     "Plan",
     "Rule",
     "TeonState",

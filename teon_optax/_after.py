@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +62,6 @@ def normalize_matrices(
     return optax.stateless(update_fn)
 
 
-class NorMuonState(NamedTuple):
-    """State of `scale_by_normuon`.
-
-    Attributes:
-      nu: Second moments of output neurons, of the leaves that rules take, in the tree's order.
-    """
-
-    nu: tuple[jax.Array, ...]
-
-
 def scale_by_normuon(
     rules: Iterable[Rule] | None = None,
     *,
@@ -92,7 +82,8 @@ def scale_by_normuon(
       eps: Added to what is divided by.
 
     Returns:
-      An `optax.GradientTransformation` with state `NorMuonState(nu)`.
+      An `optax.GradientTransformation` with state `optax.ScaleByRmsState(nu)`: one array for each
+      leaf that rules take, in the tree's order.
 
     Examples:
       >>> import optax
@@ -112,15 +103,13 @@ def scale_by_normuon(
         norm = own if rms is None else rms * math.sqrt(_count(matrix, fans))
         return new * (norm / (jnp.sqrt(_square(new, fans)) + eps)), nu
 
-    def init_fn(params: optax.Params) -> NorMuonState:
-        return NorMuonState(_each(zero, rules, params)[1])
+    def init_fn(params: optax.Params) -> optax.ScaleByRmsState:
+        return optax.ScaleByRmsState(_each(zero, rules, params)[1])
 
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, NorMuonState]:
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         updates, nu = _each(scaled, rules, updates, state.nu)
-        return updates, NorMuonState(nu)
+        return updates, optax.ScaleByRmsState(nu)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -149,9 +138,7 @@ def add_cautious_weight_decay(
         agrees = jnp.sign(update) * jnp.sign(param).astype(update.dtype) >= 0
         return jnp.where(agrees, param, jnp.zeros_like(param))
 
-    def update_fn(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
         kept = None if params is None else jax.tree.map(agreeing, updates, params)
         return decay.update(updates, state, kept)
 

@@ -50,14 +50,12 @@ def as_dict(
     flops, muon = _flops(groups)
     return {
         "groups": [
-            {
+            group._asdict()
+            | {
                 "members": list(group.members),
                 "layers": [list(n) if isinstance(n, tuple) else n for n in group.layers],
                 "rule": str(group.rule),
                 "mode": group.rule.transform or group.rule.mode,
-                "fan_in": group.fan_in,
-                "fan_out": group.fan_out,
-                "batch": group.batch,
                 "gram": min(group.joint),
             }
             for group in groups

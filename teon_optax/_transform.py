@@ -153,8 +153,8 @@ def scale_by_teon(
     transform = orthogonalize(
         rules, method=method, scale=scale, shardings=shardings, precision=precision
     )
-    in_range = not isinstance(beta, (int, float)) or 0 <= beta < 1
-    if not in_range or not isinstance(beta, (int, float, np.number, np.ndarray, jax.Array)):
+    is_array = isinstance(beta, (np.number, np.ndarray, jax.Array))
+    if not (0 <= beta < 1 if isinstance(beta, (int, float)) else is_array):
         raise ValueError(f"`beta={beta!r}` should be a number, at least 0 and less than 1.")
     mu_dtype = checked_mu_dtype(mu_dtype)
 

@@ -101,15 +101,12 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     return _edited(params, first, edit)
 
 
-def per_head(
-    params: Any, head_dim: int | None = None, stack: int = 1, first: Sequence[Rule] = ()
-) -> Rules:
+def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = ()) -> Rules:
     """Muon on each head alone, of the projections that `paper` stacks; the rest as `muon`.
 
     Args:
       params: As for `paper`.
       head_dim: Length of a head, where shapes do not show it: of projections with one fan_out axis.
-      stack: How many consecutive layers of each head jointly.
       first: As for `paper`.
 
     Returns:
@@ -120,16 +117,15 @@ def per_head(
     """
 
     def edit(rule: Rule) -> Iterable[Rule]:
-        if rule.stack < 2:
-            return [rule]
         taken = [leaf for leaf in leaves_of(params) if rule.search(leaf.path)]
-        shapes = dict.fromkeys(leaf.array_shape for leaf in taken)
-        paths = {shape: [x.path for x in taken if x.array_shape == shape] for shape in shapes}
-        new = {shape: _restacked(_by_heads(rule, shape, head_dim), stack) for shape in shapes}
-        if len(set(new.values())) == 1:
-            return [*new.values()][:1]
+        paths: dict[Rule, list[str]] = {}
+        for leaf in taken:
+            new = _by_heads(rule, leaf.array_shape, head_dim) if rule.stack > 1 else rule
+            paths.setdefault(_restacked(new, 1), []).append(leaf.path)
+        if len(paths) == 1:
+            return paths
         every = [leaf.path for leaf in taken]
-        return [part for shape in new for part in _narrowed(new[shape], every, paths[shape])]
+        return [part for new, some in paths.items() for part in _narrowed(new, every, some)]
 
     return _edited(params, first, edit)
 
