@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -38,12 +37,8 @@ def small_model(quick_compilation):
 
 
 @pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+def flags(corpus):
     """Of a small run."""
-    corpus, words = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    for number in range(5):
-        text = " ".join(words.choice(["def", "return", "x", "y = 1\n"]) for _ in range(300))
-        (corpus / f"{number}.py").write_text(text)
     return ["--data", str(corpus), *SMALL]
 
 

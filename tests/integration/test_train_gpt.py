@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import random
 import re
 import shutil
 import signal
@@ -26,16 +25,6 @@ from examples.train_gpt import check_finite, main
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--batch-size", "2", "--context", "16", "--seed", "7"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    """Five files of a language with few words."""
-    folder, words = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    for number in range(5):
-        text = " ".join(words.choice(["def", "return", "x", "y = 1\n"]) for _ in range(300))
-        (folder / f"{number}.py").write_text(text)
-    return folder
 
 
 @pytest.fixture(scope="module")
