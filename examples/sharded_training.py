@@ -32,7 +32,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from examples import program, run_folder
 from examples.errors import UserError
 from examples.options import Command, Options, parse
-from examples.train_gpt import INTERRUPTED, resume, start
+from examples.train_gpt import exit_code, resume, start
 
 BATCH_AXES = ("replica", "data")
 AXES = (*BATCH_AXES, "model")
@@ -49,21 +49,17 @@ SHARDING_RULES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    try:
+
+    def run() -> int:
         options, others = parser().parse_known_args(argv)
         command = parse(others)
         connect(options)
         mesh = make_mesh(options.mesh)
         with own_folder(command) as own:
-            run = resume if command.resume else start
-            code = run(own, functools.partial(build, mesh), command.out / run_folder.CHECKPOINTS)
-    except (UserError, OSError) as error:
-        print("sharded_training: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sharded_training: interrupted before training began", file=sys.stderr)
-        return INTERRUPTED
-    return code
+            begin = resume if command.resume else start
+            return begin(own, functools.partial(build, mesh), command.out / run_folder.CHECKPOINTS)
+
+    return exit_code("sharded_training", run)
 
 
 def parser() -> argparse.ArgumentParser:

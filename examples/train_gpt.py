@@ -50,14 +50,23 @@ class Run(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    try:
+
+    def run() -> int:
         command = parse(argv)
         return resume(command) if command.resume else start(command)
+
+    return exit_code("train_gpt", run)
+
+
+def exit_code(program: str, run: Callable[[], int]) -> int:
+    """That of `run`; what the user can put right becomes a line on stderr and 2."""
+    try:
+        return run()
     except (UserError, OSError) as error:
-        print("train_gpt: error:", " ".join(str(error).split()), file=sys.stderr)
+        print(f"{program}: error:", " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train_gpt: interrupted before training began", file=sys.stderr)
+        print(f"{program}: interrupted before training began", file=sys.stderr)
         return INTERRUPTED
 
 
