@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from by_hand import trained
 
 from teon_optax import plan, teon
 
@@ -45,14 +46,6 @@ def loss(params, x):
     return 0.5 * jnp.sum((network(params, x) - jnp.flip(x, 1)) ** 2)
 
 
-def by_hand(optimizer, params, gradient, steps):
-    state, gradient = optimizer.init(params), jax.jit(gradient)
-    for _ in range(steps):
-        updates, state = optimizer.update(gradient(params), state, params)
-        params = optax.apply_updates(params, updates)
-    return params
-
-
 def test_numpyros_svi_does_the_steps_of_optax():
     """A likelihood with the network's mean; without latent sites, SVI maximizes it exactly."""
     numpyro = pytest.importorskip("numpyro")
@@ -71,7 +64,7 @@ def test_numpyros_svi_does_the_steps_of_optax():
     step = jax.jit(svi.update)
     for _ in range(2):
         state, _ = step(state, X)
-    direct = by_hand(optimizer, params(), jax.grad(lambda tree: loss(tree, X)), 2)
+    direct = trained(optimizer, params(), jax.grad(lambda tree: loss(tree, X)), 2)
     chex.assert_trees_all_close(
         svi.get_params(state), {"network$params": direct}, atol=2 * ROUNDING
     )
@@ -109,5 +102,5 @@ def test_jaxopts_solver_does_the_steps_of_optax():
     stepped, state = params(), solver.init_state(params(), X)
     for _ in range(2):
         stepped, state = solver.update(stepped, state, X)
-    direct = by_hand(optimizer, params(), jax.grad(lambda tree: loss(tree, X)), 2)
+    direct = trained(optimizer, params(), jax.grad(lambda tree: loss(tree, X)), 2)
     chex.assert_trees_all_close(stepped, direct, atol=2 * ROUNDING)

@@ -16,6 +16,7 @@ import optax
 import oracles
 import orbax.checkpoint as ocp
 import pytest
+from by_hand import trained
 from flax import nnx
 from flax.training.train_state import TrainState
 
@@ -524,15 +525,6 @@ def loss(output):
     return jnp.mean((output - jnp.flip(X, 1)) ** 2)
 
 
-def trained(optimizer, params, gradient, steps=3):
-    """Params after some steps of plain Optax."""
-    state, gradient = optimizer.init(params), jax.jit(gradient)
-    for _ in range(steps):
-        updates, state = optimizer.update(gradient(params), state, params)
-        params = optax.apply_updates(params, updates)
-    return params
-
-
 def test_a_linen_train_state_does_the_steps_of_optax():
     model, optimizer = Linen(), teon(LR, weight_decay=0.1)
     params = jax.jit(model.init)(jax.random.key(0), X)["params"]
@@ -545,7 +537,7 @@ def test_a_linen_train_state_does_the_steps_of_optax():
     for _ in range(3):
         state = step(state)
     assert state.step == 3
-    direct = trained(optimizer, params, gradient)
+    direct = trained(optimizer, params, gradient, 3)
     chex.assert_trees_all_close(state.params, direct, atol=10 * ROUNDING)
     assert loss(model.apply({"params": direct}, X)) < loss(model.apply({"params": params}, X))
 
@@ -573,7 +565,7 @@ def test_an_nnx_optimizer_which_shows_other_paths_to_init_and_update_does_the_st
 
     for _ in range(3):
         step(model, wrapped)
-    direct = trained(optimizer, params, gradient)
+    direct = trained(optimizer, params, gradient, 3)
     chex.assert_trees_all_close(
         nnx.to_pure_dict(nnx.state(model, nnx.Param)), direct, atol=10 * ROUNDING
     )
