@@ -37,9 +37,6 @@ FAN_OUT = HEADS * HEAD
 TRANSFORMS = ("dct", "dft", "haar")
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1)}
 
-# Compilation is most of the time of these tests, and no claim of theirs.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
 
 def basis(transform, K):
     """Rows of the orthonormal transform, complex for the DFT, from its definition."""
@@ -197,7 +194,7 @@ def expected_of(case, T, function):
 @functools.cache
 def updates_of(method):
     transform = orthogonalize([rule_of(case) for case in TABLE], method=METHODS[method])
-    return quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(TABLE))
+    return jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(TABLE))
 
 
 @pytest.mark.parametrize("case", TABLE, ids=", ".join)
@@ -224,7 +221,7 @@ FEW = [
 @functools.cache
 def compiled_few():
     transform = orthogonalize([rule_of(case) for case in FEW])
-    return quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
+    return jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
 
 
 def assert_near(result, expected, tolerance):
@@ -279,7 +276,7 @@ def test_each_leaf_keeps_its_dtype():
 def test_a_number_for_scale_is_the_root_mean_square_of_every_group():
     cases = [("siblings of layers", "dft"), ("heads of parts", "haar"), ("parts", "mode 1")]
     transform = orthogonalize([rule_of(case) for case in cases], method="svd", scale=0.2)
-    result = quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(cases))
+    result = jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(cases))
     for of_case in result.values():
         for block in [["block_9", "block_10"], ["block_11"]]:
             leaves = jax.tree.leaves([of_case["x"][name] for name in block])
@@ -297,7 +294,7 @@ def test_sharded_updates_are_those_of_one_device(kind):
     put = jax.tree.map(lambda M, spec: jax.device_put(M, NamedSharding(mesh, spec)), tree, specs)
     given = specs if kind == AxisType.Auto else None
     transform = orthogonalize([rule_of(case) for case in FEW], shardings=given)
-    compiled = quick_jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
+    compiled = jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
     compiled = compiled.lower(put).compile()
     assert " all-to-all(" in compiled.as_text()
     result = compiled(put)
@@ -533,7 +530,7 @@ def test_all_of_them_chain_after_orthogonalize():
         optax.scale_by_learning_rate(0.02),
     )
 
-    @quick_jit
+    @jax.jit
     def step(params, state):
         updates, state = optimizer.update(params, state, params)
         return optax.apply_updates(params, updates), state
@@ -551,11 +548,11 @@ def test_what_follows_is_the_same_on_a_mesh(kind, rule):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     transform = optax.chain(normalize_matrices([rule]), scale_by_normuon([rule]))
     tree = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(8, 16)), jnp.float32)}
-    alone, _ = quick_jit(transform.update)(tree, transform.init(tree))
+    alone, _ = jax.jit(transform.update)(tree, transform.init(tree))
     for spec in (P("data", None), P(None, "data")):
         put = {"w": jax.device_put(tree["w"], NamedSharding(mesh, spec))}
         with jax.set_mesh(mesh):
             state = transform.init(put)
-            result, after = quick_jit(transform.update)(put, state)
+            result, after = jax.jit(transform.update)(put, state)
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
         np.testing.assert_allclose(result["w"], alone["w"], rtol=1e-5)

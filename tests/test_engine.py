@@ -24,13 +24,7 @@ METHODS = ("svd", polar_express(2, 0.1))
 
 
 # Compilation is most of the time of these tests, and no claim of theirs.
-quick_jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_llvm_disable_expensive_passes": True,
-    },
-)
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_llvm_disable_expensive_passes": True})
 
 
 def gaussian(count, *shape):

@@ -43,11 +43,7 @@ def gaussian(seed=0):
 @functools.cache
 def compiled(method, mode):
     transform = orthogonalize([Rule("", stack=K, mode=mode, layer_axis=0)], method=method)
-    # Compilation is most of the time of these tests, and no claim of theirs.
-    return jax.jit(
-        lambda tree: transform.update(tree, optax.EmptyState())[0],
-        compiler_options={"xla_backend_optimization_level": 0},
-    )
+    return jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
 
 
 def update(tree, method, mode, dtype="float32"):

@@ -19,10 +19,6 @@ STEPS = 20
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, STEPS)
 
 
-# Compilation is most of the time of these tests, and no claim of theirs.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
 def relative_error(result, expected):
     return np.linalg.norm(result - expected) / np.linalg.norm(expected)
 
@@ -45,7 +41,7 @@ def trajectory(optimizer):
     tree = params()
     state = optimizer.init(tree)
 
-    @quick_jit
+    @jax.jit
     def step(tree, state, batch):
         updates, state = optimizer.update(jax.grad(loss)(tree, *batch), state, tree)
         return optax.apply_updates(tree, updates), state, updates
@@ -100,7 +96,7 @@ STACKED = {1: MuonDimensionNumbers((0, 1), 2), 2: MuonDimensionNumbers(1, (0, 2)
 
 
 def update_of(transform, gradient):
-    return np.asarray(quick_jit(transform.update)(gradient, transform.init(gradient))[0])
+    return np.asarray(jax.jit(transform.update)(gradient, transform.init(gradient))[0])
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 6), (3, 6, 10)], ids=str)
