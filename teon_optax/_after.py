@@ -54,7 +54,7 @@ def normalize_matrices(
         for kind in normalize.split("_"):
             matrix = matrix / jnp.sqrt(_square(matrix, fans[kind]) + eps)
         square = fan_in if normalize.endswith("col") else fan_out
-        return (factor(fan_in, fan_out, 1, square) * matrix,)
+        return (matrix * jnp.asarray(factor(fan_in, fan_out, 1, square), matrix.dtype),)
 
     def update_fn(updates: optax.Updates, _: Any = None) -> optax.Updates:
         return updates if normalize == "none" else _each(normalized, rules, updates)[0]
@@ -97,7 +97,7 @@ def scale_by_normuon(
     def scaled(matrix: jax.Array, nu: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
         fans = layout.fan_in + layout.fan_out
         mean = _square(matrix, layout.fan_in) / _count(matrix, layout.fan_in)
-        nu = beta2 * nu + (1 - beta2) * mean
+        nu = nu + (1 - jnp.asarray(beta2, nu.dtype)) * (mean - nu)
         new = matrix / (jnp.sqrt(nu) + eps)
         own = jnp.sqrt(_square(matrix, fans))
         norm = own if rms is None else rms * math.sqrt(_count(matrix, fans))

@@ -35,20 +35,20 @@ def mixed(mix: Mix, matrices: jax.Array) -> jax.Array:
     weights = slices(*mix[:2])[mix[2]]
     stack = matrices.reshape(-1, mix[1], *matrices.shape[1:])
     stack = stack.astype(np.promote_types(stack.dtype, np.float32))
-    real = weighted_sums(weights.real, stack)
+    real = weighted_sums(np.real(weights), stack)
     if not np.iscomplexobj(weights):
         return real
-    return jax.lax.complex(real, weighted_sums(weights.imag, stack))
+    return jax.lax.complex(real, weighted_sums(np.imag(weights), stack))
 
 
 def unmixed(mix: Mix, matrices: jax.Array) -> jax.Array:
     """What slices add to the K matrices, [B x slices, m, n] to [B, K, m, n]."""
     weights = slices(*mix[:2])[mix[2]]
     stack = matrices.reshape(-1, len(weights), *matrices.shape[1:])
-    real = weighted_sums(weights.real.T, stack.real)
+    real = weighted_sums(np.real(weights).T, stack.real)
     if not np.iscomplexobj(weights):
         return real
-    return 2 * (real + weighted_sums(weights.imag.T, stack.imag))
+    return 2 * (real + weighted_sums(np.imag(weights).T, stack.imag))
 
 
 def _haar(K: int) -> np.ndarray:
