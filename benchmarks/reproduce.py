@@ -1,6 +1,6 @@
 """AdamW, Muon and TEON, each at its own best learning rate: the paper's comparison and ablations.
 
-    python -m benchmarks.reproduce                         # on two cores: about two hours
+    python -m benchmarks.reproduce                         # on two cores: two hours
     python -m benchmarks.reproduce --only muon teon-1      # some configurations
     python -m benchmarks.reproduce --aggregate             # table and plots of what is there
     python -m benchmarks.reproduce --model llama-60m --data fineweb10B --batch-size 512 \
