@@ -115,15 +115,18 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     Raises:
       ValueError: If `head_dim` is needed, or does not divide a projection's fan_out.
     """
+    leaves = leaves_of(params)
 
     def edit(rule: Rule) -> Iterable[Rule]:
-        taken = [leaf for leaf in leaves_of(params) if rule.search(leaf.path)]
+        if rule.stack < 2:
+            return [rule]
+        taken = [leaf for leaf in leaves if rule.search(leaf.path)]
         paths: dict[Rule, list[str]] = {}
         for leaf in taken:
-            new = _by_heads(rule, leaf.array_shape, head_dim) if rule.stack > 1 else rule
-            paths.setdefault(_restacked(new, 1), []).append(leaf.path)
+            new = _restacked(_by_heads(rule, leaf.array_shape, head_dim), 1)
+            paths.setdefault(new, []).append(leaf.path)
         if len(paths) == 1:
-            return paths
+            return [*paths]
         every = [leaf.path for leaf in taken]
         return [part for new, some in paths.items() for part in _narrowed(new, every, some)]
 
