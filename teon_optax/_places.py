@@ -25,21 +25,25 @@ def place_of(path: str, leaf: int, rule: Rule) -> tuple[str, Place]:
     """
     match = rule.search(path)
     assert match is not None
-    groups = match.groupdict()
-    spans = {name: match.span(name) for name in ("layer", "slice") if groups.get(name) is not None}
-    number, name = groups.get("layer") or "0", groups.get("slice") or ""
-    if "layer" in spans and not groups["layer"].isdecimal():
-        raise ValueError(f"its layer is {groups['layer']!r}, not a number: write `(?P<layer>\\d+)`")
+    number, name = (match.groupdict().get(group) for group in ("layer", "slice"))
+    if not (number is None or number.isdecimal()):
+        raise ValueError(f"its layer is {number!r}, not a number: write `(?P<layer>\\d+)`")
+    named = [group for group, text in (("layer", number), ("slice", name)) if text is not None]
     type_path = path
-    for group, (start, end) in sorted(spans.items(), key=lambda item: item[1], reverse=True):
+    for group in sorted(named, key=match.span, reverse=True):
+        start, end = match.span(group)
         above = path[:start].removesuffix("_") if group == "layer" else path[:start]
         type_path = above + type_path[end:]
-    alternatives = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
-    words = alternatives[1].split("|") if alternatives else []
-    # Where these are no words, the first for all, so that names decide.
+    sibling = (0, "") if name is None else (_position(name, rule), name)
+    return type_path, Place(int(number or 0), sibling, leaf, path)
+
+
+def _position(name: str, rule: Rule) -> int:
+    """Which alternative of `slice` it is; where these are no words, the first, for all names."""
+    group = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
+    words = group[1].split("|") if group else []
     fits = (re.fullmatch(word, name, rule.compiled().flags) for word in words)
-    position = next((index for index, match in enumerate(fits) if match), 0)
-    return type_path, Place(int(number), (position, name), leaf, path)
+    return next((index for index, fit in enumerate(fits) if fit), 0)
 
 
 def problems(found: Mapping[tuple, Sequence[Place]]) -> Iterator[str]:
