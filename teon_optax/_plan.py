@@ -218,10 +218,10 @@ def _groups(kind: Type, places: Sequence[Place]) -> Iterator[Group]:
     rule, held = kind.rule, kind.layout
     parts = [f":{i}" for i in kind.parts] if len(held.sizes) > 1 else [""]
     heads = [f"#{i}" for i in range(held.length(held.heads))] if held.heads else [""]
-    slices = range(held.length(held.layer)) if held.layer else [None]
+    indices = range(held.length(held.layer)) if held.layer else [None]
     named = "layer" in rule.compiled().groupindex
     members = []
-    for start, index in itertools.product(range(0, len(places), kind.siblings), slices):
+    for start, index in itertools.product(range(0, len(places), kind.siblings), indices):
         number, at = places[start].number, "" if index is None else f"[{index}]"
         layer = number if index is None else (number, index) if named else index
         leaves = places[start : start + kind.siblings]
