@@ -122,11 +122,11 @@ def batches(
 
 def _by_slices(key: Batch, transform: str | None) -> list[Batch]:
     """A batch's real and its complex slices, or the batch itself where nothing is mixed."""
-    kinds = [np.iscomplexobj(weights) for weights in slices(transform, key.K)]
-    wide = np.promote_types(key.dtype, np.float32)
-    dtypes = [np.promote_types(wide, np.complex64) if kind else wide for kind in kinds]
-    mixes = [(transform, key.K, index) for index in range(len(kinds))]
-    return [key._replace(K=1, dtype=d, mix=m) for d, m in zip(dtypes, mixes, strict=True)] or [key]
+    found, wide = [], np.promote_types(key.dtype, np.float32)
+    for index, weights in enumerate(slices(transform, key.K)):
+        dtype = np.promote_types(wide, np.complex64) if np.iscomplexobj(weights) else wide
+        found.append(key._replace(K=1, dtype=dtype, mix=Mix(transform, key.K, index)))
+    return found or [key]
 
 
 def pieces_of(kind: Type, start: int, stop: int) -> Iterator[_Piece]:

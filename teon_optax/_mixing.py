@@ -1,14 +1,25 @@
 """Orthonormal transforms along the K matrices of a group, as weights of these in each slice."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from teon_optax._polar import weighted_sums
 
-# A transform, its K, and which of its `slices`.
-Mix = tuple[str, int, int]
+
+class Mix(NamedTuple):
+    """Some slices of K matrices: those of one array of `slices`."""
+
+    transform: str | None
+    K: int
+    index: int
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Of the K matrices, in each slice: [slices, K]."""
+        return slices(self.transform, self.K)[self.index]
 
 
 @functools.cache
@@ -32,8 +43,8 @@ def slices(transform: str | None, K: int) -> tuple[np.ndarray, ...]:
 
 def mixed(mix: Mix, matrices: jax.Array) -> jax.Array:
     """Slices of real matrices, [B x K, m, n] to [B, slices, m, n], in float32 at least."""
-    weights = slices(*mix[:2])[mix[2]]
-    stack = matrices.reshape(-1, mix[1], *matrices.shape[1:])
+    weights = mix.weights
+    stack = matrices.reshape(-1, mix.K, *matrices.shape[1:])
     stack = stack.astype(np.promote_types(stack.dtype, np.float32))
     real = weighted_sums(np.real(weights), stack)
     if not np.iscomplexobj(weights):
@@ -43,7 +54,7 @@ def mixed(mix: Mix, matrices: jax.Array) -> jax.Array:
 
 def unmixed(mix: Mix, matrices: jax.Array) -> jax.Array:
     """What slices add to the K matrices, [B x slices, m, n] to [B, K, m, n]."""
-    weights = slices(*mix[:2])[mix[2]]
+    weights = mix.weights
     stack = matrices.reshape(-1, len(weights), *matrices.shape[1:])
     real = weighted_sums(np.real(weights).T, stack.real)
     if not np.iscomplexobj(weights):
