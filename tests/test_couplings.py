@@ -191,10 +191,15 @@ def expected_of(case, T, function):
     return hold(result), tolerance
 
 
+def compiled(cases, **arguments):
+    """The update of their trees."""
+    transform = orthogonalize([rule_of(case) for case in cases], **arguments)
+    return jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
+
+
 @functools.cache
 def updates_of(method):
-    transform = orthogonalize([rule_of(case) for case in TABLE], method=METHODS[method])
-    return jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(TABLE))
+    return compiled(TABLE, method=METHODS[method])(tree_of(TABLE))
 
 
 @pytest.mark.parametrize("case", TABLE, ids=", ".join)
@@ -220,8 +225,7 @@ FEW = [
 
 @functools.cache
 def compiled_few():
-    transform = orthogonalize([rule_of(case) for case in FEW])
-    return jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
+    return compiled(FEW)
 
 
 def assert_near(result, expected, tolerance):
@@ -275,8 +279,7 @@ def test_each_leaf_keeps_its_dtype():
 
 def test_a_number_for_scale_is_the_root_mean_square_of_every_group():
     cases = [("siblings of layers", "dft"), ("heads of parts", "haar"), ("parts", "mode 1")]
-    transform = orthogonalize([rule_of(case) for case in cases], method="svd", scale=0.2)
-    result = jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])(tree_of(cases))
+    result = compiled(cases, method="svd", scale=0.2)(tree_of(cases))
     for of_case in result.values():
         for block in [["block_9", "block_10"], ["block_11"]]:
             leaves = jax.tree.leaves([of_case["x"][name] for name in block])
@@ -293,11 +296,9 @@ def test_sharded_updates_are_those_of_one_device(kind):
     specs = jax.tree.map(lambda M: P(*map(names.get, M.shape)), tree)
     put = jax.tree.map(lambda M, spec: jax.device_put(M, NamedSharding(mesh, spec)), tree, specs)
     given = specs if kind == AxisType.Auto else None
-    transform = orthogonalize([rule_of(case) for case in FEW], shardings=given)
-    compiled = jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
-    compiled = compiled.lower(put).compile()
-    assert " all-to-all(" in compiled.as_text()
-    result = compiled(put)
+    program = compiled(FEW, shardings=given).lower(put).compile()
+    assert " all-to-all(" in program.as_text()
+    result = program(put)
     assert_near(result, compiled_few()(tree), 1e-4)
     for leaf, before in zip(jax.tree.leaves(result), jax.tree.leaves(put), strict=True):
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
