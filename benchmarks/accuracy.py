@@ -30,7 +30,7 @@ from examples import checkpoints, run_folder
 from teon_optax import plan
 from teon_optax._coefficients import resolve
 from teon_optax._polar import orthogonalize_batches
-from teon_optax._policy import method_cut
+from teon_optax._policy import Numerics
 
 METHODS = ("polar_express", "schatten", "jordan", "you")
 PRODUCTS = ("float32", *FORMATS)
@@ -182,7 +182,7 @@ def orthogonalized(matrices: np.ndarray, method: str, products: str, cut: str) -
 def steps_of(method: str, shape: Sequence[int], products: str, cut: str) -> tuple[int, ...]:
     """The policy's cut, or one of the two ends: every step direct, all in one segment."""
     m, n = shape
-    policy = method_cut(resolve(method), m, n, precision(products))
+    policy = Numerics(resolve(method), precision(products)).cut(m, n)
     return {"policy": policy, "direct": (1,) * sum(policy), "whole": (sum(policy),)}[cut]
 
 
@@ -198,14 +198,8 @@ def polynomial(
     """The library's own function of a batch of matrices, compiled once for each shape."""
 
     def run(batch: jax.Array) -> jax.Array:
-        (result,) = orthogonalize_batches(
-            [batch],
-            [1.0],
-            method=resolve(method),
-            cut=cut,
-            precision=precision(products),
-            budget=batch.nbytes,
-        )
+        numerics = Numerics(resolve(method), precision(products))
+        (result,) = orthogonalize_batches([batch], [1.0], numerics, cut, batch.nbytes)
         return result
 
     return jax.jit(run if products == "float32" else with_products_in(products, run))

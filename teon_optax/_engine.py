@@ -1,7 +1,7 @@
 """Plan and updates become orthogonalized updates, here or on the devices that own the groups."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -9,36 +9,30 @@ import numpy as np
 
 from teon_optax import _policy
 from teon_optax._batches import Batch, in_batches
-from teon_optax._coefficients import Method
 from teon_optax._owners import entries_of, orthogonalize_owned
 from teon_optax._plan import Plan
 from teon_optax._polar import orthogonalize_batches
+from teon_optax._policy import Numerics
 from teon_optax._scaling import ScaleFunction
 from teon_optax._sharding import Shardings
 
 
 def orthogonalize_updates(
-    updates: Any,
-    plan: Plan,
-    method: Method | None,
-    scale: ScaleFunction,
-    precision: jax.lax.PrecisionLike = None,
-    shardings: Shardings | None = None,
+    updates: Any, plan: Plan, numerics: Numerics, scale: ScaleFunction, shardings: Shardings
 ) -> Any:
     """Replaces every leaf in the plan's groups by its orthogonalized and scaled update.
 
     Args:
       updates: The tree that the plan was made for.
       plan: Which matrices are orthogonalized together.
-      method: As `resolve` gives it.
+      numerics: Of every product.
       scale: Factor for a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
-      precision: Of every product; None follows the policy.
-      shardings: Where leaves lie; None is on one device.
+      shardings: Where leaves lie.
     """
     leaves, structure = jax.tree.flatten(updates)
     taken = {leaf: leaves[leaf] for kind in plan.types for leaf in kind.leaves}
-    here = functools.partial(_here, method=method, scale=scale, precision=precision)
-    located = shardings.locate(updates, taken) if shardings else None
+    here = functools.partial(_here, numerics=numerics, scale=scale)
+    located = shardings.locate(updates, taken)
     if located is None:
         done = in_batches(taken, plan.types, here)
     else:
@@ -46,7 +40,7 @@ def orthogonalize_updates(
         left = [kind for kind in plan.types if kind.leaves[0] not in entries]
         whole = {leaf: located.gathered(leaf, taken[leaf]) for kind in left for leaf in kind.leaves}
         done = in_batches(whole, left, here)
-        done |= orthogonalize_owned(taken, plan.types, entries, located, method, scale, precision)
+        done |= orthogonalize_owned(taken, plan.types, entries, located, numerics, scale)
         done = {leaf: located.returned(leaf, update) for leaf, update in done.items()}
     for leaf, update in done.items():
         leaves[leaf] = update
@@ -54,34 +48,19 @@ def orthogonalize_updates(
 
 
 def _here(
-    joint: Mapping[Batch, jax.Array],
-    method: Method | None,
-    scale: ScaleFunction,
-    precision: jax.lax.PrecisionLike,
+    joint: Mapping[Batch, jax.Array], numerics: Numerics, scale: ScaleFunction
 ) -> dict[Batch, jax.Array]:
-    """Scaled polar factors of batches that are whole on every device."""
-    done = {}
-    for (_, _, cut, used), keys in _buckets(joint, method, precision).items():
-        results = orthogonalize_batches(
-            [joint[key] for key in keys],
-            [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in keys],
-            method=method,
-            cut=cut,
-            precision=used,
-            budget=_policy.budget(jax.default_backend()),
-        )
+    """Scaled polar factors of batches that are whole on every device.
+
+    Those that agree in d, dtype and cut share a polynomial.
+    """
+    buckets: dict[tuple, list[Batch]] = {}
+    for key in joint:
+        used, dtype = numerics.of(key.dtype), np.promote_types(key.dtype, np.float32)
+        buckets.setdefault((min(key.joint), dtype, used, used.cut(*key.joint)), []).append(key)
+    done, budget = {}, _policy.budget(jax.default_backend())
+    for (_, _, used, cut), keys in buckets.items():
+        scales = [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in keys]
+        results = orthogonalize_batches([joint[key] for key in keys], scales, used, cut, budget)
         done |= zip(keys, results, strict=True)
     return done
-
-
-def _buckets(
-    batches: Iterable[Batch], method: Method | None, precision: jax.lax.PrecisionLike
-) -> dict[tuple, list[Batch]]:
-    """Batches that share a polynomial, by d, dtype, cut and precision."""
-    buckets: dict[tuple, list[Batch]] = {}
-    for key in batches:
-        dtype = np.promote_types(key.dtype, np.float32)
-        used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
-        bucket = min(key.joint), dtype, _policy.method_cut(method, *key.joint, used), used
-        buckets.setdefault(bucket, []).append(key)
-    return buckets

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from teon_optax import _policy
 from teon_optax._coefficients import MethodLike, resolve
 from teon_optax._polar import orthogonalize_batches
+from teon_optax._policy import Numerics
 
 
 def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:
@@ -40,16 +41,9 @@ def polar(matrix: jax.typing.ArrayLike, method: MethodLike = "polar_express") ->
     """
     matrix, resolved = _checked("polar(matrix)", matrix, 2), resolve(method)
     batch = matrix.reshape(-1, *matrix.shape[-2:])
-    backend = jax.default_backend()
-    precision = _policy.products(backend, batch.dtype)
-    (result,) = orthogonalize_batches(
-        [batch],
-        [1],
-        method=resolved,
-        cut=_policy.method_cut(resolved, batch.shape[1], batch.shape[2], precision),
-        precision=precision,
-        budget=_policy.budget(backend),
-    )
+    numerics, budget = Numerics(resolved).of(batch.dtype), _policy.budget(jax.default_backend())
+    cut = numerics.cut(*batch.shape[1:])
+    (result,) = orthogonalize_batches([batch], [1], numerics, cut, budget)
     return result.reshape(matrix.shape).astype(matrix.dtype)
 
 

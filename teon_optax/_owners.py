@@ -6,13 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from teon_optax import _policy
 from teon_optax._batches import Batch, batches, in_batches
-from teon_optax._coefficients import Method
-from teon_optax._deal import Block, Entry, Exchange, Hand, entry, plan_exchange
+from teon_optax._deal import Block, Entry, Exchange, entry, plan_exchange
 from teon_optax._exchange import (
     from_owners,
     own_branch,
@@ -23,6 +21,7 @@ from teon_optax._exchange import (
 )
 from teon_optax._plan import Type
 from teon_optax._polar import orthogonalize_batches, orthogonalize_columns
+from teon_optax._policy import Numerics
 from teon_optax._scaling import ScaleFunction
 from teon_optax._sharding import Located
 
@@ -43,9 +42,8 @@ def orthogonalize_owned(
     types: Iterable[Type],
     entries: Mapping[int, Entry],
     located: Located,
-    method: Method | None,
+    numerics: Numerics,
     scale: ScaleFunction,
-    precision: jax.lax.PrecisionLike,
 ) -> dict[int, jax.Array]:
     """Orthogonalized updates of the leaves that enter, by position in the tree."""
     entering = [(kind, entries[kind.leaves[0]]) for kind in types if kind.leaves[0] in entries]
@@ -63,15 +61,12 @@ def orthogonalize_owned(
         entries=tuple(entries.items()),
         mesh=located.mesh,
         sizes=tuple(located.sizes.items()),
-        method=method,
-        precision=precision,
+        numerics=numerics,
     )
 
 
 # Compiled as one, also where `update` is not: an exchange of single operations would be slow.
-@functools.partial(
-    jax.jit, static_argnames=("types", "entries", "mesh", "sizes", "method", "precision")
-)
+@functools.partial(jax.jit, static_argnames=("types", "entries", "mesh", "sizes", "numerics"))
 def _exchanged(
     leaves: dict[int, jax.Array],
     scales: list[jax.Array],
@@ -80,8 +75,7 @@ def _exchanged(
     entries: tuple[tuple[int, Entry], ...],
     mesh: Mesh | AbstractMesh,
     sizes: tuple[tuple[str, int], ...],
-    method: Method | None,
-    precision: jax.lax.PrecisionLike,
+    numerics: Numerics,
 ) -> dict[int, jax.Array]:
     specs = {leaf: own.spec for leaf, own in entries}
     axes = {leaf: own.axes for leaf, own in entries}
@@ -89,10 +83,8 @@ def _exchanged(
     def on_each_device(
         shards: dict[int, jax.Array], scales: list[jax.Array]
     ) -> dict[int, jax.Array]:
-        numerics = functools.partial(
-            _by_owners, scales=scales, sizes=dict(sizes), method=method, precision=precision
-        )
-        return in_batches(shards, types, numerics, axes)
+        owners = functools.partial(_by_owners, scales=scales, sizes=dict(sizes), numerics=numerics)
+        return in_batches(shards, types, owners, axes)
 
     # Without the check, which does not know sums over a part of an axis.
     mapped = jax.shard_map(
@@ -109,8 +101,7 @@ def _by_owners(
     joint: Mapping[Batch, jax.Array],
     scales: Sequence[jax.Array],
     sizes: Mapping[str, int],
-    method: Method | None,
-    precision: jax.lax.PrecisionLike,
+    numerics: Numerics,
 ) -> dict[Batch, jax.Array]:
     """Scaled polar factors of blocks: [B, m, n], what one device holds of joint matrices.
 
@@ -122,7 +113,7 @@ def _by_owners(
         alike.setdefault((frozenset(sum(key.axes, ())), key.dtype), {})[key] = array
     done: dict[Batch, jax.Array] = {}
     for together in alike.values():
-        done |= _one_exchange(together, scale_of, sizes, method, precision)
+        done |= _one_exchange(together, scale_of, sizes, numerics)
     return done
 
 
@@ -130,19 +121,16 @@ def _one_exchange(
     joint: Mapping[Batch, jax.Array],
     scales: Mapping[Batch, jax.Array],
     sizes: Mapping[str, int],
-    method: Method | None,
-    precision: jax.lax.PrecisionLike,
+    numerics: Numerics,
 ) -> dict[Batch, jax.Array]:
     first = next(iter(joint))
-    dtype = np.promote_types(first.dtype, np.float32)
-    used = _policy.products(jax.default_backend(), dtype) if precision is None else precision
+    used = numerics.of(first.dtype)
     cutting = {name: size for name, size in sizes.items() if name in sum(first.axes, ())}
     blocks = {key: _block(key, len(array), sizes) for key, array in joint.items()}
-    plan = plan_exchange(
-        [block for block, _ in blocks.values()], cutting, functools.partial(_cost, method, used)
-    )
+    cost = functools.partial(_cost, used)
+    plan = plan_exchange([block for block, _ in blocks.values()], cutting, cost)
     turned = [array.mT if blocks[key][1] else array for key, array in joint.items()]
-    done = _numerics(plan, to_owners(plan, turned), [scales[key] for key in joint], method, used)
+    done = _orthogonalized(plan, to_owners(plan, turned), [scales[key] for key in joint], used)
     back = from_owners(plan, [array.astype(first.dtype) for array in done])
     return {
         key: array.mT if blocks[key][1] else array for key, array in zip(joint, back, strict=True)
@@ -159,29 +147,20 @@ def _block(key: Batch, B: int, sizes: Mapping[str, int]) -> tuple[Block, bool]:
     return Block(B, n, m, (columns, rows)) if turned else Block(B, m, n, (rows, columns)), turned
 
 
-def _cost(
-    method: Method | None, precision: jax.lax.PrecisionLike, d: int, N: int, share: int
-) -> float:
+def _cost(numerics: Numerics, d: int, N: int, share: int) -> float:
     """Of a d x N group for each of the devices that share it; an SVD cannot be shared."""
-    if method is None:
+    if numerics.method is None:
         return N / d if share == 1 else float("inf")
     columns = -(-N // share)
-    return _policy.cost(_policy.method_cut(method, d, max(d, columns), precision), columns / d)
+    return _policy.cost(numerics.cut(d, max(d, columns)), columns / d)
 
 
-def _numerics(
-    plan: Exchange,
-    owned: Sequence[jax.Array],
-    scales: Sequence[jax.Array],
-    method: Method | None,
-    precision: jax.lax.PrecisionLike,
+def _orthogonalized(
+    plan: Exchange, owned: Sequence[jax.Array], scales: Sequence[jax.Array], numerics: Numerics
 ) -> list[jax.Array]:
     """Scaled polar factors of what this device owns, or shares."""
     orthogonalize = functools.partial(
-        orthogonalize_batches,
-        method=method,
-        precision=precision,
-        budget=_policy.budget(jax.default_backend()),
+        orthogonalize_batches, numerics=numerics, budget=_policy.budget(jax.default_backend())
     )
     done: dict[int, jax.Array] = {}
     buckets: dict[tuple[int, tuple[int, ...]], list[int]] = {}
@@ -189,9 +168,11 @@ def _numerics(
     for index, (hand, matrices) in enumerate(zip(plan.hands, owned, strict=True)):
         factors.append(own_value(plan, hand, [scales[block] for block, _, _ in hand.members]))
         widths = [plan.blocks[block].N for block, _, _ in hand.members]
-        cuts = [_policy.method_cut(method, hand.d, N, precision) for N in widths]
+        cuts = [numerics.cut(hand.d, N) for N in widths]
         if hand.share > 1:
-            done[index] = _shared(plan, hand, matrices, factors[index], method, precision)
+            total, peak = (functools.partial(f, plan, hand) for f in (shared_total, shared_peak))
+            columns = orthogonalize_columns(matrices[0], factors[index], total, peak, numerics)
+            done[index] = columns[None]
         elif len(set(cuts)) == 1:
             buckets.setdefault((hand.d, cuts[0]), []).append(index)
         else:
@@ -218,26 +199,3 @@ def _narrow(
     cut, N = kind
     (done,) = orthogonalize([matrices[..., :N]], [scale], cut=cut)
     return jnp.pad(done, ((0, 0), (0, 0), (0, matrices.shape[2] - N)))
-
-
-def _shared(
-    plan: Exchange,
-    hand: Hand,
-    columns: jax.Array,
-    scale: jax.Array,
-    method: Method | None,
-    precision: jax.lax.PrecisionLike,
-) -> jax.Array:
-    """Scaled polar factor of this device's columns of the matrix that it shares: [1, d, ..]."""
-    assert method is not None  # an SVD is not shared
-    d, N = columns.shape[1:]
-    done = orthogonalize_columns(
-        columns[0],
-        scale,
-        functools.partial(shared_total, plan, hand),
-        functools.partial(shared_peak, plan, hand),
-        method=method,
-        cut=_policy.method_cut(method, d, max(d, N), precision),
-        precision=precision,
-    )
-    return done[None]

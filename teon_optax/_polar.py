@@ -13,6 +13,7 @@ import numpy as np
 
 from teon_optax import _policy
 from teon_optax._coefficients import Method, Triple
+from teon_optax._policy import Numerics
 
 
 def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
@@ -113,14 +114,14 @@ def _svd_orthogonalize(M: jax.Array) -> jax.Array:
 def _together(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
-    method: Method | None,
+    numerics: Numerics,
     cut: Sequence[int],
-    precision: jax.lax.PrecisionLike,
 ) -> list[jax.Array]:
     """One polynomial for all batches.
 
     Each segment forms Gram matrices of the (half-done) matrices and multiplies these once.
     """
+    method, precision = numerics
     batches = [jax.vmap(_scaled)(batch) for batch in batches]
     scales = [jnp.asarray(scale, batch.dtype) for scale, batch in zip(scales, batches, strict=True)]
     if method is None:
@@ -170,14 +171,12 @@ def weighted_sums(weights: np.ndarray, stack: jax.Array) -> jax.Array:
     return jnp.moveaxis(jnp.tensordot(weights, stack, (1, 1), precision=exact), 0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "cut", "precision", "budget"))
+@functools.partial(jax.jit, static_argnames=("numerics", "cut", "budget"))
 def orthogonalize_batches(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
-    *,
-    method: Method | None,
+    numerics: Numerics,
     cut: tuple[int, ...],
-    precision: jax.lax.PrecisionLike,
     budget: int,
 ) -> list[jax.Array]:
     """Scaled polar factors of some batches, real or complex, that agree in d.
@@ -187,15 +186,14 @@ def orthogonalize_batches(
     Args:
       batches: Arrays [B, m, n], of any floating dtype.
       scales: Factor of each batch's result.
-      method: As `resolve` gives it.
+      numerics: With a precision.
       cut: Lengths of the segments; their sum is the number of steps.
-      precision: Of every product.
       budget: Bytes of matrices that are worked on at a time.
 
     Returns:
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
-    together = functools.partial(_together, method=method, cut=cut, precision=precision)
+    together = functools.partial(_together, numerics=numerics, cut=cut)
     if sum(batch.nbytes for batch in batches) <= budget:
         return together(batches, scales)
     return [
@@ -209,10 +207,7 @@ def orthogonalize_columns(
     scale: jax.typing.ArrayLike,
     total: Callable[[jax.Array], jax.Array],
     largest: Callable[[jax.Array], jax.Array],
-    *,
-    method: Method,
-    cut: tuple[int, ...],
-    precision: jax.lax.PrecisionLike,
+    numerics: Numerics,
 ) -> jax.Array:
     """Some columns of a matrix's scaled polar factor, where the others are on other devices.
 
@@ -221,18 +216,20 @@ def orthogonalize_columns(
       scale: Factor of the result.
       total: Sum over the devices of a Hermitian matrix.
       largest: Maximum over the devices of a number.
-      method: As `resolve` gives it.
-      cut: Lengths of the segments. A segment costs one `total`. One step alone multiplies the
-        columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
-      precision: Of every product.
+      numerics: With a precision, and no SVD. A segment costs one `total`. One step alone multiplies
+        the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
     """
+    method, precision = numerics
+    assert method is not None
+    d, N = M.shape
+    cut = numerics.cut(d, max(d, N))
     multiply = functools.partial(jnp.matmul, precision=precision)
     M = _scaled(M, largest)
     for steps, stop in zip(cut, np.cumsum(cut), strict=True):
         triples = method.coefficients[stop - steps : stop]
         first = method if stop == steps else None
         G = total(multiply(M, M.conj().T))
-        if steps == 1 and M.shape[1] < M.shape[0]:
+        if steps == 1 and N < d:
             norm = 1 if first is None else _norm(G, first)
             a, b, c = triples[0]
             M, G = M / norm, G / jnp.square(norm)

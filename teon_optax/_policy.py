@@ -1,7 +1,10 @@
 """How a polar factor is computed here: precision of products, cut into segments, chunks."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from teon_optax._coefficients import Method
 
@@ -69,13 +72,22 @@ def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int
     return (*pairs[:1], 1, *pairs[1:])
 
 
-def method_cut(
-    method: Method | None, m: int, n: int, precision: jax.lax.PrecisionLike
-) -> tuple[int, ...]:
-    """The cut of the method's steps for m x n matrices; empty for the SVD."""
-    if method is None:
-        return ()
-    return cut(len(method.coefficients), max(m, n) / min(m, n), precision)
+class Numerics(NamedTuple):
+    """By which polynomial, None for the SVD, and in which precision of every product."""
+
+    method: Method | None
+    precision: jax.lax.PrecisionLike = None  # None is for the policy to choose
+
+    def of(self, dtype: jnp.dtype) -> "Numerics":
+        """With the policy's precision for arrays of a dtype where none is given."""
+        chosen = products(jax.default_backend(), np.promote_types(dtype, np.float32))
+        return self if self.precision is not None else self._replace(precision=chosen)
+
+    def cut(self, m: int, n: int) -> tuple[int, ...]:
+        """Lengths of the segments for m x n matrices; none for the SVD."""
+        if self.method is None:
+            return ()
+        return cut(len(self.method.coefficients), max(m, n) / min(m, n), self.precision)
 
 
 def room(steps: int, precision: jax.lax.PrecisionLike) -> float:

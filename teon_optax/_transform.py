@@ -12,6 +12,7 @@ from teon_optax._coefficients import MethodLike, resolve
 from teon_optax._engine import orthogonalize_updates
 from teon_optax._plan import plan
 from teon_optax._polar import check_precision
+from teon_optax._policy import Numerics
 from teon_optax._rules import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, scaling
 from teon_optax._sharding import as_shardings
@@ -86,7 +87,7 @@ def orthogonalize(
     """
     rules = None if rules is None else checked_rules(rules)
     placement = as_shardings(shardings)
-    resolved, scale_function = resolve(method), scaling(scale)
+    numerics, scale_function = Numerics(resolve(method), precision), scaling(scale)
     check_precision(precision)
 
     def init_fn(params: optax.Params) -> optax.EmptyState:
@@ -98,10 +99,7 @@ def orthogonalize(
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         planned = plan(updates, rules)
-        done = orthogonalize_updates(
-            updates, planned, resolved, scale_function, precision, placement
-        )
-        return done, state
+        return orthogonalize_updates(updates, planned, numerics, scale_function, placement), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -50,7 +50,6 @@ IMPORTS = {
     "_batches": {"_matrices", "_mixing", "_plan"},
     "_owners": {
         "_batches",
-        "_coefficients",
         "_deal",
         "_exchange",
         "_plan",
@@ -61,7 +60,6 @@ IMPORTS = {
     },
     "_engine": {
         "_batches",
-        "_coefficients",
         "_owners",
         "_plan",
         "_polar",
@@ -77,6 +75,7 @@ IMPORTS = {
         "_engine",
         "_plan",
         "_polar",
+        "_policy",
         "_rules",
         "_scaling",
         "_sharding",

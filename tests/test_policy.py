@@ -1,5 +1,7 @@
 """How a polar factor is computed: the table of precisions, cuts and chunks."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from teon_optax import _policy
+from teon_optax._coefficients import resolve
 
 HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
 LONGEST = {HIGHEST: 5, DEFAULT: 3}
@@ -25,6 +28,29 @@ LONGEST = {HIGHEST: 5, DEFAULT: 3}
 )
 def test_products_are_exact_on_cpu_and_in_float64_and_one_pass_elsewhere(backend, dtype, precision):
     assert _policy.products(backend, jnp.dtype(dtype)) == precision
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu", "gpu"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "complex64", "complex128"])
+def test_a_precision_that_is_given_stays_and_none_is_chosen_by_dtype(backend, dtype):
+    real = jnp.finfo(dtype).dtype
+    with mock.patch.object(jax, "default_backend", lambda: backend):
+        chosen = _policy.Numerics(None).of(jnp.dtype(dtype)).precision
+        given = _policy.Numerics(None, DEFAULT).of(jnp.dtype(dtype)).precision
+    assert (chosen, given) == (_policy.products(backend, real), DEFAULT)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_dtypes_are_computed_as_float32(dtype):
+    assert _policy.Numerics(None).of(jnp.dtype(dtype)) == _policy.Numerics(None, HIGHEST)
+
+
+@pytest.mark.parametrize("shape", [(4, 10), (10, 4)], ids=str)
+def test_numerics_cut_their_polynomial_by_shape_and_not_the_svd(shape):
+    polynomial = resolve([(1.5, -0.5, 0.0)] * 5)
+    assert _policy.Numerics(polynomial, DEFAULT).cut(*shape) == (2, 3)
+    assert _policy.Numerics(polynomial, HIGHEST).cut(*shape) == (5,)
+    assert _policy.Numerics(None, HIGHEST).cut(*shape) == ()
 
 
 @pytest.mark.parametrize(
