@@ -130,10 +130,7 @@ def teon(
         return partitioned(params).init(params)
 
     def update_fn(
-        updates: optax.Updates,
-        state: optax.OptState,
-        params: optax.Params | None = None,
-        **extra_args: Any,
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
         return partitioned(updates).update(updates, state, params, **extra_args)
 

@@ -101,8 +101,7 @@ def polar_express(steps: int = 5, lower: float = 1e-3) -> tuple[Triple, ...]:
     for _ in range(steps):
         a, b, c = _best_quintic(max(lower, _CUSHION * upper), upper)
         if _CUSHION * upper > lower:
-            # The fit did not see the bottom of the interval: centre the values of both ends around
-            # 1.
+            # The fit did not see the bottom of the interval: centre its ends' values around 1.
             recentre = 2 / (_quintic((a, b, c), lower) + _quintic((a, b, c), upper))
             a, b, c = a * recentre, b * recentre, c * recentre
         triples.append((a, b, c))

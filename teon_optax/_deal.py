@@ -151,10 +151,7 @@ def plan_exchange(
 
 
 def _rows(
-    widths: Sequence[int],
-    pieces: Sequence[int],
-    devices: int,
-    cost: Callable[[int, int], float],
+    widths: Sequence[int], pieces: Sequence[int], devices: int, cost: Callable[[int, int], float]
 ) -> list[tuple[int, int]]:
     """Rows of the cheapest deal of groups in this order: (devices that share each, groups).
 

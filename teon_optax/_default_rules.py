@@ -168,9 +168,8 @@ def _joined(drafts: list[_Draft]) -> list[_Draft]:
     for draft in drafts:
         for index, other in enumerate(joined):
             if _agree(other, draft) and (segments := _union(other.segments, draft.segments)):
-                joined[index] = draft._replace(
-                    segments=segments, leaves=other.leaves + draft.leaves
-                )
+                leaves = other.leaves + draft.leaves
+                joined[index] = draft._replace(segments=segments, leaves=leaves)
                 break
         else:
             joined.append(draft)

@@ -71,16 +71,11 @@ class Alignments(tuple[Alignment, ...]):
 
     def __str__(self) -> str:
         header = "group", "layers", "u overlap", "v overlap", "r mode 1", "r mode 2", "favours mode"
-        rows = [
-            (
-                group.members[0],
-                spans(group.layers),
-                *(f"{number:.2f}" for number in (*group.overlaps, *group.ratios)),
-                str(group.favoured),
-            )
-            for group in self
-        ]
-        lines = columns([header, *rows])
+        rows: list[tuple[str, ...]] = [header]
+        for group in self:
+            numbers = (f"{number:.2f}" for number in (*group.overlaps, *group.ratios))
+            rows.append((group.members[0], spans(group.layers), *numbers, str(group.favoured)))
+        lines = columns(rows)
         if len({len(group.members) for group in self}) > 1:
             favoured = [(kind, str(mode), str(K)) for kind, (mode, K) in self.favoured.items()]
             lines += columns([("type", "favours mode", "K"), *favoured])
@@ -120,8 +115,8 @@ def alignment(
 
     Returns:
       A tuple with an `Alignment` per group, in the plan's order; its `favoured` has the mode and K
-      of each type. Of groups in a batch (experts),
-      overlaps are averaged and nuclear norms summed. r is NaN where all layers are zero.
+      of each type. Of groups in a batch (experts), overlaps are averaged and nuclear norms summed.
+      r is NaN where all layers are zero.
 
     Raises:
       ValueError: If `rank` is not a positive integer, or rules do not fit the tree.
@@ -139,7 +134,8 @@ def alignment(
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`alignment(rank={rank!r})`: rank should be a positive integer.")
     rules = checked_rules(default_rules(momentum) if rules is None else rules)
-    plans = [plan(momentum, _at(rules, K)) for K in ([None] if stacks is None else stacks)]
+    every_K = [None] if stacks is None else stacks
+    plans = [plan(momentum, [_at(K, rule) for rule in rules]) for K in every_K]
     return Alignments(
         Alignment(group.members, group.layers, *jax.tree.map(float, _measure(stack, rank)))
         for planned in plans
@@ -148,12 +144,9 @@ def alignment(
     )
 
 
-def _at(rules: tuple[Rule, ...], K: int | None) -> list[Rule]:
-    """The rules with another K where they stack."""
-    return [
-        dataclasses.replace(rule, stack=K) if K is not None and rule.stack > 1 else rule
-        for rule in rules
-    ]
+def _at(K: int | None, rule: Rule) -> Rule:
+    """With another K if it stacks."""
+    return rule if K is None or rule.stack < 2 else dataclasses.replace(rule, stack=K)
 
 
 def _stacks(momentum: Any, planned: Plan) -> Iterator[jax.Array]:

@@ -167,9 +167,7 @@ def _above(path: str) -> Iterator[str]:
     return ("/".join(keys[:depth]) for depth in range(len(keys)))
 
 
-def without_numbers(
-    leaves: Iterable[Leaf],
-) -> list[tuple[tuple[str, ...], tuple[str | None, ...]]]:
+def without_numbers(leaves: Iterable[Leaf]) -> list[tuple[tuple[str, ...], tuple[str | None, ...]]]:
     """Each path in names and numbers: `a/layer_3` is ("a", "layer_"), (None, "3")."""
     children: dict[tuple[str, ...], set[str]] = {}
     paths = [

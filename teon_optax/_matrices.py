@@ -85,9 +85,8 @@ def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
     layers, fan_out = layout.layer + layout.heads, layout.fan_out
     roles = layers, layout.batch, layout.fan_in, fan_out[:1], fan_out[1:]
     flat = leaf.transpose(sum(roles, ())).reshape([layout.length(axes) for axes in roles])
-    parts = (
-        jnp.split(flat, np.cumsum(layout.sizes)[:-1], axis=3) if len(layout.sizes) > 1 else [flat]
-    )
+    cuts = np.cumsum(layout.sizes)[:-1]
+    parts = jnp.split(flat, cuts, axis=3) if cuts.size else [flat]
     return [part.reshape(*part.shape[:3], -1) for part in parts]
 
 

@@ -109,8 +109,7 @@ class Plan(NamedTuple):
     """What happens to every leaf. `print` shows it as a table, `as_dict` is for logs.
 
     Attributes:
-      groups: Groups of matrices that are orthogonalized jointly (alone, where a group has one
-        member).
+      groups: Groups of matrices that are orthogonalized jointly; one matrix alone is a group too.
       types: The same matrices before they are cut into groups.
       untouched: The leaves that go to the fallback optimizer.
       unused: Rules that took no leaf.

@@ -45,13 +45,7 @@ _WEIGHTS: dict[int, list[tuple[D | None, int | None]]] = {
 # The same for other matrices: output projections and experts.
 _OTHERS: dict[int, list[tuple[D | None, int | None]]] = {
     2: _KERNELS[2],
-    3: [
-        (D((0, 1), 2), None),
-        (D((1, 2), 0), None),
-        (D(0, (1, 2)), None),
-        (D(1, 2), None),
-        (D(2, 1), None),
-    ],
+    3: [(dims, None) for dims in (D((0, 1), 2), D((1, 2), 0), D(0, (1, 2)), D(1, 2), D(2, 1))],
     4: [(D((0, 1, 2), 3), None), (D((1, 2, 3), 0), None), (D(0, (1, 2, 3)), None)],
 }
 

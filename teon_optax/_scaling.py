@@ -12,16 +12,12 @@ ScaleLike = str | jax.typing.ArrayLike
 ScaleFunction = Callable[[int, int, int, int], jax.typing.ArrayLike]
 
 
-def _spectral(fan_in: int, fan_out: int, K: int, rank: int) -> float:
-    """arXiv 2601.23261: the update's spectral norm is sqrt(fan_out / fan_in), one layer's."""
-    del K, rank
-    return math.sqrt(fan_out / fan_in)
-
-
-def _muon(fan_in: int, fan_out: int, K: int, rank: int) -> float:
-    """K. Jordan, Muon, 2024: the same, but narrowing layers are not scaled down."""
-    del K, rank
-    return math.sqrt(max(1, fan_out / fan_in))
+_SCALES: dict[str, ScaleFunction] = {
+    # arXiv 2601.23261: the update's spectral norm is sqrt(fan_out / fan_in), one layer's.
+    "spectral": lambda fan_in, fan_out, K, rank: math.sqrt(fan_out / fan_in),
+    # K. Jordan, Muon, 2024: the same, but narrowing layers are not scaled down.
+    "muon": lambda fan_in, fan_out, K, rank: math.sqrt(max(1, fan_out / fan_in)),
+}
 
 
 def _rms(
@@ -29,9 +25,6 @@ def _rms(
 ) -> jax.typing.ArrayLike:
     """A joint factor of full rank has squared norm `rank`, over K fan_in fan_out entries."""
     return rms * math.sqrt(K * fan_in * fan_out / rank)
-
-
-_SCALES = {"spectral": _spectral, "muon": _muon}
 
 
 def scaling(scale: ScaleLike) -> ScaleFunction:

@@ -169,28 +169,18 @@ def scale_by_teon(
         # As `optax.tree.update_moment`, in fewer operations per leaf.
         mu = optax.tree.add_scale(mu, 1 - beta, optax.tree.sub(wide, mu))
         with jax.numpy_dtype_promotion("standard"):  # a float to the power of a count
-            momentum = _momentum(mu, wide, beta, count, nesterov)
+            if nesterov:
+                # As `bias_correction` of both, as two scalars that all leaves share.
+                of_mu = beta / (1 - beta ** optax.safe_increment(count))
+                of_updates = (1 - beta) / (1 - beta**count)
+                momentum = optax.tree.add_scale(optax.tree.scale(of_mu, mu), of_updates, wide)
+            else:
+                momentum = optax.tree.bias_correction(mu, beta, count)
         orthogonalized, _ = transform.update(momentum, optax.EmptyState())
         mu = optax.tree.cast_like(mu, state.mu)
         return optax.tree.cast_like(orthogonalized, updates), TeonState(count, mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _momentum(
-    mu: optax.Updates,
-    updates: optax.Updates,
-    beta: jax.typing.ArrayLike,
-    count: jax.typing.ArrayLike,
-    nesterov: bool,
-) -> optax.Updates:
-    """The bias-corrected momentum, from the average of updates and the last of them."""
-    if not nesterov:
-        return optax.tree.bias_correction(mu, beta, count)
-    # As `bias_correction` of both, as two scalars that all leaves share.
-    of_mu = beta / (1 - beta ** optax.safe_increment(count))
-    of_updates = (1 - beta) / (1 - beta**count)
-    return optax.tree.add_scale(optax.tree.scale(of_mu, mu), of_updates, updates)
 
 
 def _upcast(tree: Any) -> Any:

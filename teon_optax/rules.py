@@ -169,10 +169,9 @@ def _attention_outputs(params: Any) -> Iterator[str]:
         home, role = leaf.place
         around, module = ["", *home.split("/")][-2:]
         is_output = OUTPUT.fullmatch(role) is not None
-        inside = anywhere(ATTENTION, [module]) and (is_output or role == "linear")  # Haiku's linear
-        below = anywhere(ATTENTION, [around]) and OUTPUT.fullmatch(
-            stem(module)
-        )  # BERT's output/dense
+        # Haiku calls it linear, BERT output/dense.
+        inside = anywhere(ATTENTION, [module]) and (is_output or role == "linear")
+        below = anywhere(ATTENTION, [around]) and OUTPUT.fullmatch(stem(module))
         if inside or below or (is_output and home in homes):
             yield leaf.path
 
