@@ -10,6 +10,12 @@ from tasks import IMAGES, TOKENS, N, V, label_loss, next_token_loss
 transformers = library("transformers")
 
 D, H, G, F = 16, 4, 2, 22  # these models tie the width of attention to the width of the stream
+SIZES = {
+    "hidden_size": D,
+    "num_hidden_layers": 2,
+    "num_attention_heads": H,
+    "intermediate_size": F,
+}
 
 
 def problem(model, config, loss=lambda outputs: next_token_loss(outputs.logits), **inputs):
@@ -43,13 +49,7 @@ def test_gpt2_keeps_its_kernels_out_in():
 
 def test_llama():
     config = transformers.LlamaConfig(
-        hidden_size=D,
-        num_hidden_layers=2,
-        num_attention_heads=H,
-        num_key_value_heads=G,
-        intermediate_size=F,
-        vocab_size=V,
-        max_position_embeddings=N + 1,
+        **SIZES, num_key_value_heads=G, vocab_size=V, max_position_embeddings=N + 1
     )
     projections = under("self_attn/", dict.fromkeys("qkv", teon_of("io")), "_proj/kernel")
     others = ["self_attn/o_proj", "mlp/gate_proj", "mlp/up_proj", "mlp/down_proj"]
@@ -68,14 +68,7 @@ def encoder(attention):
 
 
 def test_bert():
-    config = transformers.BertConfig(
-        hidden_size=D,
-        num_hidden_layers=2,
-        num_attention_heads=H,
-        intermediate_size=F,
-        vocab_size=V,
-        max_position_embeddings=N + 1,
-    )
+    config = transformers.BertConfig(**SIZES, vocab_size=V, max_position_embeddings=N + 1)
     block = (
         encoder("attention/self") | norm("output/LayerNorm") | norm("attention/output/LayerNorm")
     )
@@ -90,15 +83,7 @@ def test_bert():
 
 
 def test_vit():
-    config = transformers.ViTConfig(
-        hidden_size=D,
-        num_hidden_layers=2,
-        num_attention_heads=H,
-        intermediate_size=F,
-        image_size=8,
-        patch_size=4,
-        num_labels=5,
-    )
+    config = transformers.ViTConfig(**SIZES, image_size=8, patch_size=4, num_labels=5)
     block = encoder("attention/attention") | norm("layernorm_before") | norm("layernorm_after")
     expected = under("vit/encoder/layer/*/", block) | norm("vit/layernorm")
     expected |= dense("vit/embeddings/patch_embeddings/projection", FALLBACK)
