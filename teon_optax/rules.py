@@ -12,8 +12,9 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
+from teon_optax import _families as names
 from teon_optax._default_rules import default_rules
-from teon_optax._families import ATTENTION, FUSED, OUTPUT, PROJECTION, anywhere, leaves_of, stem
+from teon_optax._families import Leaf, anywhere, leaves_of, stem
 from teon_optax._matrices import layout
 from teon_optax._rules import Rule, Rules
 
@@ -46,8 +47,7 @@ def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
     """Muon: the same matrices as `paper`, each alone (and each part of a fused projection).
 
     Args:
-      params: As for `paper`.
-      first: As for `paper`.
+      params, first: As for `paper`.
 
     Returns:
       As of `paper`.
@@ -61,9 +61,8 @@ def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules
     The paper found this worse than stacking Q, K and V alone.
 
     Args:
-      params: As for `paper`.
+      params, first: As for `paper`.
       stack: K.
-      first: As for `paper`.
 
     Returns:
       As of `paper`.
@@ -79,9 +78,8 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     worse than stacking Q, K and V alone.
 
     Args:
-      params: As for `paper`.
+      params, first: As for `paper`.
       stack: K.
-      first: As for `paper`.
 
     Returns:
       As of `paper`.
@@ -90,12 +88,10 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     paths = [leaf.path for leaf in leaves_of(params)]
 
     def edit(rule: Rule) -> Iterable[Rule]:
-        if rule.stack != 1:
-            return [_restacked(rule, stack)]
         taken = [path for path in paths if rule.search(path)]
-        some = [path for path in taken if path in outputs]
-        if len(some) == len(taken):
+        if rule.stack != 1 or outputs.issuperset(taken):
             return [_restacked(rule, stack)]
+        some = [path for path in taken if path in outputs]
         return [*(_restacked(part, stack) for part in _narrowed(rule, taken, some)), rule]
 
     return _edited(params, first, edit)
@@ -105,9 +101,8 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     """Muon on each head alone, of the projections that `paper` stacks; the rest as `muon`.
 
     Args:
-      params: As for `paper`.
+      params, first: As for `paper`.
       head_dim: Length of a head, where shapes do not show it: of projections with one fan_out axis.
-      first: As for `paper`.
 
     Returns:
       As of `paper`.
@@ -123,7 +118,7 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
         taken = [leaf for leaf in leaves if rule.search(leaf.path)]
         paths: dict[Rule, list[str]] = {}
         for leaf in taken:
-            new = _restacked(_by_heads(rule, leaf.array_shape, head_dim), 1)
+            new = _restacked(_by_heads(rule, leaf, head_dim), 1)
             paths.setdefault(new, []).append(leaf.path)
         if len(paths) == 1:
             return [*paths]
@@ -133,19 +128,20 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     return _edited(params, first, edit)
 
 
-def _by_heads(rule: Rule, shape: tuple[int, ...], head_dim: int | None) -> Rule:
-    """A rule of projections with this shape, whose heads become a batch, or parts."""
-    held = layout(shape, rule)
+def _by_heads(rule: Rule, leaf: Leaf, head_dim: int | None) -> Rule:
+    """A rule of projections like this leaf, whose heads become a batch, or parts."""
+    held = layout(leaf.array_shape, rule)
     fan_in, fan_out = held.fan_in, held.fan_out
     if len(fan_out) > 1 + (len(held.sizes) > 1):
         dims = MuonDimensionNumbers(fan_in, (*fan_out[:-2], fan_out[-1]))
         return dataclasses.replace(rule, dims=dims)
-    if head_dim is None or any(size % head_dim for size in held.sizes):
+    if type(head_dim) is not int or head_dim < 1 or any(size % head_dim for size in held.sizes):
         raise ValueError(
-            f"`rules.per_head(params, head_dim={head_dim})`: shape {shape}, taken by `{rule}`, "
-            "does not show its heads: pass a head_dim that divides it."
+            f"`rules.per_head(params, head_dim={head_dim!r})`: {leaf.path!r}, shape "
+            f"{leaf.array_shape}, taken by `{rule}`, does not show its heads: pass a head_dim that "
+            "divides it."
         )
-    return dataclasses.replace(rule, split=shape[fan_out[0]] // head_dim)
+    return dataclasses.replace(rule, split=sum(held.sizes) // head_dim)
 
 
 def _edited(params: Any, first: Sequence[Rule], edit: Callable[[Rule], Iterable[Rule]]) -> Rules:
@@ -161,38 +157,41 @@ def _restacked(rule: Rule, stack: int) -> Rule:
 
 def _attention_outputs(params: Any) -> Iterator[str]:
     leaves = leaves_of(params)
-    projections = [
-        leaf for leaf in leaves if any(p.fullmatch(leaf.place[1]) for p in (PROJECTION, FUSED))
-    ]
-    homes = {leaf.place[0] for leaf in projections}
+    kinds = names.PROJECTION, names.FUSED
+    homes = {leaf.place[0] for leaf in leaves if any(k.fullmatch(leaf.place[1]) for k in kinds)}
     for leaf in leaves:
         home, role = leaf.place
         around, module = ["", *home.split("/")][-2:]
-        is_output = OUTPUT.fullmatch(role) is not None
+        is_output = names.OUTPUT.fullmatch(role) is not None
         # Haiku calls it linear, BERT output/dense.
-        inside = anywhere(ATTENTION, [module]) and (is_output or role == "linear")
-        below = anywhere(ATTENTION, [around]) and OUTPUT.fullmatch(stem(module))
+        inside = anywhere(names.ATTENTION, [module]) and (is_output or role == "linear")
+        below = anywhere(names.ATTENTION, [around]) and names.OUTPUT.fullmatch(stem(module))
         if inside or below or (is_output and home in homes):
             yield leaf.path
 
 
-def _narrowed(rule: Rule, taken: Sequence[str], some: Sequence[str]) -> Iterator[Rule]:
-    """A default rule, whose pattern has a segment for each of the path, for some of its leaves."""
+def _narrowed(rule: Rule, taken: Sequence[str], some: Sequence[str]) -> list[Rule]:
+    """A default rule of stack 1, whose pattern has a segment for each of the path, for some leaves.
+
+    Where no choice of names and numbers in segments has them and no others: for their paths.
+    """
     segments = rule.pattern.removeprefix("^").removesuffix("$").split("/")
     few, every = ([path.split("/") for path in paths] for paths in (some, taken))
-    names = []
+    differ, narrow = [], []
     for place, segment in enumerate(segments):
         found = {keys[place] for keys in few}
         if found == {keys[place] for keys in every}:
             continue
         if "(?P<layer>" in segment:
-            numbers = sorted(
-                {number for key in found for number in re.findall(r"\d+$", key)}, key=int
-            )
-            segments[place] = segment.replace(r"\d+", "|".join(numbers))
+            numbers = {number for key in found for number in re.findall(r"\d+$", key)}
+            segments[place] = segment.replace(r"\d+", "|".join(sorted(numbers, key=int)))
         else:
-            names.append(place)
-    for keys in sorted({tuple(keys[place] for place in names) for keys in few}):
-        for place, key in zip(names, keys, strict=True):
+            differ.append(place)
+    for keys in sorted({tuple(keys[place] for place in differ) for keys in few}):
+        for place, key in zip(differ, keys, strict=True):
             segments[place] = re.escape(key)
-        yield dataclasses.replace(rule, pattern=f"^{'/'.join(segments)}$")
+        narrow.append(dataclasses.replace(rule, pattern=f"^{'/'.join(segments)}$"))
+    if any(part.search(path) for part in narrow for path in {*taken} - {*some}):
+        pattern = f"^({'|'.join(map(re.escape, some))})$"
+        narrow = [dataclasses.replace(rule, pattern=pattern)]
+    return narrow

@@ -2,6 +2,8 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 from optax.contrib import MuonDimensionNumbers
 from test_default_rules import FAMILIES, array, nested, shapes
@@ -113,3 +115,60 @@ def test_a_default_rule_is_parted_where_it_takes_more_than_output_projections():
         for name in ("q_proj", "k_proj", "out_proj")
     }
     assert not made.unused
+
+
+NAMES = ("query", "key", "value")
+
+
+def shapes_of(*projections, d=8):
+    attention = dict(zip(NAMES, projections, strict=True))
+    leaves = {
+        name: {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)} for name, s in attention.items()
+    }
+    leaves["out"] = {"kernel": jax.ShapeDtypeStruct((d, d), jnp.float32)}
+    return {f"block_{i}": {"attn": leaves} for i in range(2)}
+
+
+def test_per_head_has_each_head_alone():
+    heads = shapes_of((8, 4, 2), (8, 2, 2), (8, 2, 2))
+    for block in heads.values():
+        block["attn"]["out"]["kernel"] = jax.ShapeDtypeStruct((4, 2, 8), jnp.float32)
+    for tree, arguments in ((heads, {}), (shapes_of((8, 8), (8, 4), (8, 4)), {"head_dim": 2})):
+        planned = plan(tree, rules.per_head(tree, **arguments))
+        found = {}
+        for group in planned.groups:
+            assert len(group.members) == 1
+            name = group.members[0].split("/")[2]
+            found.setdefault(name, set()).add((group.fan_in, group.fan_out))
+            found[name, "count"] = found.get((name, "count"), 0) + group.batch
+        assert [found[name] for name in NAMES] == [{(8, 2)}] * 3
+        assert [found[name, "count"] for name in NAMES] == [8, 4, 4]
+        assert found["out"] == {(8, 8)} and not planned.unused
+    for head_dim in (None, 3):
+        with pytest.raises(ValueError, match="does not show its heads: pass a head_dim"):
+            rules.per_head(shapes_of((8, 8), (8, 4), (8, 4)), head_dim)
+    for head_dim in (0, -2, 2.0, "2"):
+        with pytest.raises(ValueError, match="'block_0/attn/key/kernel', shape .*its heads"):
+            rules.per_head(shapes_of((8, 8), (8, 8), (8, 8)), head_dim)
+
+
+@pytest.mark.parametrize(
+    "narrow", [[(1, "key")], [(1, "key"), (0, "value")], [(0, "query")]], ids=str
+)
+def test_per_head_cuts_each_leaf_at_its_own_heads(narrow):
+    tree = shapes_of((8, 8), (8, 8), (8, 8))
+    tree["block_1"] = {"attn": dict(tree["block_1"]["attn"])}
+    for layer, name in narrow:
+        tree[f"block_{layer}"]["attn"][name] = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+    planned = plan(tree, rules.per_head(tree, head_dim=2))
+    assert not planned.unused
+    heads = {}
+    for group in planned.groups:
+        if group.fan_out == 2:
+            path = group.members[0].split(":")[0]
+            heads[path] = heads.get(path, 0) + 1
+    assert heads == {
+        f"block_{layer}/attn/{name}/kernel": 2 if (layer, name) in narrow else 4
+        for layer in range(2)
+        for name in NAMES
+    }
