@@ -158,7 +158,7 @@ class Rule:
 
     def _check_coupling(self) -> None:
         given = (self.join,) if isinstance(self.join, str) else self.join
-        if not isinstance(given, tuple) or not set(given) <= {"parts", "heads"}:
+        if not isinstance(given, tuple) or any(part not in ("parts", "heads") for part in given):
             raise ValueError(f'`{self}`: join should be "parts", "heads" or ("parts", "heads").')
         sizes = self.split if isinstance(self.split, tuple) else (1,) * min(self.split, 2)
         if "parts" in given and (len(sizes) == 1 or len(set(sizes)) > 1):
@@ -221,14 +221,14 @@ def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
     The path is `keystr` with "/" between keys, without the keys that boxes add at the end: `value`
     of a Flax variable or partitioned box, `data_array` and the flattened index of a named array.
     These have no siblings: `nnx.Optimizer` shows a variable to `init` and its bare array to
-    `update`, while a dataclass may call its V projection `value`. Leaves that `optax.masked` took
+    `update`, while a dataclass may call its V projection `value`. None and what `optax.masked` took
     out are no leaves here, though still siblings.
     """
 
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
+    def is_absent(node: Any) -> bool:
+        return node is None or isinstance(node, optax.MaskedNode)
 
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_masked)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
     children: dict[tuple, set] = {}
     for keys, _ in flat:
         for depth, key in enumerate(keys):
@@ -242,7 +242,7 @@ def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
 
     paths = []
     for keys, leaf in flat:
-        if is_masked(leaf):
+        if is_absent(leaf):
             continue
         while keys and is_wrapper(keys):
             keys = keys[:-1]

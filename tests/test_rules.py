@@ -173,6 +173,7 @@ jax.tree_util.register_pytree_with_keys(
         (Attention(1, Variable(2)), ["query", "value"]),
         (Attention(optax.MaskedNode(), 2), ["value"]),
         (Attention(1, optax.MaskedNode()), ["query"]),
+        (Attention(None, 2), ["value"]),
         ({"a": None, "b": 1, "c": optax.MaskedNode()}, ["b"]),
         (1, [""]),
         ({}, []),
