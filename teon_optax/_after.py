@@ -11,8 +11,9 @@ import optax
 
 from teon_optax._matrices import Layout
 from teon_optax._plan import plan
-from teon_optax._rules import Rule
-from teon_optax._scaling import ScaleLike, scaling
+from teon_optax._rules import Rule, checked_rules
+from teon_optax._scaling import ScaleLike, check_number, scaling
+from teon_optax._sharding import splittable
 
 _NORMALIZATIONS = ("none", "col", "row", "col_row", "row_col")
 
@@ -39,6 +40,9 @@ def normalize_matrices(
     Returns:
       A stateless `optax.GradientTransformation`.
 
+    Raises:
+      ValueError: If an argument is unknown or, in `update`, rules do not fit the tree.
+
     Examples:
       >>> import optax
       >>> from teon_optax import normalize_matrices, orthogonalize
@@ -46,13 +50,15 @@ def normalize_matrices(
     """
     if normalize not in _NORMALIZATIONS:
         raise ValueError(f"`normalize={normalize!r}` should be one of {_NORMALIZATIONS}.")
+    check_number("eps", eps)
+    rules = None if rules is None else checked_rules(rules)
     factor = scaling(scale)
 
     def normalized(matrix: jax.Array, layout: Layout) -> tuple[jax.Array]:
-        fans = {"row": layout.fan_in, "col": layout.fan_out}
-        fan_in, fan_out = (_count(matrix, axes) for axes in fans.values())
+        fan_in, fan_out = (_count(matrix, axes) for axes in (layout.fan_in, layout.fan_out))
         for kind in normalize.split("_"):
-            matrix = matrix / jnp.sqrt(_square(matrix, fans[kind]) + eps)
+            summed = layout.fan_in if kind == "row" else layout.fan_out
+            matrix = matrix / jnp.sqrt(_square(matrix, summed) + eps)
         square = fan_in if normalize.endswith("col") else fan_out
         return (matrix * jnp.asarray(factor(fan_in, fan_out, 1, square), matrix.dtype),)
 
@@ -82,14 +88,22 @@ def scale_by_normuon(
       eps: Added to what is divided by.
 
     Returns:
-      An `optax.GradientTransformation` with state `optax.ScaleByRmsState(nu)`: one array for each
-      leaf that rules take, in the tree's order.
+      An `optax.GradientTransformation` with state `optax.ScaleByRmsState(nu)`; in `nu`, fan_in has
+      length 1, and `optax.MaskedNode()` stands where rules take no leaf.
+
+    Raises:
+      ValueError: If an argument is out of range or, in `init`, rules do not fit the tree.
 
     Examples:
       >>> import optax
       >>> from teon_optax import orthogonalize, scale_by_normuon
       >>> optimizer = optax.chain(orthogonalize(), scale_by_normuon(), optax.scale(-0.02))
     """
+
+    rules = None if rules is None else checked_rules(rules)
+    check_number("beta2", beta2, below=1)
+    check_number("rms", 1 if rms is None else rms)
+    check_number("eps", eps)
 
     def zero(matrix: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
         return matrix, jnp.zeros_like(_square(matrix, layout.fan_in))
@@ -120,8 +134,7 @@ def add_cautious_weight_decay(
     """Cautious weight decay (arXiv 2510.12402): u <- u + weight_decay I(u x >= 0) x.
 
     Args:
-      weight_decay: As for `optax.add_decayed_weights`.
-      mask: As there.
+      weight_decay, mask: As for `optax.add_decayed_weights`.
 
     Returns:
       An `optax.GradientTransformation`, to stand before `optax.scale_by_learning_rate`.
@@ -133,34 +146,41 @@ def add_cautious_weight_decay(
     """
     decay = optax.add_decayed_weights(weight_decay, mask)
 
-    def agreeing(update: jax.Array, param: jax.Array) -> jax.Array:
+    def agreeing(update: jax.Array | None, param: jax.Array) -> jax.Array | None:
+        if update is None:
+            return None
         # Of signs: the product of two small numbers may be zero.
         agrees = jnp.sign(update) * jnp.sign(param).astype(update.dtype) >= 0
         return jnp.where(agrees, param, jnp.zeros_like(param))
 
     def update_fn(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
-        kept = None if params is None else jax.tree.map(agreeing, updates, params)
-        return decay.update(updates, state, kept)
+        if params is not None:
+            params = jax.tree.map(agreeing, updates, params, is_leaf=lambda leaf: leaf is None)
+        return decay.update(updates, state, params)
 
     return optax.GradientTransformation(decay.init, update_fn)
 
 
-def _each(function: Callable[..., tuple], rules: Any, tree: Any, *more: Any) -> tuple[Any, tuple]:
-    """`function` of leaves that rules take, by fused parts: the tree, and the last it gives."""
+def _each(function: Callable[..., tuple], rules: Any, tree: Any, *more: Any) -> tuple[Any, Any]:
+    """`function` of leaves that rules take, by fused parts: its updates, and its other results."""
     leaves, structure = jax.tree.flatten(tree)
     layouts = {leaf: kind.layout for kind in plan(tree, rules).types for leaf in kind.leaves}
-    last = []
-    for index, *extra in zip(sorted(layouts), *more, strict=True):
-        leaf, layout = leaves[index], layouts[index]
+    others = [structure.flatten_up_to(each) for each in more]
+    last: list[Any] = [optax.MaskedNode()] * len(leaves)
+    for index, layout in layouts.items():
+        leaf, (axis, *_), cuts = leaves[index], layout.fan_out, np.cumsum(layout.sizes)[:-1]
         wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
-        axis, cuts = layout.fan_out[0], np.cumsum(layout.sizes)[:-1]
-        held = [jnp.split(each, cuts, axis) if cuts.size else [each] for each in (wide, *extra)]
-        parts = zip(*held, strict=True)
+        parts = [(wide, *(other[index] for other in others))]
+        if cuts.size:
+            uncut = [splittable(each, axis, layout.sizes) for each in parts[0]]
+            parts = zip(*(jnp.split(each, cuts, axis) for each in uncut), strict=True)
         done = zip(*(function(*part, layout) for part in parts), strict=True)
-        new, *other = (jnp.concatenate(arrays, axis) for arrays in done)
-        leaves[index] = new.astype(leaf.dtype)
-        last += other
-    return structure.unflatten(leaves), tuple(last)
+        new, *other = (jnp.concatenate(each, axis) for each in done)
+        new, own = new.astype(leaf.dtype), jax.typeof(leaf).sharding
+        is_there = jax.typeof(new).sharding.spec == own.spec
+        leaves[index] = new if is_there else jax.sharding.reshard(new, own)
+        last[index : index + len(other)] = other
+    return structure.unflatten(leaves), structure.unflatten(last)
 
 
 def _square(leaf: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -3,10 +3,12 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
+_ARRAYS = jax.Array, np.ndarray, np.number
 ScaleLike = str | jax.typing.ArrayLike
 # (fan_in, fan_out, K, rank) of a group -> factor of its orthogonalized update.
 ScaleFunction = Callable[[int, int, int, int], jax.typing.ArrayLike]
@@ -20,9 +22,7 @@ _SCALES: dict[str, ScaleFunction] = {
 }
 
 
-def _rms(
-    rms: jax.typing.ArrayLike, fan_in: int, fan_out: int, K: int, rank: int
-) -> jax.typing.ArrayLike:
+def _rms(rms: Any, fan_in: int, fan_out: int, K: int, rank: int) -> jax.typing.ArrayLike:
     """A joint factor of full rank has squared norm `rank`, over K fan_in fan_out entries."""
     return rms * math.sqrt(K * fan_in * fan_out / rank)
 
@@ -39,12 +39,16 @@ def scaling(scale: ScaleLike) -> ScaleFunction:
     if isinstance(scale, str):
         if scale in _SCALES:
             return _SCALES[scale]
-    elif isinstance(scale, (int, float)):
-        if 0 < scale < math.inf:
-            return functools.partial(_rms, scale)
-    elif isinstance(scale, (jax.Array, np.ndarray, np.number)):
+    elif 0 < scale < math.inf if isinstance(scale, (int, float)) else isinstance(scale, _ARRAYS):
         return functools.partial(_rms, scale)
     raise ValueError(
         f"`scale={scale!r}` should be 'spectral' (sqrt(fan_out / fan_in), the paper's), 'muon' "
         "(sqrt(max(1, fan_out / fan_in))) or a positive number, the update's root mean square."
     )
+
+
+def check_number(name: str, value: Any, below: float = math.inf) -> None:
+    """Raises unless the argument is a number, at least 0 and less than `below`, or an array."""
+    if not (0 <= value < below if isinstance(value, (int, float)) else isinstance(value, _ARRAYS)):
+        words = f"at least 0 and less than {below}" if below < math.inf else "at least 0"
+        raise ValueError(f"`{name}={value!r}` should be a number, {words}.")

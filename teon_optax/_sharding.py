@@ -18,17 +18,11 @@ _OF_PARAMS = "shardings=jax.tree.map(lambda leaf: leaf.sharding, params)"
 
 
 class Located(NamedTuple):
-    """Where leaves lie.
-
-    Attributes:
-      mesh: Theirs.
-      specs: Of leaves, by position in the tree; None is not known.
-      typed: Whether they are part of the leaves' types (explicit meshes), which operations respect.
-    """
+    """Where leaves lie."""
 
     mesh: Mesh | AbstractMesh
-    specs: Mapping[int, PartitionSpec | None]
-    typed: bool
+    specs: Mapping[int, PartitionSpec | None]  # by position in the tree; None is not known
+    typed: bool  # whether the leaves' types say so (explicit meshes), which operations respect
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -40,8 +34,7 @@ class Located(NamedTuple):
         spec, known = self.specs[index], AxisType.Explicit if self.typed else AxisType.Auto
         if spec is None or set(self.mesh.axis_types) != {known}:
             return None
-        sizes, names = self.sizes, [_names(names) for names in spec]
-        given = [tuple(filter(sizes.__contains__, along)) for along in names]
+        given = [tuple(filter(self.sizes.__contains__, _names(names))) for names in spec]
         return given + [()] * (ndim - len(given))
 
     def gathered(self, index: int, leaf: jax.Array) -> jax.Array:
@@ -78,13 +71,13 @@ def _entered_mesh() -> Mesh | AbstractMesh:
 
 
 def _names(names: Any) -> tuple[str, ...]:
-    return () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    known = () if names is None or names is PartitionSpec.UNCONSTRAINED else names
+    return (known,) if isinstance(known, str) else tuple(known)
 
 
 def _cut_by(spec: Iterable[Any]) -> list[str]:
     """Axes of the mesh that a spec names."""
-    known = (names for names in spec if names is not PartitionSpec.UNCONSTRAINED)
-    return [name for names in known for name in _names(names)]
+    return [name for names in spec for name in _names(names)]
 
 
 class Shardings:
@@ -106,10 +99,10 @@ class Shardings:
 
     def check(self, params: Any, taken: Collection[int]) -> None:
         """Raises what can be known before an update, and notices the absence of shardings."""
+        leaves = leaf_paths(params)
         if self._given is None:
-            self._notice(params, taken)
+            self._notice(leaves, taken)
         else:
-            leaves = leaf_paths(params)
             self._specs(leaves, taken, _mesh_of([leaves[index][1] for index in taken]))
 
     def locate(self, updates: Any, taken: Collection[int]) -> Located | None:
@@ -127,7 +120,7 @@ class Shardings:
             specs = {index: jax.typeof(leaves[index][1]).sharding.spec for index in taken}
             return Located(mesh, specs, typed=True)
         if self._given is None:
-            self._notice(updates, taken)
+            self._notice(leaves, taken)
             return None
         located = self._specs(leaves, taken, mesh)
         bare = [own for own in self._given.values() if isinstance(own, PartitionSpec)]
@@ -190,13 +183,10 @@ class Shardings:
             path = path.rpartition("/")[0]
         return self._given.get(path)
 
-    def _notice(self, tree: Any, taken: Collection[int]) -> None:
+    def _notice(self, leaves: Sequence[Any], taken: Collection[int]) -> None:
         """Warns once of leaves that are cut in a way that a compiled update cannot see."""
-        if self._noticed:
-            return
-        leaves = leaf_paths(tree)
         hidden = [leaves[index] for index in taken if _is_hidden(leaves[index][1])]
-        if hidden:
+        if hidden and not self._noticed:
             self._noticed = True
             path, leaf = hidden[0]
             warnings.warn(
@@ -206,6 +196,16 @@ class Shardings:
                 "mesh with `axis_types=(jax.sharding.AxisType.Explicit, ...)`.",
                 stacklevel=4,
             )
+
+
+def splittable(array: jax.Array, axis: int, sizes: Sequence[int]) -> jax.Array:
+    """The array, whole along an axis that its type (explicit meshes) cuts through such parts."""
+    own = jax.typeof(array).sharding
+    pieces = math.prod(own.mesh.shape[name] for name in _names(own.spec[axis]))
+    if all(size % pieces == 0 for size in sizes):
+        return array
+    spec = PartitionSpec(*own.spec[:axis], None, *own.spec[axis + 1 :])
+    return jax.sharding.reshard(array, NamedSharding(own.mesh, spec))
 
 
 def as_shardings(shardings: Any) -> Shardings:

@@ -14,7 +14,7 @@ from teon_optax._plan import plan
 from teon_optax._polar import check_precision
 from teon_optax._policy import Numerics
 from teon_optax._rules import Rule, checked_rules
-from teon_optax._scaling import ScaleLike, scaling
+from teon_optax._scaling import ScaleLike, check_number, scaling
 from teon_optax._sharding import as_shardings
 
 INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
@@ -127,11 +127,9 @@ def scale_by_teon(
       beta: Decay of the momentum.
       nesterov: Whether to use Nesterov's momentum.
       mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params.
-      method: As for `orthogonalize`.
-      scale: As for `orthogonalize`.
+      method, scale, precision: As for `orthogonalize`.
       shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know
         where the momentum should lie: give it `out_shardings`, or do not compile it.
-      precision: As for `orthogonalize`.
 
     Returns:
       An `optax.GradientTransformation` with state `TeonState(count, mu)`.
@@ -151,9 +149,7 @@ def scale_by_teon(
     transform = orthogonalize(
         rules, method=method, scale=scale, shardings=shardings, precision=precision
     )
-    is_array = isinstance(beta, (np.number, np.ndarray, jax.Array))
-    if not (0 <= beta < 1 if isinstance(beta, (int, float)) else is_array):
-        raise ValueError(f"`beta={beta!r}` should be a number, at least 0 and less than 1.")
+    check_number("beta", beta, below=1)
     mu_dtype = checked_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> TeonState:
@@ -165,7 +161,7 @@ def scale_by_teon(
     ) -> tuple[optax.Updates, TeonState]:
         del params
         count = optax.safe_increment(state.count)
-        wide, mu = _upcast(updates), _upcast(state.mu)
+        wide, mu = (jax.tree.map(_upcast, tree) for tree in (updates, state.mu))
         # As `optax.tree.update_moment`, in fewer operations per leaf.
         mu = optax.tree.add_scale(mu, 1 - beta, optax.tree.sub(wide, mu))
         with jax.numpy_dtype_promotion("standard"):  # a float to the power of a count
@@ -183,14 +179,10 @@ def scale_by_teon(
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _upcast(tree: Any) -> Any:
+def _upcast(leaf: jax.Array) -> jax.Array:
     """In float32 at least: bias correction takes the first float16 gradients out of range."""
-
-    def upcast(leaf: jax.Array) -> jax.Array:
-        wide = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf
-
-    return jax.tree.map(upcast, tree)
+    wide = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf
 
 
 def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:

@@ -69,7 +69,7 @@ IMPORTS = {
     },
     "_diagnostics": {"_batches", "_default_rules", "_matrices", "_plan", "_rules", "_table"},
     "_scaling": set(),
-    "_after": {"_matrices", "_plan", "_rules", "_scaling"},
+    "_after": {"_matrices", "_plan", "_rules", "_scaling", "_sharding"},
     "_transform": {
         "_coefficients",
         "_engine",
