@@ -40,10 +40,8 @@ def teon(
       learning_rate: A number or a schedule.
       rules: As for `orthogonalize`; None means `default_rules(params)`: query, key and value
         projections of two consecutive layers jointly, other hidden matrices alone.
-      beta: As for `scale_by_teon`.
-      nesterov: As for `scale_by_teon`.
-      method: As for `orthogonalize`.
-      scale: As for `orthogonalize`.
+      beta, nesterov: As for `scale_by_teon`.
+      method, scale, shardings, precision: As for `orthogonalize`.
       weight_decay: Strength of the weight decay, multiplied by the learning rate; the default
         fallback's too.
       weight_decay_mask: Tree of booleans (or its prefix, or a function of params that gives it):
@@ -51,8 +49,6 @@ def teon(
       mu_dtype: As for `scale_by_teon`; the default fallback's too.
       fallback: A whole optimizer for the other leaves, learning rate included. None is
         `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`.
-      shardings: As for `orthogonalize`.
-      precision: As for `orthogonalize`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose `update` needs `params`.

@@ -30,6 +30,7 @@ class _Piece(NamedTuple):
 class Batch(NamedTuple):
     """What groups agree in that are orthogonalized as one array."""
 
+    # The first four are a shape, in this order.
     K: int  # of a joint matrix; 1 for slices of a transform
     batch: int
     fan_in: int
@@ -54,11 +55,6 @@ class Batch(NamedTuple):
     def order(self) -> tuple[int, ...]:
         """Transposition of [groups, K, batch, fan_in, fan_out] that flattens to joint matrices."""
         return (0, 2, 3, 1, 4) if self.mode == 2 else (0, 2, 1, 3, 4)
-
-    @property
-    def stacked(self) -> tuple[int, ...]:
-        """Shape before that transposition."""
-        return (-1, self.K, self.batch, self.fan_in, self.fan_out)
 
 
 def in_batches(
@@ -148,13 +144,13 @@ def _gather(
     rows = _concatenate([array.reshape(-1, key.fan_out) for array in layers])
     if key.mix is not None:
         rows = mixed(key.mix, rows.reshape(-1, key.batch * key.fan_in, key.fan_out))
-    return rows.reshape(key.stacked).transpose(key.order).reshape(-1, *key.joint)
+    return rows.reshape(-1, *key[:4]).transpose(key.order).reshape(-1, *key.joint)
 
 
 def _scatter(joint: jax.Array, key: Batch, pieces: Sequence[_Piece]) -> dict[_Piece, jax.Array]:
     """Inverse of `_gather`."""
     order = key.order
-    transposed = joint.reshape([-1, *(key.stacked[axis] for axis in order[1:])])
+    transposed = joint.reshape([-1, *(key[axis - 1] for axis in order[1:])])
     rows = transposed.transpose(np.argsort(order)).reshape(-1, key.fan_out)
     if key.mix is not None:
         matrices = rows.reshape(-1, key.batch * key.fan_in, key.fan_out)

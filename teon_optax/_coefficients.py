@@ -160,6 +160,5 @@ def resolve(method: MethodLike) -> Method | None:
             f"`method={method!r}` should be a name ({names}) or a "
             "non-empty tuple of triples (a, b, c) of finite numbers, one per step."
         )
-    if _tolerates_rounding(triples):
-        return Method(triples)
-    return Method(_safe(triples), margin=_SAFETY)
+    safe = Method(_safe(triples), margin=_SAFETY)
+    return Method(triples) if _tolerates_rounding(triples) else safe

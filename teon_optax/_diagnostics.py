@@ -167,7 +167,7 @@ def _measure(stack: jax.Array, rank: int) -> tuple[tuple, tuple]:
     stack = stack.astype(np.promote_types(stack.dtype, np.float32))
     # Of kernels: the paper's right vectors come first.
     right, singular_values, left = jnp.linalg.svd(stack, full_matrices=False)
-    joint = [jnp.linalg.svd(_joined(stack, axis), compute_uv=False) for axis in (-2, -1)]
+    joint = [jnp.linalg.svd(jnp.concatenate(stack, axis), compute_uv=False) for axis in (-2, -1)]
     ratios = tuple(jnp.sum(singular_values) / jnp.sum(values) for values in joint)
     return ratios, (_overlap(jnp.matrix_transpose(left), rank), _overlap(right, rank))
 
@@ -180,10 +180,6 @@ def _overlap(vectors: jax.Array, rank: int) -> jax.Array:
     """
     leading = vectors[..., :rank]
     K, rank = len(leading), leading.shape[-1]
-    singular_values = jnp.linalg.svd(_joined(leading, -1), compute_uv=False)
+    singular_values = jnp.linalg.svd(jnp.concatenate(leading, axis=-1), compute_uv=False)
     total = jnp.mean(jnp.sum(singular_values**4, axis=-1))
     return jnp.clip((total / (K * rank) - 1) / (K - 1), 0, 1)
-
-
-def _joined(stack: jax.Array, axis: int) -> jax.Array:
-    return jnp.concatenate(list(stack), axis=axis)

@@ -53,7 +53,7 @@ def layout(shape: tuple[int, ...], rule: Rule) -> Layout:
     if "heads" in rule.join:
         batch, heads = (), batch
         if not heads:
-            raise ValueError("dims names the axis of the heads to join, too: leave it out there")
+            raise ValueError("no axis is left for the heads to join: pass dims without theirs")
     sizes = _part_sizes(rule.split, shape[fan_out[0]])
     return Layout(shape, layer, batch, fan_in, fan_out, sizes, heads)
 

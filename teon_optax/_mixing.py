@@ -69,7 +69,8 @@ def _haar(K: int) -> np.ndarray:
     """
     if K == 1:
         return np.ones((1, 1))
-    a, b = K - K // 2, K // 2
-    split = np.concatenate([np.full(a, b), np.full(b, -a)]) / np.sqrt(a * b * K)
-    inner = [np.pad(_haar(a)[1:], ((0, 0), (0, b))), np.pad(_haar(b)[1:], ((0, 0), (a, 0)))]
-    return np.concatenate([np.full((1, K), K**-0.5), split[None], *inner])
+    more, less = K - K // 2, K // 2
+    split = np.repeat([less, -more], [more, less]) / np.sqrt(more * less * K)
+    first, second = ((0, 0), (0, less)), ((0, 0), (more, 0))
+    halves = [np.pad(_haar(more)[1:], first), np.pad(_haar(less)[1:], second)]
+    return np.concatenate([np.full((1, K), K**-0.5), split[None], *halves])

@@ -41,7 +41,7 @@ def place_of(path: str, leaf: int, rule: Rule) -> tuple[str, Place]:
 def _position(name: str, rule: Rule) -> int:
     """Which alternative of `slice` it is; where these are no words, the first, for all names."""
     group = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
-    words = group[1].split("|") if group else []
+    words = re.split(r"(?<!\\)\|", group[1]) if group else []
     fits = (re.fullmatch(word, name, rule.compiled().flags) for word in words)
     return next((index for index, fit in enumerate(fits) if fit), 0)
 
@@ -55,7 +55,7 @@ def problems(found: Mapping[tuple, Sequence[Place]]) -> Iterator[str]:
         shape = f"shape {layout.shape}, taken by `{rule}`"
         for number, layer in itertools.groupby(places, key=lambda place: place.number):
             first, *others = layer
-            missing = siblings[type_path, rule] - {first.sibling, *(o.sibling for o in others)}
+            missing = siblings[type_path, rule] - {place.sibling for place in (first, *others)}
             for a, b in itertools.pairwise([first, *others]):
                 if a.sibling == b.sibling:
                     yield (
@@ -67,5 +67,5 @@ def problems(found: Mapping[tuple, Sequence[Place]]) -> Iterator[str]:
                 yield (
                     f"{first.path!r}, {shape}: its layer has no {names} of its shape and dtype "
                     f"({dtype}) to couple it with: write a rule for each shape, such as one with "
-                    "`(?P<slice>key|value)` and one for queries."
+                    "`(?P<slice>key|value)` and one for queries, or one without `slice`."
                 )
