@@ -101,7 +101,7 @@ def scale_by_normuon(
     """
 
     rules = None if rules is None else checked_rules(rules)
-    check_number("beta2", beta2, below=1)
+    check_number("beta2", beta2, end=1)
     check_number("rms", 1 if rms is None else rms)
     check_number("eps", eps)
 

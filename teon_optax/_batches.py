@@ -28,9 +28,8 @@ class _Piece(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What groups agree in that are orthogonalized as one array."""
+    """What groups agree in that are orthogonalized as one array; first the shape of one."""
 
-    # The first four are a shape, in this order.
     K: int  # of a joint matrix; 1 for slices of a transform
     batch: int
     fan_in: int

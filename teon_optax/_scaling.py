@@ -47,8 +47,7 @@ def scaling(scale: ScaleLike) -> ScaleFunction:
     )
 
 
-def check_number(name: str, value: Any, below: float = math.inf) -> None:
-    """Raises unless the argument is a number, at least 0 and less than `below`, or an array."""
-    if not (0 <= value < below if isinstance(value, (int, float)) else isinstance(value, _ARRAYS)):
-        words = f"at least 0 and less than {below}" if below < math.inf else "at least 0"
-        raise ValueError(f"`{name}={value!r}` should be a number, {words}.")
+def check_number(name: str, value: Any, end: float = math.inf) -> None:
+    """Raises unless the argument is a number, at least 0 and less than `end`, or an array."""
+    if not (0 <= value < end if isinstance(value, (int, float)) else isinstance(value, _ARRAYS)):
+        raise ValueError(f"`{name}={value!r}` should be a number, at least 0 and less than {end}.")

@@ -149,7 +149,7 @@ def scale_by_teon(
     transform = orthogonalize(
         rules, method=method, scale=scale, shardings=shardings, precision=precision
     )
-    check_number("beta", beta, below=1)
+    check_number("beta", beta, end=1)
     mu_dtype = checked_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> TeonState:
