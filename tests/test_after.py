@@ -148,40 +148,34 @@ def test_all_of_them_chain_after_orthogonalize():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
 
 
+def assert_same_on(mesh, specs, rule, shape):
+    """Updates and the second moment, with types that stay."""
+    transform = optax.chain(normalize_matrices([rule]), scale_by_normuon([rule]))
+    tree = {"w": jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)}
+    alone, _ = jax.jit(transform.update)(tree, transform.init(tree))
+    for spec in specs:
+        put = {"w": jax.device_put(tree["w"], NamedSharding(mesh, spec))}
+        with jax.set_mesh(mesh):
+            state = transform.init(put)
+            result, after = jax.jit(transform.update)(put, state)
+        assert jax.tree.map(jax.typeof, (result, after)) == jax.tree.map(jax.typeof, (put, state))
+        np.testing.assert_allclose(result["w"], alone["w"], rtol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("rule", [Rule("w"), Rule("w", split=2)], ids=str)
 def test_what_follows_is_the_same_on_a_mesh(kind, rule):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    transform = optax.chain(normalize_matrices([rule]), scale_by_normuon([rule]))
-    tree = {"w": jnp.asarray(np.random.default_rng(3).normal(size=(8, 16)), jnp.float32)}
-    alone, _ = jax.jit(transform.update)(tree, transform.init(tree))
-    for spec in (P("data", None), P(None, "data")):
-        put = {"w": jax.device_put(tree["w"], NamedSharding(mesh, spec))}
-        with jax.set_mesh(mesh):
-            state = transform.init(put)
-            result, after = jax.jit(transform.update)(put, state)
-        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-        np.testing.assert_allclose(result["w"], alone["w"], rtol=1e-5)
+    assert_same_on(mesh, (P("data", None), P(None, "data")), rule, (8, 16))
 
 
-# Parts that a cut along eight devices goes through, and a cut along one of its two axes.
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [8, (11, 5)], ids=str)
-def test_parts_may_be_cut_anywhere(split):
+def test_a_mesh_may_cut_through_parts(split):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
-    rule = Rule("w", split=split)
-    transform = optax.chain(normalize_matrices([rule]), scale_by_normuon([rule]))
-    tree = {"w": jnp.asarray(np.random.default_rng(5).normal(size=(4, 16)), jnp.float32)}
-    alone, _ = jax.jit(transform.update)(tree, transform.init(tree))
-    for spec in (P(None, ("data", "model")), P("data", "model")):
-        put = {"w": jax.device_put(tree["w"], NamedSharding(mesh, spec))}
-        with jax.set_mesh(mesh):
-            state = transform.init(put)
-            result, after = jax.jit(transform.update)(put, state)
-        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, state)
-        np.testing.assert_allclose(result["w"], alone["w"], rtol=1e-5)
-        assert jax.typeof(result["w"]) == jax.typeof(put["w"])
+    specs = P(None, ("data", "model")), P("data", "model")
+    assert_same_on(mesh, specs, Rule("w", split=split), (4, 16))
 
 
 def test_the_second_moment_mirrors_params():
