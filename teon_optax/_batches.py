@@ -28,7 +28,7 @@ class _Piece(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What groups agree in that are orthogonalized as one array; first the shape of one."""
+    """What groups agree in that are orthogonalized as one array."""
 
     K: int  # of a joint matrix; 1 for slices of a transform
     batch: int
@@ -143,14 +143,15 @@ def _gather(
     rows = _concatenate([array.reshape(-1, key.fan_out) for array in layers])
     if key.mix is not None:
         rows = mixed(key.mix, rows.reshape(-1, key.batch * key.fan_in, key.fan_out))
-    return rows.reshape(-1, *key[:4]).transpose(key.order).reshape(-1, *key.joint)
+    stacked = rows.reshape(-1, key.K, key.batch, key.fan_in, key.fan_out)
+    return stacked.transpose(key.order).reshape(-1, *key.joint)
 
 
 def _scatter(joint: jax.Array, key: Batch, pieces: Sequence[_Piece]) -> dict[_Piece, jax.Array]:
     """Inverse of `_gather`."""
-    order = key.order
-    transposed = joint.reshape([-1, *(key[axis - 1] for axis in order[1:])])
-    rows = transposed.transpose(np.argsort(order)).reshape(-1, key.fan_out)
+    stacked = -1, key.K, key.batch, key.fan_in, key.fan_out
+    transposed = joint.reshape([stacked[axis] for axis in key.order])
+    rows = transposed.transpose(np.argsort(key.order)).reshape(-1, key.fan_out)
     if key.mix is not None:
         matrices = rows.reshape(-1, key.batch * key.fan_in, key.fan_out)
         rows = unmixed(key.mix, matrices).reshape(-1, key.fan_out)
