@@ -99,7 +99,6 @@ def scale_by_normuon(
       >>> from teon_optax import orthogonalize, scale_by_normuon
       >>> optimizer = optax.chain(orthogonalize(), scale_by_normuon(), optax.scale(-0.02))
     """
-
     rules = None if rules is None else checked_rules(rules)
     check_number("beta2", beta2, end=1)
     check_number("rms", 1 if rms is None else rms)
@@ -179,7 +178,7 @@ def _each(function: Callable[..., tuple], rules: Any, tree: Any, *more: Any) -> 
         new, own = new.astype(leaf.dtype), jax.typeof(leaf).sharding
         is_there = jax.typeof(new).sharding.spec == own.spec
         leaves[index] = new if is_there else jax.sharding.reshard(new, own)
-        last[index : index + len(other)] = other
+        (last[index],) = other or [optax.MaskedNode()]
     return structure.unflatten(leaves), structure.unflatten(last)
 
 
