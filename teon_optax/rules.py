@@ -84,11 +84,11 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     Returns:
       As of `paper`.
     """
-    outputs = set(_attention_outputs(params))
-    paths = [leaf.path for leaf in leaves_of(params)]
+    leaves = leaves_of(params)
+    outputs = set(_attention_outputs(leaves))
 
     def edit(rule: Rule) -> Iterable[Rule]:
-        taken = [path for path in paths if rule.search(path)]
+        taken = [leaf.path for leaf in leaves if rule.search(leaf.path)]
         if rule.stack != 1 or outputs.issuperset(taken):
             return [_restacked(rule, stack)]
         some = [path for path in taken if path in outputs]
@@ -155,8 +155,7 @@ def _restacked(rule: Rule, stack: int) -> Rule:
     return dataclasses.replace(rule, stack=stack)
 
 
-def _attention_outputs(params: Any) -> Iterator[str]:
-    leaves = leaves_of(params)
+def _attention_outputs(leaves: Sequence[Leaf]) -> Iterator[str]:
     kinds = names.PROJECTION, names.FUSED
     homes = {leaf.place[0] for leaf in leaves if any(k.fullmatch(leaf.place[1]) for k in kinds)}
     for leaf in leaves:
