@@ -2,8 +2,6 @@
 
 import re
 
-import jax
-import jax.numpy as jnp
 import pytest
 from optax.contrib import MuonDimensionNumbers
 from test_default_rules import FAMILIES, array, nested, shapes
@@ -122,17 +120,15 @@ NAMES = ("query", "key", "value")
 
 def shapes_of(*projections, d=8):
     attention = dict(zip(NAMES, projections, strict=True))
-    leaves = {
-        name: {"kernel": jax.ShapeDtypeStruct(s, jnp.float32)} for name, s in attention.items()
-    }
-    leaves["out"] = {"kernel": jax.ShapeDtypeStruct((d, d), jnp.float32)}
+    leaves = {name: {"kernel": array(*shape)} for name, shape in attention.items()}
+    leaves["out"] = {"kernel": array(d, d)}
     return {f"block_{i}": {"attn": leaves} for i in range(2)}
 
 
 def test_per_head_has_each_head_alone():
     heads = shapes_of((8, 4, 2), (8, 2, 2), (8, 2, 2))
     for block in heads.values():
-        block["attn"]["out"]["kernel"] = jax.ShapeDtypeStruct((4, 2, 8), jnp.float32)
+        block["attn"]["out"]["kernel"] = array(4, 2, 8)
     for tree, arguments in ((heads, {}), (shapes_of((8, 8), (8, 4), (8, 4)), {"head_dim": 2})):
         planned = plan(tree, rules.per_head(tree, **arguments))
         found = {}
@@ -159,7 +155,7 @@ def test_per_head_cuts_each_leaf_at_its_own_heads(narrow):
     tree = shapes_of((8, 8), (8, 8), (8, 8))
     tree["block_1"] = {"attn": dict(tree["block_1"]["attn"])}
     for layer, name in narrow:
-        tree[f"block_{layer}"]["attn"][name] = {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}
+        tree[f"block_{layer}"]["attn"][name] = {"kernel": array(8, 4)}
     planned = plan(tree, rules.per_head(tree, head_dim=2))
     assert not planned.unused
     heads = {}
