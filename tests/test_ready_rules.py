@@ -118,10 +118,10 @@ def test_a_default_rule_is_parted_where_it_takes_more_than_output_projections():
 NAMES = ("query", "key", "value")
 
 
-def shapes_of(*projections, d=8):
+def shapes_of(*projections):
     attention = dict(zip(NAMES, projections, strict=True))
     leaves = {name: {"kernel": array(*shape)} for name, shape in attention.items()}
-    leaves["out"] = {"kernel": array(d, d)}
+    leaves["out"] = {"kernel": array(8, 8)}
     return {f"block_{i}": {"attn": leaves} for i in range(2)}
 
 
