@@ -28,9 +28,9 @@ from benchmarks import results
 from benchmarks.emulation import FORMATS, with_products_in
 from examples import checkpoints, run_folder
 from teon_optax import plan
-from teon_optax._coefficients import resolve
-from teon_optax._polar import orthogonalize_batches
-from teon_optax._policy import Numerics
+from teon_optax._polar.coefficients import resolve
+from teon_optax._polar.newton_schulz import orthogonalize_batches
+from teon_optax._polar.precision import Numerics
 
 METHODS = ("polar_express", "schatten", "jordan", "you")
 PRODUCTS = ("float32", *FORMATS)

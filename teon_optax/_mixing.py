@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from teon_optax._polar import weighted_sums
+from teon_optax._polar.newton_schulz import weighted_sums
 
 
 class Mix(NamedTuple):

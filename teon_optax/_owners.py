@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from teon_optax import _policy
 from teon_optax._batches import Batch, batches, in_batches
 from teon_optax._deal import Block, Entry, Exchange, entry, plan_exchange
 from teon_optax._exchange import (
@@ -20,8 +19,9 @@ from teon_optax._exchange import (
     to_owners,
 )
 from teon_optax._plan import Type
-from teon_optax._polar import orthogonalize_batches, orthogonalize_columns
-from teon_optax._policy import Numerics
+from teon_optax._polar import precision as _policy
+from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
+from teon_optax._polar.precision import Numerics
 from teon_optax._scaling import ScaleFunction
 from teon_optax._sharding import Located
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from teon_optax import _policy
+from teon_optax._polar import precision as _policy
 
 _WIDTH = 100
 _LEAST = 12  # columns for a path, and at most for layers

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from teon_optax._coefficients import MethodLike, resolve
 from teon_optax._engine import orthogonalize_updates
 from teon_optax._plan import plan
-from teon_optax._polar import check_precision
-from teon_optax._policy import Numerics
+from teon_optax._polar.coefficients import MethodLike, resolve
+from teon_optax._polar.newton_schulz import check_precision
+from teon_optax._polar.precision import Numerics
 from teon_optax._rules import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, check_number, scaling
 from teon_optax._sharding import as_shardings

@@ -7,7 +7,7 @@ import oracles
 import pytest
 
 from teon_optax import polar_express
-from teon_optax._coefficients import resolve
+from teon_optax._polar.coefficients import resolve
 
 # arXiv 2505.16932, for lower bound 1e-3.
 PUBLISHED = (

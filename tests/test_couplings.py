@@ -18,7 +18,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from benchmarks.counting import count_products
 from teon_optax import Rule, alignment, orthogonalize, plan, polar_express
-from teon_optax._coefficients import resolve
+from teon_optax._polar.coefficients import resolve
 
 D = MuonDimensionNumbers
 NAMES = ("query", "key", "value")

@@ -16,7 +16,7 @@ from absl.testing import parameterized
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, orthogonalize, polar_express
-from teon_optax._coefficients import resolve
+from teon_optax._polar.coefficients import resolve
 
 D = MuonDimensionNumbers
 # What a polynomial makes of singular values is known exactly, and two steps compile fast.

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, orthogonalize, plan, polar_express, teon
-from teon_optax._coefficients import resolve
+from teon_optax._polar.coefficients import resolve
 
 pytestmark = pytest.mark.slow
 

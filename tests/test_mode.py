@@ -10,7 +10,7 @@ import pytest
 from absl.testing import parameterized
 
 from teon_optax import mode_orthogonalize, polar, polar_express
-from teon_optax._coefficients import resolve
+from teon_optax._polar.coefficients import resolve
 
 EPS = np.finfo(np.float32).eps
 

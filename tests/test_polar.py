@@ -12,7 +12,7 @@ from absl.testing import parameterized
 from oracles import distance, rounding
 
 from teon_optax import polar, polar_express
-from teon_optax._coefficients import resolve
+from teon_optax._polar.coefficients import resolve
 
 POLYNOMIALS = {
     "polar_express": "polar_express",

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teon_optax import _policy
-from teon_optax._coefficients import resolve
+from teon_optax._polar import precision as _policy
+from teon_optax._polar.coefficients import resolve
 
 HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
 LONGEST = {HIGHEST: 5, DEFAULT: 3}

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax import _policy
-from teon_optax._coefficients import Method, Triple
-from teon_optax._policy import Numerics
+from teon_optax._polar import precision as _policy
+from teon_optax._polar.coefficients import Method, Triple
+from teon_optax._polar.precision import Numerics
 
 
 def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:

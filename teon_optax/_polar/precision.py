@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._coefficients import Method
+from teon_optax._polar.coefficients import Method
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 

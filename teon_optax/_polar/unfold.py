@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 
-from teon_optax import _policy
-from teon_optax._coefficients import MethodLike, resolve
-from teon_optax._polar import orthogonalize_batches
-from teon_optax._policy import Numerics
+from teon_optax._polar import precision as _policy
+from teon_optax._polar.coefficients import MethodLike, resolve
+from teon_optax._polar.newton_schulz import orthogonalize_batches
+from teon_optax._polar.precision import Numerics
 
 
 def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:

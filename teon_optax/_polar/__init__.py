@@ -1,0 +1,1 @@
+"""Polar factors of matrices: coefficients, precision, and every product."""
