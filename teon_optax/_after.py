@@ -11,7 +11,7 @@ import optax
 
 from teon_optax._matrices import Layout
 from teon_optax._plan import plan
-from teon_optax._rules import Rule, checked_rules
+from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, check_number, scaling
 from teon_optax._sharding import splittable
 

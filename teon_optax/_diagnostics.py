@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._batches import pieces_of
-from teon_optax._default_rules import default_rules
 from teon_optax._matrices import to_matrices
 from teon_optax._plan import Plan, plan
-from teon_optax._rules import Rule, checked_rules
+from teon_optax._rules.default import default_rules
+from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._table import anonymous, columns, spans
 
 # Of nuclear norms in float32.

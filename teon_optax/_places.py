@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from teon_optax._rules import Rule
+from teon_optax._rules.rule import Rule
 
 
 class Place(NamedTuple):

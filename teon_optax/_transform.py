@@ -13,7 +13,7 @@ from teon_optax._plan import plan
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.newton_schulz import check_precision
 from teon_optax._polar.precision import Numerics
-from teon_optax._rules import Rule, checked_rules
+from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, check_number, scaling
 from teon_optax._sharding import as_shardings
 

@@ -12,11 +12,11 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import _families as names
-from teon_optax._default_rules import default_rules
-from teon_optax._families import Leaf, anywhere, leaves_of, stem
 from teon_optax._matrices import layout
-from teon_optax._rules import Rule, Rules
+from teon_optax._rules import tree as names
+from teon_optax._rules.default import default_rules
+from teon_optax._rules.rule import Rule, Rules
+from teon_optax._rules.tree import Leaf, anywhere, leaves_of, stem
 
 
 def paper(params: Any, first: Sequence[Rule] = ()) -> Rules:

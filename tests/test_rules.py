@@ -12,7 +12,7 @@ from jax.tree_util import FlattenedIndexKey
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule
-from teon_optax._rules import fan_axes, leaf_paths
+from teon_optax._rules.rule import fan_axes, leaf_paths
 
 D = MuonDimensionNumbers
 BLOCK = r"block_(?P<layer>\d+)/"

@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from teon_optax._families import LAYERS, Leaf, anywhere, without_numbers
-from teon_optax._readings import FALLBACK, UNNAMED, Reading, readings
-from teon_optax._rules import Rule, Rules, fan_axes
+from teon_optax._rules.roles import FALLBACK, UNNAMED, Reading, readings
+from teon_optax._rules.rule import Rule, Rules, fan_axes
+from teon_optax._rules.tree import LAYERS, Leaf, anywhere, without_numbers
 
 
 def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:

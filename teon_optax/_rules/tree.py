@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
-from teon_optax._rules import leaf_paths
+from teon_optax._rules.rule import leaf_paths
 
 # What libraries and models call things, torch's q_proj, wq and to_q included.
 # Names are compared whole, after `stem`: `head` is in multi_head_attention, `embed` in embed_proj.

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 from optax.contrib import MuonDimensionNumbers as D
 
-from teon_optax import _families as names
-from teon_optax._families import Leaf, Tree, anywhere, stem
-from teon_optax._rules import fan_axes
+from teon_optax._rules import tree as names
+from teon_optax._rules.rule import fan_axes
+from teon_optax._rules.tree import Leaf, Tree, anywhere, stem
 
 
 class Reading(NamedTuple):

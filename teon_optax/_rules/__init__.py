@@ -1,0 +1,1 @@
+"""Which leaves are orthogonalized, and how: rules, and what a parameter tree shows."""
