@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from teon_optax._matrices import Layout
-from teon_optax._plan import plan
+from teon_optax._groups.layout import Layout
+from teon_optax._groups.plan import plan
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, check_number, scaling
 from teon_optax._sharding import splittable

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 
-from teon_optax._plan import plan
+from teon_optax._groups.plan import plan
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, checked_rules

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
-from teon_optax._matrices import Layout
+from teon_optax._groups.layout import Layout
 
 # Of a mesh: along fan_in and fan_out, or along d and N.
 Axes = tuple[tuple[str, ...], tuple[str, ...]]

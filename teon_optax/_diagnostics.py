@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._batches import pieces_of
-from teon_optax._matrices import to_matrices
-from teon_optax._plan import Plan, plan
+from teon_optax._groups.batching import pieces_of
+from teon_optax._groups.layout import to_matrices
+from teon_optax._groups.plan import Plan, plan
+from teon_optax._groups.report import anonymous, columns, spans
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, checked_rules
-from teon_optax._table import anonymous, columns, spans
 
 # Of nuclear norms in float32.
 _ROUNDING = 1e-5

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from teon_optax._batches import Batch, in_batches
+from teon_optax._groups.batching import Batch, in_batches
+from teon_optax._groups.plan import Plan
 from teon_optax._owners import entries_of, orthogonalize_owned
-from teon_optax._plan import Plan
 from teon_optax._polar import precision as _policy
 from teon_optax._polar.newton_schulz import orthogonalize_batches
 from teon_optax._polar.precision import Numerics

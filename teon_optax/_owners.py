@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from teon_optax._batches import Batch, batches, in_batches
 from teon_optax._deal import Block, Entry, Exchange, entry, plan_exchange
 from teon_optax._exchange import (
     from_owners,
@@ -18,7 +17,8 @@ from teon_optax._exchange import (
     shared_total,
     to_owners,
 )
-from teon_optax._plan import Type
+from teon_optax._groups.batching import Batch, batches, in_batches
+from teon_optax._groups.plan import Type
 from teon_optax._polar import precision as _policy
 from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
 from teon_optax._polar.precision import Numerics

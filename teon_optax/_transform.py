@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from teon_optax._engine import orthogonalize_updates
-from teon_optax._plan import plan
+from teon_optax._groups.plan import plan
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.newton_schulz import check_precision
 from teon_optax._polar.precision import Numerics

@@ -12,7 +12,7 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax._matrices import layout
+from teon_optax._groups.layout import layout
 from teon_optax._rules import tree as names
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, Rules

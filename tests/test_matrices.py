@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule
-from teon_optax._matrices import layout, to_leaf, to_matrices
+from teon_optax._groups.layout import layout, to_leaf, to_matrices
 
 D = MuonDimensionNumbers
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._matrices import to_leaf, to_matrices
+from teon_optax._groups.layout import to_leaf, to_matrices
+from teon_optax._groups.plan import Type, joint_shape
 from teon_optax._mixing import Mix, mixed, slices, unmixed
-from teon_optax._plan import Type, joint_shape
 
 # Axes of the mesh along fan_in and along fan_out.
 Axes = tuple[tuple[str, ...], tuple[str, ...]]

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._matrices import Layout, layout
+from teon_optax._groups.layout import Layout, layout
+from teon_optax._groups.matching import Place, place_of, problems
+from teon_optax._groups.report import as_dict, table
 from teon_optax._mixing import slices
-from teon_optax._places import Place, place_of, problems
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, checked_rules, leaf_paths
-from teon_optax._table import as_dict, table
 
 
 class Type(NamedTuple):

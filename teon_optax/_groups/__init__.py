@@ -1,0 +1,1 @@
+"""Which matrices are orthogonalized together: plans, groups and batches."""
