@@ -13,7 +13,7 @@ from teon_optax._groups.layout import Layout
 from teon_optax._groups.plan import plan
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, check_number, scaling
-from teon_optax._sharding import splittable
+from teon_optax._sharding.placement import splittable
 
 _NORMALIZATIONS = ("none", "col", "row", "col_row", "row_col")
 

@@ -12,7 +12,7 @@ from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike
-from teon_optax._sharding import as_shardings
+from teon_optax._sharding.placement import as_shardings
 from teon_optax._transform import INJECTED, checked_mu_dtype, scale_by_teon
 
 

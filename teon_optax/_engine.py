@@ -9,12 +9,12 @@ import numpy as np
 
 from teon_optax._groups.batching import Batch, in_batches
 from teon_optax._groups.plan import Plan
-from teon_optax._owners import entries_of, orthogonalize_owned
 from teon_optax._polar import precision as _policy
 from teon_optax._polar.newton_schulz import orthogonalize_batches
 from teon_optax._polar.precision import Numerics
 from teon_optax._scaling import ScaleFunction
-from teon_optax._sharding import Shardings
+from teon_optax._sharding.placement import Shardings
+from teon_optax._sharding.sharded import entries_of, orthogonalize_owned
 
 
 def orthogonalize_updates(

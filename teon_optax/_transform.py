@@ -15,7 +15,7 @@ from teon_optax._polar.newton_schulz import check_precision
 from teon_optax._polar.precision import Numerics
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, check_number, scaling
-from teon_optax._sharding import as_shardings
+from teon_optax._sharding.placement import as_shardings
 
 INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
 

@@ -19,13 +19,10 @@ ROOMS = {
     "_scaling": set(),
     "_rules": set(),
     "_groups": {"_mixing", "_polar", "_rules"},
-    "_deal": {"_groups"},
     "_diagnostics": {"_groups", "_rules"},
-    "_exchange": {"_deal"},
-    "_sharding": {"_rules"},
+    "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
     "_after": {"_groups", "_rules", "_scaling", "_sharding"},
-    "_owners": {"_deal", "_exchange", "_groups", "_polar", "_scaling", "_sharding"},
-    "_engine": {"_groups", "_owners", "_polar", "_scaling", "_sharding"},
+    "_engine": {"_groups", "_polar", "_scaling", "_sharding"},
     "_transform": {"_engine", "_groups", "_polar", "_rules", "_scaling", "_sharding"},
     "_alias": {"_groups", "_polar", "_rules", "_scaling", "_sharding", "_transform"},
     "rules": {"_groups", "_rules"},
@@ -150,6 +147,4 @@ COLLECTIVES = {"all_gather", "all_to_all", "axis_index", "pmax", "ppermute", "ps
 def test_meshes_are_known_where_the_exchange_is_only(path):
     tree = parse(path)
     words = {name.split(".")[-1] for name in dotted_names(tree)}
-    assert room(path) in {"_sharding", "_deal", "_owners", "_exchange"} or not words & (
-        MESH | COLLECTIVES
-    )
+    assert room(path) == "_sharding" or not words & (MESH | COLLECTIVES)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._deal import Block, Exchange, Hand, count
+from teon_optax._sharding.assignment import Block, Exchange, Hand, count
 
 
 def to_owners(plan: Exchange, arrays: Sequence[jax.Array]) -> list[jax.Array]:

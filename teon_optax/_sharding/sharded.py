@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from teon_optax._deal import Block, Entry, Exchange, entry, plan_exchange
-from teon_optax._exchange import (
+from teon_optax._groups.batching import Batch, batches, in_batches
+from teon_optax._groups.plan import Type
+from teon_optax._polar import precision as _policy
+from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
+from teon_optax._polar.precision import Numerics
+from teon_optax._scaling import ScaleFunction
+from teon_optax._sharding.assignment import Block, Entry, Exchange, entry, plan_exchange
+from teon_optax._sharding.exchange import (
     from_owners,
     own_branch,
     own_value,
@@ -17,13 +23,7 @@ from teon_optax._exchange import (
     shared_total,
     to_owners,
 )
-from teon_optax._groups.batching import Batch, batches, in_batches
-from teon_optax._groups.plan import Type
-from teon_optax._polar import precision as _policy
-from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
-from teon_optax._polar.precision import Numerics
-from teon_optax._scaling import ScaleFunction
-from teon_optax._sharding import Located
+from teon_optax._sharding.placement import Located
 
 
 def entries_of(types: Iterable[Type], located: Located) -> dict[int, Entry]:
