@@ -3,7 +3,7 @@
 from teon_optax import rules
 from teon_optax._after import add_cautious_weight_decay, normalize_matrices, scale_by_normuon
 from teon_optax._alias import teon
-from teon_optax._diagnostics import Alignment, alignment
+from teon_optax._alignment import Alignment, alignment
 from teon_optax._groups.plan import Group, Plan, plan
 from teon_optax._polar.coefficients import polar_express
 from teon_optax._polar.unfold import mode_orthogonalize, polar

@@ -19,7 +19,7 @@ ROOMS = {
     "_scaling": set(),
     "_rules": set(),
     "_groups": {"_mixing", "_polar", "_rules"},
-    "_diagnostics": {"_groups", "_rules"},
+    "_alignment": {"_groups", "_rules"},
     "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
     "_after": {"_groups", "_rules", "_scaling", "_sharding"},
     "_engine": {"_groups", "_polar", "_scaling", "_sharding"},
