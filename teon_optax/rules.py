@@ -13,10 +13,11 @@ from typing import Any
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax._groups.layout import layout
-from teon_optax._rules import tree as names
+from teon_optax._rules import names
 from teon_optax._rules.default import default_rules
+from teon_optax._rules.names import anywhere, stem
 from teon_optax._rules.rule import Rule, Rules
-from teon_optax._rules.tree import Leaf, anywhere, leaves_of, stem
+from teon_optax._rules.tree import Leaf, leaves_of
 
 
 def paper(params: Any, first: Sequence[Rule] = ()) -> Rules:

@@ -12,7 +12,8 @@ from jax.tree_util import FlattenedIndexKey
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule
-from teon_optax._rules.rule import fan_axes, leaf_paths
+from teon_optax._rules.paths import leaf_paths
+from teon_optax._rules.rule import fan_axes
 
 D = MuonDimensionNumbers
 BLOCK = r"block_(?P<layer>\d+)/"

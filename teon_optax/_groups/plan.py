@@ -12,7 +12,8 @@ from teon_optax._groups.matching import Place, place_of, problems
 from teon_optax._groups.report import as_dict, table
 from teon_optax._mixing import slices
 from teon_optax._rules.default import default_rules
-from teon_optax._rules.rule import Rule, checked_rules, leaf_paths
+from teon_optax._rules.paths import leaf_paths
+from teon_optax._rules.rule import Rule, checked_rules
 
 
 class Type(NamedTuple):

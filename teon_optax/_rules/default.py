@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from teon_optax._rules.names import LAYERS, anywhere
 from teon_optax._rules.roles import FALLBACK, UNNAMED, Reading, readings
 from teon_optax._rules.rule import Rule, Rules, fan_axes
-from teon_optax._rules.tree import LAYERS, Leaf, anywhere, without_numbers
+from teon_optax._rules.tree import Leaf, without_numbers
 
 
 def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 from optax.contrib import MuonDimensionNumbers as D
 
-from teon_optax._rules import tree as names
+from teon_optax._rules import names
+from teon_optax._rules.names import anywhere, stem
 from teon_optax._rules.rule import fan_axes
-from teon_optax._rules.tree import Leaf, Tree, anywhere, stem
+from teon_optax._rules.tree import Leaf, Tree, bias_axis, heads_of, leaves_of, survey
 
 
 class Reading(NamedTuple):
@@ -52,8 +53,8 @@ _OTHERS: dict[int, list[tuple[D | None, int | None]]] = {
 
 def readings(params: Any) -> list[tuple[Leaf, Reading | None]]:
     """Every leaf with its reading, in the tree's order; None for what is no array above 1-D."""
-    leaves = names.leaves_of(params)
-    tree = names.survey(leaves)
+    leaves = leaves_of(params)
+    tree = survey(leaves)
     return [(leaf, _read(leaf, tree) if len(leaf.array_shape) > 1 else None) for leaf in leaves]
 
 
@@ -116,7 +117,7 @@ def _read_unnamed(leaf: Leaf, tree: Tree) -> Reading | None:
 def _out_axis(leaf: Leaf, tree: Tree) -> int | None:
     """The fan_out axis of a matrix, None where it cannot be known."""
     home, role = leaf.place
-    axis = names.bias_axis(leaf, tree)
+    axis = bias_axis(leaf, tree)
     if axis is None and role in ("c_fc", "c_proj"):  # Hugging Face's GPT-2 keeps kernels (out, in)
         attention = f"{home.rpartition('/')[0]}/attn".lstrip("/")
         fused = (tree.weights.get((module, "c_attn")) for module in (home, attention))
@@ -150,7 +151,7 @@ def _fused_axis(leaf: Leaf, tree: Tree, parts: int) -> int | None:
         return None
     partner = tree.weights.get((home, "o" if parts == 3 else "q"))
     sizes = sorted(partner.shape) if partner and len(partner.shape) == 2 else None
-    bias = names.bias_axis(leaf, tree)
+    bias = bias_axis(leaf, tree)
 
     def fits(axis: int) -> bool:
         part, other = leaf.shape[axis] / parts, leaf.shape[1 - axis]
@@ -179,7 +180,7 @@ def _read_projection(leaf: Leaf, tree: Tree) -> Reading | None:
         return None
     if len(leaf.shape) == 2 and (axis := _out_axis(leaf, tree)) is not None:
         return Reading(2, _dims(axis))
-    heads, size = names.heads_of(home, tree)
+    heads, size = heads_of(home, tree)
     if len(leaf.shape) == 3 and leaf.shape[2] == size and heads % leaf.shape[1] == 0:
         return Reading(2, D(0, (1, 2)))
     return _doubt("which axes are heads, layers, fan_in?", _options(leaf, 2))
@@ -211,7 +212,7 @@ def _read_einsum(leaf: Leaf, tree: Tree) -> Reading | None:
 def _read_other(leaf: Leaf, tree: Tree) -> Reading:
     home, role = leaf.place
     rank = len(leaf.shape)
-    is_output = names.OUTPUT.fullmatch(role) and any(names.heads_of(home, tree))
+    is_output = names.OUTPUT.fullmatch(role) and any(heads_of(home, tree))
     if rank == 3 and (is_output or role == "attn_vec_einsum"):
         return Reading(1, D((0, 1), 2))
     if anywhere(names.CONVOLUTION, leaf.keys if rank > 2 else [role]):

@@ -1,0 +1,44 @@
+"""The path of a leaf, which rules are matched against."""
+
+from typing import Any
+
+import jax
+import optax
+from jax.tree_util import FlattenedIndexKey, GetAttrKey
+
+_WRAPPER_ATTRIBUTES = ("value", "data_array")
+
+
+def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
+    """Every leaf with the path that rules are searched in, in the tree's order.
+
+    The path is `keystr` with "/" between keys, without the keys that boxes add at the end: `value`
+    of a Flax variable or partitioned box, `data_array` and the flattened index of a named array.
+    These have no siblings: `nnx.Optimizer` shows a variable to `init` and its bare array to
+    `update`, while a dataclass may call its V projection `value`. None and what `optax.masked` took
+    out are no leaves here, though still siblings.
+    """
+
+    def is_absent(node: Any) -> bool:
+        return node is None or isinstance(node, optax.MaskedNode)
+
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
+    children: dict[tuple, set] = {}
+    for keys, _ in flat:
+        for depth, key in enumerate(keys):
+            children.setdefault(keys[:depth], set()).add(key)
+
+    def is_wrapper(keys: tuple) -> bool:
+        last = keys[-1]
+        is_attribute = isinstance(last, GetAttrKey) and last.name in _WRAPPER_ATTRIBUTES
+        only_child = len(children[keys[:-1]]) == 1
+        return only_child and (is_attribute or isinstance(last, FlattenedIndexKey))
+
+    paths = []
+    for keys, leaf in flat:
+        if is_absent(leaf):
+            continue
+        while keys and is_wrapper(keys):
+            keys = keys[:-1]
+        paths.append((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf))
+    return paths
