@@ -2,14 +2,14 @@
 
 from teon_optax import rules
 from teon_optax._after import add_cautious_weight_decay, normalize_matrices, scale_by_normuon
-from teon_optax._alias import teon
 from teon_optax._alignment import Alignment, alignment
 from teon_optax._groups.plan import Group, Plan, plan
+from teon_optax._orthogonalize import orthogonalize
 from teon_optax._polar.coefficients import polar_express
 from teon_optax._polar.unfold import mode_orthogonalize, polar
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule
-from teon_optax._transform import TeonState, orthogonalize, scale_by_teon
+from teon_optax._teon import TeonState, scale_by_teon, teon
 
 __all__ = [
     "Alignment",

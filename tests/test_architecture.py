@@ -22,9 +22,8 @@ ROOMS = {
     "_alignment": {"_groups", "_rules"},
     "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
     "_after": {"_groups", "_rules", "_scaling", "_sharding"},
-    "_engine": {"_groups", "_polar", "_scaling", "_sharding"},
-    "_transform": {"_engine", "_groups", "_polar", "_rules", "_scaling", "_sharding"},
-    "_alias": {"_groups", "_polar", "_rules", "_scaling", "_sharding", "_transform"},
+    "_orthogonalize": {"_groups", "_polar", "_rules", "_scaling", "_sharding"},
+    "_teon": {"_groups", "_orthogonalize", "_polar", "_rules", "_scaling", "_sharding"},
     "rules": {"_groups", "_rules"},
 }
 PRODUCTS = {"dot", "dot_general", "einsum", "inner", "matmul", "tensordot", "vdot"}

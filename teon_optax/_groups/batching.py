@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._groups.coupling import joint_shape
 from teon_optax._groups.layout import to_leaf, to_matrices
-from teon_optax._groups.plan import Type, joint_shape
+from teon_optax._groups.plan import Type
 from teon_optax._mixing import Mix, mixed, slices, unmixed
 
 # Axes of the mesh along fan_in and along fan_out.

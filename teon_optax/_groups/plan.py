@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._groups.coupling import joint_shape
 from teon_optax._groups.layout import Layout, layout
 from teon_optax._groups.matching import Place, place_of, problems
 from teon_optax._groups.report import as_dict, table
@@ -86,16 +87,6 @@ class Group(NamedTuple):
         """How many polar factors it takes: 1, or K of a transform; of complex ones each is four."""
         found = slices(self.rule.transform, len(self.members))
         return sum(len(rows) * (4 if np.iscomplexobj(rows) else 1) for rows in found) or 1
-
-
-def joint_shape(K: int, fan_in: int, fan_out: int, mode: int) -> tuple[int, int]:
-    """Shape of the mode's unfolding of K matrices (fan_in, fan_out), up to a transposition.
-
-    The paper's W is (fan_out, fan_in), so its mode 1, which shares fan_out, joins kernels along
-    fan_in.
-    """
-    unfoldings = {1: (K * fan_in, fan_out), 2: (fan_in, K * fan_out), 3: (K, fan_in * fan_out)}
-    return unfoldings[mode]
 
 
 class Untouched(NamedTuple):

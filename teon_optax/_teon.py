@@ -1,6 +1,6 @@
-"""The optax transformations: `orthogonalize`, and momentum before it."""
+"""`teon`, the optimizer that users switch to, and `scale_by_teon`, its momentum and its heart."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from teon_optax._engine import orthogonalize_updates
 from teon_optax._groups.plan import plan
-from teon_optax._polar.coefficients import MethodLike, resolve
-from teon_optax._polar.newton_schulz import check_precision
-from teon_optax._polar.precision import Numerics
+from teon_optax._orthogonalize import orthogonalize
+from teon_optax._polar.coefficients import MethodLike
+from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, checked_rules
-from teon_optax._scaling import ScaleLike, check_number, scaling
+from teon_optax._scaling import ScaleLike, check_number
 from teon_optax._sharding.placement import as_shardings
 
 INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
@@ -32,76 +31,121 @@ class TeonState(NamedTuple):
     mu: optax.Updates
 
 
-def orthogonalize(
+def teon(
+    learning_rate: optax.ScalarOrSchedule,
     rules: Iterable[Rule] | None = None,
     *,
+    beta: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
     method: MethodLike = "polar_express",
     scale: ScaleLike = "spectral",
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
+    mu_dtype: jax.typing.DTypeLike | None = None,
+    fallback: optax.GradientTransformation | None = None,
     shardings: Any = None,
     precision: jax.lax.PrecisionLike = None,
-) -> optax.GradientTransformation:
-    """Orthogonalizes what it is given, jointly over groups of layers. Stateless.
+) -> optax.GradientTransformationExtraArgs:
+    """TEON: Muon whose orthogonalization spans a stack of layers.
 
-    Per group of K layers M_1 .. M_K, kernels (fan_in, fan_out), and the mode's joint matrix M = U S
-    V^T:
-
-        update = scale * unfolded(U V^T)
-
-    Leaves that no rule takes pass through.
+    Leaves that `rules` take get `scale_by_teon`, decoupled weight decay and the learning rate; all
+    others get `fallback`. `print(plan(params, rules))` shows which are which.
 
     Args:
-      rules: Which leaves, and which of them together; None means `default_rules` of the tree.
-      method: "polar_express", "schatten", "jordan", "you", "svd", or a tuple of coefficients; see
-        `polar`.
-      scale: "spectral" is sqrt(fan_out / fan_in), "muon" sqrt(max(1, fan_out / fan_in)), and a
-        number the root mean square of the update, whatever its shape and K. fan_in and fan_out are
-        one layer's.
-      shardings: How leaves lie on the mesh: a tree, or its prefix, of `PartitionSpec` or
-        `NamedSharding`, such as `jax.tree.map(lambda leaf: leaf.sharding, params)`. Groups then go
-        whole to the devices that orthogonalize them and come back, as fast as two all-to-alls go.
-        Not needed on meshes of type Explicit, where types say how leaves lie, nor on one device. A
-        wrong sharding costs time only.
-      precision: Of every product (`jax.lax.PrecisionLike`). None computes in float32 on CPU, and
-        with one-pass products, made accurate by the way they are used, on TPU and GPU.
+      learning_rate: A number or a schedule.
+      rules: As for `orthogonalize`; None means `default_rules(params)`: query, key and value
+        projections of two consecutive layers jointly, other hidden matrices alone.
+      beta, nesterov: As for `scale_by_teon`.
+      method, scale, shardings, precision: As for `orthogonalize`.
+      weight_decay: Strength of the weight decay, multiplied by the learning rate; the default
+        fallback's too.
+      weight_decay_mask: Tree of booleans (or its prefix, or a function of params that gives it):
+        where to decay.
+      mu_dtype: As for `scale_by_teon`; the default fallback's too.
+      fallback: A whole optimizer for the other leaves, learning rate included. None is
+        `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`.
 
     Returns:
-      An `optax.GradientTransformation`. Updates keep their dtypes.
+      An `optax.GradientTransformationExtraArgs` whose `update` needs `params`.
 
     Raises:
       ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
 
     Examples:
-      The paper's recipe, from parts of optax:
-
-      >>> import optax
-      >>> from teon_optax import orthogonalize
-      >>> optimizer = optax.chain(
-      ...     optax.trace(0.95, nesterov=True),
-      ...     orthogonalize(),
-      ...     optax.add_decayed_weights(0.1),
-      ...     optax.scale_by_learning_rate(0.01),
-      ... )
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from teon_optax import teon
+      >>> params = {f"block_{i}": {"query": {"kernel": jnp.eye(4)}} for i in range(2)}
+      >>> optimizer = teon(0.02, weight_decay=0.1)
+      >>> state = optimizer.init(params)
+      >>> gradients = jax.tree.map(jnp.ones_like, params)
+      >>> updates, state = optimizer.update(gradients, state, params)
+      >>> params = optax.apply_updates(params, updates)
 
     References:
-      TEON, arXiv 2601.23261, algorithm 1.
+      TEON, arXiv 2601.23261.
     """
     rules = None if rules is None else checked_rules(rules)
-    placement = as_shardings(shardings)
-    numerics, scale_function = Numerics(resolve(method), precision), scaling(scale)
-    check_precision(precision)
+    mu_dtype = checked_mu_dtype(mu_dtype)
+    if isinstance(weight_decay_mask, (bool, np.ndarray, jax.Array)):
+        raise ValueError(
+            f"`weight_decay_mask={weight_decay_mask!r}` should be a tree of booleans or a function "
+            f"of params; {INJECTED}."
+        )
+    if fallback is None:
+        fallback = optax.adamw(
+            learning_rate,
+            0.9,
+            0.95,
+            weight_decay=weight_decay,
+            mask=weight_decay_mask,
+            mu_dtype=mu_dtype,
+        )
+    elif not isinstance(fallback, optax.GradientTransformation):
+        raise ValueError(
+            f"`fallback={fallback!r}` should be an optimizer, such as `optax.adamw(1e-3)`."
+        )
 
-    def init_fn(params: optax.Params) -> optax.EmptyState:
-        placement.check(params, plan(params, rules).taken)
-        return optax.EmptyState()
+    placement = as_shardings(shardings)
+
+    def transform(tree_rules: tuple[Rule, ...] | None) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_teon(
+                tree_rules,
+                beta=beta,
+                nesterov=nesterov,
+                mu_dtype=mu_dtype,
+                method=method,
+                scale=scale,
+                shardings=placement,
+                precision=precision,
+            ),
+            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            optax.scale_by_learning_rate(learning_rate),
+        )
+
+    transform(rules)  # for its checks of the arguments, before any tree is seen
+
+    def partitioned(tree: Any) -> optax.GradientTransformationExtraArgs:
+        # Default rules need the whole tree: what is an embedding tells what is a head.
+        tree_rules = default_rules(tree) if rules is None else rules
+        taken = plan(tree, tree_rules).taken
+        leaves, structure = jax.tree.flatten(tree)
+        labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]
+        # A function: Optax would call labels that are callable, as Equinox's models are.
+        return optax.partition(
+            {"teon": transform(tree_rules), "fallback": fallback},
+            lambda _: structure.unflatten(labels),
+        )
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        return partitioned(params).init(params)
 
     def update_fn(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+        updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        planned = plan(updates, rules)
-        return orthogonalize_updates(updates, planned, numerics, scale_function, placement), state
+        return partitioned(updates).update(updates, state, params, **extra_args)
 
-    return optax.GradientTransformation(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def scale_by_teon(

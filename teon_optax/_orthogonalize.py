@@ -1,0 +1,141 @@
+"""`orthogonalize`: a plan and updates become updates."""
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from teon_optax._groups.batching import Batch, in_batches
+from teon_optax._groups.plan import Plan, plan
+from teon_optax._polar import precision as _policy
+from teon_optax._polar.coefficients import MethodLike, resolve
+from teon_optax._polar.newton_schulz import check_precision, orthogonalize_batches
+from teon_optax._polar.precision import Numerics
+from teon_optax._rules.rule import Rule, checked_rules
+from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
+from teon_optax._sharding.placement import Shardings, as_shardings
+from teon_optax._sharding.sharded import entries_of, orthogonalize_owned
+
+
+def orthogonalize(
+    rules: Iterable[Rule] | None = None,
+    *,
+    method: MethodLike = "polar_express",
+    scale: ScaleLike = "spectral",
+    shardings: Any = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> optax.GradientTransformation:
+    """Orthogonalizes what it is given, jointly over groups of layers. Stateless.
+
+    Per group of K layers M_1 .. M_K, kernels (fan_in, fan_out), and the mode's joint matrix M = U S
+    V^T:
+
+        update = scale * unfolded(U V^T)
+
+    Leaves that no rule takes pass through.
+
+    Args:
+      rules: Which leaves, and which of them together; None means `default_rules` of the tree.
+      method: "polar_express", "schatten", "jordan", "you", "svd", or a tuple of coefficients; see
+        `polar`.
+      scale: "spectral" is sqrt(fan_out / fan_in), "muon" sqrt(max(1, fan_out / fan_in)), and a
+        number the root mean square of the update, whatever its shape and K. fan_in and fan_out are
+        one layer's.
+      shardings: How leaves lie on the mesh: a tree, or its prefix, of `PartitionSpec` or
+        `NamedSharding`, such as `jax.tree.map(lambda leaf: leaf.sharding, params)`. Groups then go
+        whole to the devices that orthogonalize them and come back, as fast as two all-to-alls go.
+        Not needed on meshes of type Explicit, where types say how leaves lie, nor on one device. A
+        wrong sharding costs time only.
+      precision: Of every product (`jax.lax.PrecisionLike`). None computes in float32 on CPU, and
+        with one-pass products, made accurate by the way they are used, on TPU and GPU.
+
+    Returns:
+      An `optax.GradientTransformation`. Updates keep their dtypes.
+
+    Raises:
+      ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
+
+    Examples:
+      The paper's recipe, from parts of optax:
+
+      >>> import optax
+      >>> from teon_optax import orthogonalize
+      >>> optimizer = optax.chain(
+      ...     optax.trace(0.95, nesterov=True),
+      ...     orthogonalize(),
+      ...     optax.add_decayed_weights(0.1),
+      ...     optax.scale_by_learning_rate(0.01),
+      ... )
+
+    References:
+      TEON, arXiv 2601.23261, algorithm 1.
+    """
+    rules = None if rules is None else checked_rules(rules)
+    placement = as_shardings(shardings)
+    numerics, scale_function = Numerics(resolve(method), precision), scaling(scale)
+    check_precision(precision)
+
+    def init_fn(params: optax.Params) -> optax.EmptyState:
+        placement.check(params, plan(params, rules).taken)
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        planned = plan(updates, rules)
+        return orthogonalize_updates(updates, planned, numerics, scale_function, placement), state
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def orthogonalize_updates(
+    updates: Any, plan: Plan, numerics: Numerics, scale: ScaleFunction, shardings: Shardings
+) -> Any:
+    """Replaces every leaf in the plan's groups by its orthogonalized and scaled update.
+
+    Args:
+      updates: The tree that the plan was made for.
+      plan: Which matrices are orthogonalized together.
+      numerics: Of every product.
+      scale: Factor for a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
+      shardings: Where leaves lie.
+    """
+    leaves, structure = jax.tree.flatten(updates)
+    taken = {leaf: leaves[leaf] for kind in plan.types for leaf in kind.leaves}
+    here = functools.partial(_here, numerics=numerics, scale=scale)
+    located = shardings.locate(updates, taken)
+    if located is None:
+        done = in_batches(taken, plan.types, here)
+    else:
+        entries = entries_of(plan.types, located)
+        left = [kind for kind in plan.types if kind.leaves[0] not in entries]
+        whole = {leaf: located.gathered(leaf, taken[leaf]) for kind in left for leaf in kind.leaves}
+        done = in_batches(whole, left, here)
+        done |= orthogonalize_owned(taken, plan.types, entries, located, numerics, scale)
+        done = {leaf: located.returned(leaf, update) for leaf, update in done.items()}
+    for leaf, update in done.items():
+        leaves[leaf] = update
+    return structure.unflatten(leaves)
+
+
+def _here(
+    joint: Mapping[Batch, jax.Array], numerics: Numerics, scale: ScaleFunction
+) -> dict[Batch, jax.Array]:
+    """Scaled polar factors of batches that are whole on every device.
+
+    Those that agree in d, dtype and cut share a polynomial.
+    """
+    buckets: dict[tuple, list[Batch]] = {}
+    for key in joint:
+        used, dtype = numerics.of(key.dtype), np.promote_types(key.dtype, np.float32)
+        buckets.setdefault((min(key.joint), dtype, used, used.cut(*key.joint)), []).append(key)
+    done, budget = {}, _policy.budget(jax.default_backend())
+    for (_, _, used, cut), keys in buckets.items():
+        scales = [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in keys]
+        results = orthogonalize_batches([joint[key] for key in keys], scales, used, cut, budget)
+        done |= zip(keys, results, strict=True)
+    return done
