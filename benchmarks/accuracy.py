@@ -1,4 +1,4 @@
-r"""How orthogonal an update is: by method, format of the products, cut, and spectrum.
+r"""How orthogonal an update is: by method, format of the products, restarts, and spectrum.
 
     python -m benchmarks.accuracy                                    # made-up spectra alone
     python -m examples.train_gpt --out runs/tiny-teon
@@ -38,7 +38,7 @@ PRODUCTS = ("float32", *FORMATS)
 KEPT = 0.03
 RATIOS = (1, 2)
 MATRICES = 4
-CUTS = ("policy", "direct", "whole")
+RESTARTS = ("default", "direct", "whole")
 SHOWN = ("largest", "kept", "rms")
 
 
@@ -139,23 +139,25 @@ def describe(spectrum: Sequence[Inputs]) -> dict[str, Any]:
 def measure(
     spectra: Mapping[str, list[Inputs]], methods: Sequence[str], formats: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each method, format and cut; figures for each spectrum."""
+    """A row for each method, format and restarts; figures for each spectrum."""
     rows = []
     for method, products in itertools.product(methods, formats):
-        # Exact products tolerate any cut; bf16, the coarsest, shows what the policy's is for.
-        for cut in CUTS if products == "bf16" else CUTS[:1]:
-            row: dict[str, Any] = {"method": method, "products": products, "cut": cut}
+        # Exact products tolerate any restarts; bf16, the coarsest, shows what the default is for.
+        for restarts in RESTARTS if products == "bf16" else RESTARTS[:1]:
+            row: dict[str, Any] = {"method": method, "products": products, "restarts": restarts}
             for name, spectrum in spectra.items():
-                row[name] = errors(spectrum, method, products, cut)
+                row[name] = errors(spectrum, method, products, restarts)
             rows.append(row)
     return rows
 
 
-def errors(spectrum: Sequence[Inputs], method: str, products: str, cut: str) -> dict[str, float]:
+def errors(
+    spectrum: Sequence[Inputs], method: str, products: str, restarts: str
+) -> dict[str, float]:
     """`largest` and `kept` are the worst over all matrices, `rms` and `distance` their means."""
     largest, kept, squares, distances = 0.0, np.inf, [], []
     for M, singular_values in spectrum:
-        X = orthogonalized(M, method, products, cut)
+        X = orthogonalized(M, method, products, restarts)
         if not np.isfinite(X).all():
             return dict.fromkeys((*SHOWN, "distance"), float("inf"))
         s = np.linalg.svd(X, compute_uv=False)
@@ -173,46 +175,47 @@ def errors(spectrum: Sequence[Inputs], method: str, products: str, cut: str) -> 
     }
 
 
-def orthogonalized(matrices: np.ndarray, method: str, products: str, cut: str) -> np.ndarray:
+def orthogonalized(matrices: np.ndarray, method: str, products: str, restarts: str) -> np.ndarray:
     """What the library makes of them, with its products rounded to a format."""
-    function = polynomial(method, products, steps_of(method, matrices.shape[1:], products, cut))
+    steps = steps_of(method, matrices.shape[1:], products, restarts)
+    function = polynomial(method, products, steps)
     return np.asarray(function(jnp.float32(matrices)), np.float64)
 
 
-def steps_of(method: str, shape: Sequence[int], products: str, cut: str) -> tuple[int, ...]:
-    """The policy's cut, or one of the two ends: every step direct, all in one segment."""
+def steps_of(method: str, shape: Sequence[int], products: str, restarts: str) -> tuple[int, ...]:
+    """The default restarts, or one of the two ends: every step direct, all in one segment."""
     m, n = shape
-    policy = Numerics(resolve(method), precision(products)).cut(m, n)
-    return {"policy": policy, "direct": (1,) * sum(policy), "whole": (sum(policy),)}[cut]
+    default = Numerics(resolve(method), precision(products)).restarts(m, n)
+    return {"default": default, "direct": (1,) * sum(default), "whole": (sum(default),)}[restarts]
 
 
 def precision(products: str) -> jax.lax.Precision:
-    """What the policy asks for where products are computed like this."""
+    """What the default precision is where products are computed like this."""
     return jax.lax.Precision.HIGHEST if products == "float32" else jax.lax.Precision.DEFAULT
 
 
 @functools.cache
 def polynomial(
-    method: str, products: str, cut: tuple[int, ...]
+    method: str, products: str, restarts: tuple[int, ...]
 ) -> Callable[[jax.Array], jax.Array]:
     """The library's own function of a batch of matrices, compiled once for each shape."""
 
     def run(batch: jax.Array) -> jax.Array:
         numerics = Numerics(resolve(method), precision(products))
-        (result,) = orthogonalize_batches([batch], [1.0], numerics, cut, batch.nbytes)
+        (result,) = orthogonalize_batches([batch], [1.0], numerics, restarts, batch.nbytes)
         return result
 
     return jax.jit(run if products == "float32" else with_products_in(products, run))
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row for each method, format and cut: largest / smallest kept / RMS of |sigma - 1|."""
+    """A row for each method, format and restarts: largest / smallest kept / RMS of |sigma - 1|."""
     names = list(record["spectra"])
     rows = []
     for row in record["rows"]:
         cells = [" / ".join(f"{row[name][figure]:.3g}" for figure in SHOWN) for name in names]
-        rows.append([row["method"], row["products"], row["cut"], *cells])
-    header = ["method", "products", "cut", *names]
+        rows.append([row["method"], row["products"], row["restarts"], *cells])
+    header = ["method", "products", "restarts", *names]
     notes = [
         f"{name}: {sum(shape[0] for shape in about['matrices'])} matrices, "
         f"{about['above 3e-2']:.0%} of the singular values above 3e-2 of the largest, "
@@ -234,7 +237,7 @@ def plot(
     for axes, (name, spectrum) in zip(panels, spectra.items(), strict=True):
         M, singular_values = spectrum[-1]
         for method, products in itertools.product(methods, shown):
-            after = np.linalg.svd(orthogonalized(M, method, products, "policy"), compute_uv=False)
+            after = np.linalg.svd(orthogonalized(M, method, products, "default"), compute_uv=False)
             axes.plot(
                 singular_values[0] / singular_values[0, 0],
                 after[0],

@@ -13,11 +13,12 @@ from optax.contrib import MuonDimensionNumbers
 
 from benchmarks.counting import count_products
 from benchmarks.emulation import with_products_in
-from teon_optax import Rule, _policy, orthogonalize, polar, teon
+from teon_optax import Rule, orthogonalize, polar, teon
+from teon_optax._polar.precision import chunk_bytes
 
 pytestmark = pytest.mark.slow
 
-# What a policy is asked for, and what a one-pass product of that device multiplies.
+# A backend, and what a one-pass product of that device multiplies.
 DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]
 METHODS = ["polar_express", "schatten"]
 LARGEST = {"polar_express": 1.3, "schatten": 1.15}
@@ -216,11 +217,11 @@ def test_memory_does_not_grow_with_the_number_of_experts():
     few, many = of_experts(64), of_experts(256)
     assert many <= 1.01 * few
     # A chunk, and what is made of it: Gram matrices, factors.
-    assert many <= 4 * _policy.budget("cpu")
+    assert many <= 4 * chunk_bytes("cpu")
 
 
 @pytest.mark.parametrize("depth", [4, 16])
 def test_memory_is_a_copy_of_the_gradients_and_a_few_chunks(depth):
     params = gpt(depth, 128)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    assert temporary_bytes(RULES, params) <= 1.1 * size + 4 * _policy.budget("cpu")
+    assert temporary_bytes(RULES, params) <= 1.1 * size + 4 * chunk_bytes("cpu")

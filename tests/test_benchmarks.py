@@ -138,10 +138,10 @@ def test_accuracy_writes_json_table_and_plot(tmp_path):
     accuracy.main([*flags, "--momentum", momentum, "--out", str(tmp_path)])
     record = json.loads((tmp_path / "accuracy.json").read_text())
     assert record["spectra"]["momentum"]["matrices"] == [[1, 16, 8]]
-    assert [row["cut"] for row in record["rows"]] == ["policy", "direct", "whole"]
-    policy = record["rows"][0]["gaussian"]
-    assert 0.8 < policy["kept"] < policy["largest"] < 1.15
-    assert "| schatten | bf16 | policy |" in (tmp_path / "accuracy.md").read_text()
+    assert [row["restarts"] for row in record["rows"]] == ["default", "direct", "whole"]
+    default = record["rows"][0]["gaussian"]
+    assert 0.8 < default["kept"] < default["largest"] < 1.15
+    assert "| schatten | bf16 | default |" in (tmp_path / "accuracy.md").read_text()
     assert (tmp_path / "accuracy.png").exists()
 
 

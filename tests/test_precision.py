@@ -1,4 +1,4 @@
-"""How a polar factor is computed: the table of precisions, cuts and chunks."""
+"""How a polar factor is computed: the precision, restarts and chunks."""
 
 from unittest import mock
 
@@ -8,8 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teon_optax._polar import precision as _policy
 from teon_optax._polar.coefficients import resolve
+from teon_optax._polar.precision import (
+    Numerics,
+    chunk_bytes,
+    chunk_size,
+    default_precision,
+    restarts,
+    shrinkage,
+)
 
 HIGHEST, DEFAULT = jax.lax.Precision.HIGHEST, jax.lax.Precision.DEFAULT
 LONGEST = {HIGHEST: 5, DEFAULT: 3}
@@ -27,7 +34,7 @@ LONGEST = {HIGHEST: 5, DEFAULT: 3}
     ],
 )
 def test_products_are_exact_on_cpu_and_in_float64_and_one_pass_elsewhere(backend, dtype, precision):
-    assert _policy.products(backend, jnp.dtype(dtype)) == precision
+    assert default_precision(backend, jnp.dtype(dtype)) == precision
 
 
 @pytest.mark.parametrize("backend", ["cpu", "tpu", "gpu"])
@@ -35,22 +42,22 @@ def test_products_are_exact_on_cpu_and_in_float64_and_one_pass_elsewhere(backend
 def test_a_precision_that_is_given_stays_and_none_is_chosen_by_dtype(backend, dtype):
     real = jnp.finfo(dtype).dtype
     with mock.patch.object(jax, "default_backend", lambda: backend):
-        chosen = _policy.Numerics(None).of(jnp.dtype(dtype)).precision
-        given = _policy.Numerics(None, DEFAULT).of(jnp.dtype(dtype)).precision
-    assert (chosen, given) == (_policy.products(backend, real), DEFAULT)
+        chosen = Numerics(None).of(jnp.dtype(dtype)).precision
+        given = Numerics(None, DEFAULT).of(jnp.dtype(dtype)).precision
+    assert (chosen, given) == (default_precision(backend, real), DEFAULT)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_dtypes_are_computed_as_float32(dtype):
-    assert _policy.Numerics(None).of(jnp.dtype(dtype)) == _policy.Numerics(None, HIGHEST)
+    assert Numerics(None).of(jnp.dtype(dtype)) == Numerics(None, HIGHEST)
 
 
 @pytest.mark.parametrize("shape", [(4, 10), (10, 4)], ids=str)
-def test_numerics_cut_their_polynomial_by_shape_and_not_the_svd(shape):
+def test_numerics_restart_their_polynomial_by_shape_and_not_the_svd(shape):
     polynomial = resolve([(1.5, -0.5, 0.0)] * 5)
-    assert _policy.Numerics(polynomial, DEFAULT).cut(*shape) == (2, 3)
-    assert _policy.Numerics(polynomial, HIGHEST).cut(*shape) == (5,)
-    assert _policy.Numerics(None, HIGHEST).cut(*shape) == ()
+    assert Numerics(polynomial, DEFAULT).restarts(*shape) == (2, 3)
+    assert Numerics(polynomial, HIGHEST).restarts(*shape) == (5,)
+    assert Numerics(None, HIGHEST).restarts(*shape) == ()
 
 
 @pytest.mark.parametrize(
@@ -69,49 +76,49 @@ def test_numerics_cut_their_polynomial_by_shape_and_not_the_svd(shape):
         (12, (4, 4, 4), (2, 2, 2, 2, 2, 2)),
     ],
 )
-def test_cut_of_long_matrices(steps, exact, one_pass):
-    assert _policy.cut(steps, 2.0, HIGHEST) == exact
-    assert _policy.cut(steps, 2.0, DEFAULT) == one_pass
+def test_restarts_of_long_matrices(steps, exact, one_pass):
+    assert restarts(steps, 2.0, HIGHEST) == exact
+    assert restarts(steps, 2.0, DEFAULT) == one_pass
 
 
 @pytest.mark.parametrize(("steps", "segments"), [(3, (2, 1)), (4, (2, 2)), (5, (2, 3))])
 def test_one_pass_products_of_longer_matrices_join_an_odd_step_to_the_last(steps, segments):
     """There a segment more costs more than the accuracy that it brings."""
-    assert _policy.cut(steps, 4.0, DEFAULT) == segments
+    assert restarts(steps, 4.0, DEFAULT) == segments
 
 
 def test_matrices_get_room_after_a_rounded_segment_of_several_steps_alone():
-    assert _policy.room(2, DEFAULT) > 1
-    assert _policy.room(1, DEFAULT) == _policy.room(5, HIGHEST) == 1
+    assert shrinkage(2, DEFAULT) > 1
+    assert shrinkage(1, DEFAULT) == shrinkage(5, HIGHEST) == 1
 
 
 @pytest.mark.parametrize("precision", [HIGHEST, DEFAULT], ids=str)
 @pytest.mark.parametrize("steps", [1, 4, 5, 12])
 def test_nearly_square_matrices_take_the_direct_form(steps, precision):
-    assert _policy.cut(steps, 1.0, precision) == (1,) * steps
-    assert _policy.cut(steps, 1.499, precision) == (1,) * steps
+    assert restarts(steps, 1.0, precision) == (1,) * steps
+    assert restarts(steps, 1.499, precision) == (1,) * steps
 
 
 @pytest.mark.parametrize("precision", [HIGHEST, DEFAULT], ids=str)
 def test_from_a_joint_length_of_one_and_a_half_gram_matrices_are_cheaper(precision):
-    assert len(_policy.cut(5, 1.5, precision)) < 5
+    assert len(restarts(5, 1.5, precision)) < 5
 
 
 @pytest.mark.parametrize("precision", ["highest", "float32"])
-def test_other_names_of_exact_products_take_the_same_cut(precision):
-    assert _policy.cut(5, 2.0, precision) == (5,)
+def test_other_names_of_exact_products_take_the_same_restarts(precision):
+    assert restarts(5, 2.0, precision) == (5,)
 
 
 @pytest.mark.parametrize(
     "precision", [None, "default", "bfloat16", "high", jax.lax.Precision.HIGH, "tensorfloat32"]
 )
-def test_any_other_precision_takes_the_cut_of_one_pass(precision):
-    assert _policy.cut(5, 2.0, precision) == (2, 1, 2)
+def test_any_other_precision_takes_the_restarts_of_one_pass(precision):
+    assert restarts(5, 2.0, precision) == (2, 1, 2)
 
 
 @given(st.integers(1, 60), st.floats(1, 100), st.sampled_from([HIGHEST, DEFAULT]))
 def test_segments_sum_to_the_steps_and_are_never_too_long(steps, ratio, precision):
-    segments = _policy.cut(steps, ratio, precision)
+    segments = restarts(steps, ratio, precision)
     assert sum(segments) == steps
     assert 1 <= min(segments) and max(segments) <= LONGEST[precision]
 
@@ -119,25 +126,25 @@ def test_segments_sum_to_the_steps_and_are_never_too_long(steps, ratio, precisio
 @given(st.integers(1, 60))
 def test_no_segment_of_exact_products_is_longer_than_the_first(steps):
     """What the last segment cannot correct, it keeps."""
-    segments = _policy.cut(steps, 2.0, HIGHEST)
+    segments = restarts(steps, 2.0, HIGHEST)
     assert max(segments) == segments[0] and min(segments) == segments[-1]
 
 
 @given(st.integers(1, 500), st.integers(0, 600))
 def test_a_chunk_is_the_largest_divisor_in_reach(count, most):
-    size = _policy.chunk(count, most)
+    size = chunk_size(count, most)
     limit = max(1, min(most, count))
     in_reach = [d for d in range(1, limit + 1) if count % d == 0 and d > limit / 2]
     assert size == max(in_reach, default=limit)
 
 
 def test_everything_is_one_chunk_where_it_fits():
-    assert _policy.chunk(24, 24) == _policy.chunk(24, 1000) == 24
+    assert chunk_size(24, 24) == chunk_size(24, 1000) == 24
 
 
 def test_one_matrix_is_taken_at_a_time_where_none_fits():
-    assert _policy.chunk(24, 0) == 1
+    assert chunk_size(24, 0) == 1
 
 
 def test_a_cpu_works_on_what_its_cache_holds_and_an_accelerator_on_more():
-    assert _policy.budget("cpu") < _policy.budget("tpu") == _policy.budget("gpu")
+    assert chunk_bytes("cpu") < chunk_bytes("tpu") == chunk_bytes("gpu")

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from teon_optax._polar import precision as _policy
+from teon_optax._polar.coefficients import resolve
+from teon_optax._polar.precision import Numerics, product_count
 
 _WIDTH = 100
 _LEAST = 12  # columns for a path, and at most for layers
@@ -118,12 +119,15 @@ def _size(group: Any) -> int:
 def _flops(groups: Sequence[Any]) -> tuple[int, int]:
     """Of the matrix products of an update, and of those of Muon, which takes each matrix alone."""
 
-    def products(shape: tuple[int, int], cut: tuple[int, ...] | None = None) -> float:
+    def products(shape: tuple[int, int], restarts: tuple[int, ...]) -> float:
         d, ratio = min(shape), max(shape) / min(shape)
-        return 2 * d**3 * _policy.cost(cut or _policy.cut(_STEPS, ratio, precision), ratio)
+        return 2 * d**3 * product_count(restarts, ratio)
 
-    precision = _policy.products(jax.default_backend(), np.dtype("float32"))
-    ours = sum(group.batch * group.factors * products(group.joint) for group in groups)
+    numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
+    ours = sum(
+        group.batch * group.factors * products(group.joint, numerics.restarts(*group.joint))
+        for group in groups
+    )
     # There and back, of K matrices along their stack.
     ours += sum(4 * len(g.members) * _size(g) for g in groups if g.factors > 1)
     alone = [(len(group.members) * group.batch, (group.fan_in, group.fan_out)) for group in groups]

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._polar import precision as _policy
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.precision import Numerics, chunk_size, is_exact, shrinkage
 
 
 def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
@@ -72,12 +71,12 @@ def _factor(
     made Hermitian, which takes a third off the errors of three steps. With `normalization`, G is
     divided by the square of the method's norm first and P by the norm last, which costs nothing.
     """
-    multiply, exact = functools.partial(jnp.matmul, precision=precision), _policy.exact(precision)
+    multiply = functools.partial(jnp.matmul, precision=precision)
     norm = 1 if normalization is None else _norm(G, normalization)
 
     def next_gram(G: jax.Array, Z: jax.Array, a: jax.typing.ArrayLike) -> jax.Array:
         GZ = multiply(G, Z)
-        W = (GZ if exact else (GZ + GZ.conj().T) / 2) + a * G
+        W = (GZ if is_exact(precision) else (GZ + GZ.conj().T) / 2) + a * G
         G = multiply(Z, W) + a * W
         return (G + G.conj().T) / 2
 
@@ -115,7 +114,7 @@ def _together(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
     numerics: Numerics,
-    cut: Sequence[int],
+    restarts: Sequence[int],
 ) -> list[jax.Array]:
     """One polynomial for all batches.
 
@@ -129,13 +128,13 @@ def _together(
         return [scale * batch for scale, batch in zip(scales, done, strict=True)]
     gram, apply = functools.partial(_gram, precision), functools.partial(_apply, precision)
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
-    for steps, stop in zip(cut, np.cumsum(cut), strict=True):
+    for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
         triples = method.coefficients[stop - steps : stop]
         factor = functools.partial(_factor, precision, triples, method if stop == steps else None)
         grams = jnp.concatenate([jax.vmap(gram)(batch) for batch in batches])
         factors = jnp.split(jax.vmap(factor)(grams), ends)
         if stop < len(method.coefficients):
-            factors = [P / _policy.room(steps, precision) for P in factors]
+            factors = [P / shrinkage(steps, precision) for P in factors]
         else:
             factors = [scale * P for scale, P in zip(scales, factors, strict=True)]
         batches = [jax.vmap(apply)(P, batch) for P, batch in zip(factors, batches, strict=True)]
@@ -143,11 +142,11 @@ def _together(
 
 
 def _in_chunks(
-    function: Callable[[jax.Array], jax.Array], batch: jax.Array, budget: int
+    function: Callable[[jax.Array], jax.Array], batch: jax.Array, chunk_bytes: int
 ) -> jax.Array:
     """`function` of some matrices at a time, in the batch's own memory."""
     B, m, n = batch.shape
-    size = _policy.chunk(B, budget // batch[0].nbytes)
+    size = chunk_size(B, chunk_bytes // batch[0].nbytes)
 
     def one_chunk(start: jax.typing.ArrayLike, count: int, rows: jax.Array) -> jax.Array:
         chunk = jax.lax.dynamic_slice_in_dim(rows, start, count * m).reshape(count, m, n)
@@ -171,33 +170,34 @@ def weighted_sums(weights: np.ndarray, stack: jax.Array) -> jax.Array:
     return jnp.moveaxis(jnp.tensordot(weights, stack, (1, 1), precision=exact), 0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("numerics", "cut", "budget"))
+@functools.partial(jax.jit, static_argnames=("numerics", "restarts", "chunk_bytes"))
 def orthogonalize_batches(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
     numerics: Numerics,
-    cut: tuple[int, ...],
-    budget: int,
+    restarts: tuple[int, ...],
+    chunk_bytes: int,
 ) -> list[jax.Array]:
     """Scaled polar factors of some batches, real or complex, that agree in d.
 
-    Batches that fit the budget share one polynomial; otherwise each is worked off in chunks.
+    Batches that fit in `chunk_bytes` together share one polynomial; otherwise each is worked off in
+    chunks.
 
     Args:
       batches: Arrays [B, m, n], of any floating dtype.
       scales: Factor of each batch's result.
       numerics: With a precision.
-      cut: Lengths of the segments; their sum is the number of steps.
-      budget: Bytes of matrices that are worked on at a time.
+      restarts: Steps after each start from the matrices themselves, all of them in sum.
+      chunk_bytes: Bytes of matrices that are worked on at a time.
 
     Returns:
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
-    together = functools.partial(_together, numerics=numerics, cut=cut)
-    if sum(batch.nbytes for batch in batches) <= budget:
+    together = functools.partial(_together, numerics=numerics, restarts=restarts)
+    if sum(batch.nbytes for batch in batches) <= chunk_bytes:
         return together(batches, scales)
     return [
-        _in_chunks(lambda chunk, scale=scale: together([chunk], [scale])[0], batch, budget)
+        _in_chunks(lambda chunk, scale=scale: together([chunk], [scale])[0], batch, chunk_bytes)
         for batch, scale in zip(batches, scales, strict=True)
     ]
 
@@ -222,10 +222,10 @@ def orthogonalize_columns(
     method, precision = numerics
     assert method is not None
     d, N = M.shape
-    cut = numerics.cut(d, max(d, N))
+    restarts = numerics.restarts(d, max(d, N))
     multiply = functools.partial(jnp.matmul, precision=precision)
     M = _scaled(M, largest)
-    for steps, stop in zip(cut, np.cumsum(cut), strict=True):
+    for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
         triples = method.coefficients[stop - steps : stop]
         first = method if stop == steps else None
         G = total(multiply(M, M.conj().T))
@@ -237,7 +237,7 @@ def orthogonalize_columns(
         else:
             M = multiply(_factor(precision, triples, first, G).conj().T, M)  # as `_apply`
         if stop < len(method.coefficients):
-            M = M / _policy.room(steps, precision)
+            M = M / shrinkage(steps, precision)
     return jnp.asarray(scale, M.dtype) * M
 
 

@@ -1,4 +1,4 @@
-"""How a polar factor is computed here: precision of products, cut into segments, chunks."""
+"""How a polar factor is computed here: precision of products, restarts, chunks."""
 
 from typing import NamedTuple
 
@@ -21,25 +21,25 @@ _ODD_STEP_ALONE_UP_TO = 2
 # A quintic made for singular values up to u reaches far beyond 1 a little above u: 7 % above, Polar
 # Express in its last two steps ends at 1e3. The safety factor of its coefficients, 1.01, is for the
 # errors of one step; those of several steps between two Gram matrices came to 1.3 %.
-_ROOM = 1.03
+_SHRINKAGE = 1.03
 # Bytes of matrices that are worked on at a time. A CPU wants them in its cache; an accelerator
 # wants enough to fill it, and gains nothing from more.
-_BUDGET = {"cpu": 2**20}
-_ACCELERATOR_BUDGET = 2**28
+_CHUNK_BYTES = {"cpu": 2**20}
+_ACCELERATOR_CHUNK_BYTES = 2**28
 
 
-def products(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
+def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
     """Precision of every product: exact on CPU and in float64, one pass on accelerators.
 
     One pass is bf16 on TPU and TF32 on GPU. At HIGHEST a product costs six passes on a TPU, and the
-    cut below makes one pass accurate enough.
+    restarts below make one pass accurate enough.
     """
-    exact = backend == "cpu" or jnp.finfo(dtype).dtype == jnp.float64
-    return _HIGHEST if exact else jax.lax.Precision.DEFAULT
+    is_float32 = backend == "cpu" or jnp.finfo(dtype).dtype == jnp.float64
+    return _HIGHEST if is_float32 else jax.lax.Precision.DEFAULT
 
 
-def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int, ...]:
-    """Lengths of the segments into which the steps are cut.
+def restarts(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int, ...]:
+    """How many steps follow each start from the matrices themselves.
 
     | products | ratio   | segments                | for 5 steps | for 4 |
     |----------|---------|-------------------------|-------------|-------|
@@ -61,7 +61,7 @@ def cut(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int
     """
     if ratio < _DIRECT_BELOW:
         return (1,) * steps
-    if exact(precision):
+    if is_exact(precision):
         count = -(-steps // _LONGEST_SEGMENT)
         return tuple(steps // count + (i < steps % count) for i in range(count))
     pairs = (2,) * (steps // 2)
@@ -76,50 +76,50 @@ class Numerics(NamedTuple):
     """By which polynomial, None for the SVD, and in which precision of every product."""
 
     method: Method | None
-    precision: jax.lax.PrecisionLike = None  # None is for the policy to choose
+    precision: jax.lax.PrecisionLike = None  # None is for `of` to choose
 
     def of(self, dtype: jnp.dtype) -> "Numerics":
-        """With the policy's precision for arrays of a dtype where none is given."""
-        chosen = products(jax.default_backend(), np.promote_types(dtype, np.float32))
+        """With the default precision for arrays of a dtype where none is given."""
+        chosen = default_precision(jax.default_backend(), np.promote_types(dtype, np.float32))
         return self if self.precision is not None else self._replace(precision=chosen)
 
-    def cut(self, m: int, n: int) -> tuple[int, ...]:
-        """Lengths of the segments for m x n matrices; none for the SVD."""
+    def restarts(self, m: int, n: int) -> tuple[int, ...]:
+        """How many steps follow each start, for m x n matrices; none for the SVD."""
         if self.method is None:
             return ()
-        return cut(len(self.method.coefficients), max(m, n) / min(m, n), self.precision)
+        return restarts(len(self.method.coefficients), max(m, n) / min(m, n), self.precision)
 
 
-def room(steps: int, precision: jax.lax.PrecisionLike) -> float:
+def shrinkage(steps: int, precision: jax.lax.PrecisionLike) -> float:
     """What matrices are divided by between a segment of so many steps and the next."""
-    return 1 if steps == 1 or exact(precision) else _ROOM
+    return 1 if steps == 1 or is_exact(precision) else _SHRINKAGE
 
 
-def exact(precision: jax.lax.PrecisionLike) -> bool:
+def is_exact(precision: jax.lax.PrecisionLike) -> bool:
     """Whether products of float32 operands are those of float32."""
     return precision in (_HIGHEST, "highest", "float32")
 
 
-def cost(cut: tuple[int, ...], ratio: float) -> float:
-    """Products of d x d matrices that one group takes, with this cut.
+def product_count(restarts: tuple[int, ...], ratio: float) -> float:
+    """Products of d x d matrices that one group takes, with these restarts.
 
     Args:
-      cut: Lengths of the segments.
+      restarts: Steps after each start.
       ratio: Columns that a device holds of a joint matrix, divided by d; below 1 if it shares the
         matrix with others.
     """
-    steps = sum(cut)
-    if len(cut) == steps and ratio < 1:
+    steps = sum(restarts)
+    if len(restarts) == steps and ratio < 1:
         return 3 * ratio * steps
-    return 4 * steps + len(cut) * (2 * ratio - 3)
+    return 4 * steps + len(restarts) * (2 * ratio - 3)
 
 
-def budget(backend: str) -> int:
+def chunk_bytes(backend: str) -> int:
     """Bytes of matrices that are worked on at a time."""
-    return _BUDGET.get(backend, _ACCELERATOR_BUDGET)
+    return _CHUNK_BYTES.get(backend, _ACCELERATOR_CHUNK_BYTES)
 
 
-def chunk(count: int, most: int) -> int:
+def chunk_size(count: int, most: int) -> int:
     """How many of `count` matrices to take at a time: a divisor if one is near `most`.
 
     `jax.lax.map` compiles its function a second time for a remainder.

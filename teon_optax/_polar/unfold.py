@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from teon_optax._polar import precision as _policy
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.newton_schulz import orthogonalize_batches
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.precision import Numerics, chunk_bytes
 
 
 def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:
@@ -41,9 +40,14 @@ def polar(matrix: jax.typing.ArrayLike, method: MethodLike = "polar_express") ->
     """
     matrix, resolved = _checked("polar(matrix)", matrix, 2), resolve(method)
     batch = matrix.reshape(-1, *matrix.shape[-2:])
-    numerics, budget = Numerics(resolved).of(batch.dtype), _policy.budget(jax.default_backend())
-    cut = numerics.cut(*batch.shape[1:])
-    (result,) = orthogonalize_batches([batch], [1], numerics, cut, budget)
+    numerics = Numerics(resolved).of(batch.dtype)
+    (result,) = orthogonalize_batches(
+        [batch],
+        [1],
+        numerics,
+        numerics.restarts(*batch.shape[1:]),
+        chunk_bytes(jax.default_backend()),
+    )
     return result.reshape(matrix.shape).astype(matrix.dtype)
 
 

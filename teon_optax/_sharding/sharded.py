@@ -10,9 +10,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from teon_optax._groups.batching import Batch, batches, in_batches
 from teon_optax._groups.plan import Type
-from teon_optax._polar import precision as _policy
 from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.precision import Numerics, chunk_bytes, product_count
 from teon_optax._scaling import ScaleFunction
 from teon_optax._sharding.assignment import Block, Entry, Exchange, entry, plan_exchange
 from teon_optax._sharding.exchange import (
@@ -152,7 +151,7 @@ def _cost(numerics: Numerics, d: int, N: int, share: int) -> float:
     if numerics.method is None:
         return N / d if share == 1 else float("inf")
     columns = -(-N // share)
-    return _policy.cost(numerics.cut(d, max(d, columns)), columns / d)
+    return product_count(numerics.restarts(d, max(d, columns)), columns / d)
 
 
 def _orthogonalized(
@@ -160,7 +159,7 @@ def _orthogonalized(
 ) -> list[jax.Array]:
     """Scaled polar factors of what this device owns, or shares."""
     orthogonalize = functools.partial(
-        orthogonalize_batches, numerics=numerics, budget=_policy.budget(jax.default_backend())
+        orthogonalize_batches, numerics=numerics, chunk_bytes=chunk_bytes(jax.default_backend())
     )
     done: dict[int, jax.Array] = {}
     buckets: dict[tuple[int, tuple[int, ...]], list[int]] = {}
@@ -168,7 +167,7 @@ def _orthogonalized(
     for index, (hand, matrices) in enumerate(zip(plan.hands, owned, strict=True)):
         factors.append(own_value(plan, hand, [scales[block] for block, _, _ in hand.members]))
         widths = [plan.blocks[block].N for block, _, _ in hand.members]
-        cuts = [numerics.cut(hand.d, N) for N in widths]
+        cuts = [numerics.restarts(hand.d, N) for N in widths]
         if hand.share > 1:
             total, peak = (functools.partial(f, plan, hand) for f in (shared_total, shared_peak))
             columns = orthogonalize_columns(matrices[0], factors[index], total, peak, numerics)
@@ -183,7 +182,7 @@ def _orthogonalized(
             done[index] = own_branch(plan, hand, kinds, one_cut, matrices)
     for (_, cut), indices in buckets.items():
         results = orthogonalize(
-            [owned[index] for index in indices], [factors[index] for index in indices], cut=cut
+            [owned[index] for index in indices], [factors[index] for index in indices], restarts=cut
         )
         done |= zip(indices, results, strict=True)
     return [done[index] for index in range(len(owned))]
@@ -197,5 +196,5 @@ def _narrow(
 ) -> jax.Array:
     """Scaled polar factors with the cut, and of the first columns, that are this kind's."""
     cut, N = kind
-    (done,) = orthogonalize([matrices[..., :N]], [scale], cut=cut)
+    (done,) = orthogonalize([matrices[..., :N]], [scale], restarts=cut)
     return jnp.pad(done, ((0, 0), (0, 0), (0, matrices.shape[2] - N)))
