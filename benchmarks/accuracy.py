@@ -29,7 +29,7 @@ from benchmarks.emulation import FORMATS, with_products_in
 from examples import checkpoints, run_folder
 from teon_optax import plan
 from teon_optax._polar.coefficients import resolve
-from teon_optax._polar.newton_schulz import orthogonalize_batches
+from teon_optax._polar.newton_schulz import orthogonalize_together
 from teon_optax._polar.precision import Numerics
 
 METHODS = ("polar_express", "schatten", "jordan", "you")
@@ -202,7 +202,7 @@ def polynomial(
 
     def run(batch: jax.Array) -> jax.Array:
         numerics = Numerics(resolve(method), precision(products))
-        (result,) = orthogonalize_batches([batch], [1.0], numerics, restarts, batch.nbytes)
+        (result,) = orthogonalize_together([batch], [1.0], numerics, restarts)
         return result
 
     return jax.jit(run if products == "float32" else with_products_in(products, run))

@@ -37,6 +37,7 @@ class Configuration:
             what it does not take is Muon's. None is AdamW for everything.
         method: What approximates the polar factor.
         after: What follows it: "normalize", "normuon" or "cautious" weight decay.
+        transform: Along the stack of the matrices that `coupling` couples, instead of mode 1.
         qkv_factor: Multiplies the updates of Q, K and V.
         rest_rate: Learning rate of what AdamW keeps: embedding and norms. None: that of the rest.
         weight_decay: Of the blocks' matrices.
@@ -50,6 +51,7 @@ class Configuration:
     coupling: Rule | None
     method: str = "polar_express"
     after: str | None = None
+    transform: str | None = None
     qkv_factor: float = 1.0
     rest_rate: float | None = 0.01
     weight_decay: float = 0.1
@@ -68,9 +70,11 @@ def _ablation(name: str, coupling: Rule) -> Configuration:
     return Configuration(name, coupling, start=(-1, 1), spacing=2, seeds=FEW_SEEDS)
 
 
-def _coupling(name: str, coupling: Rule, length: float = 1.0) -> Configuration:
+def _coupling(
+    name: str, coupling: Rule, length: float = 1.0, transform: str | None = None
+) -> Configuration:
     """With updates of Q, K and V as long as Muon's: `length` is what these are longer by."""
-    return Configuration(name, coupling, qkv_factor=length, start=(-1,))
+    return Configuration(name, coupling, transform=transform, qkv_factor=length, start=(-1,))
 
 
 def _variation(name: str, base: Configuration, **settings: Any) -> Configuration:
@@ -107,20 +111,20 @@ _ALL: Iterable[Configuration] = (
     # What AdamW is without a rate of its own for embedding and norms.
     Configuration("adamw-one-rate", None, rest_rate=None, start=(-5, -3), seeds=FEW_SEEDS),
     _coupling("siblings-1", Rule(SIBLINGS), math.sqrt(3)),
-    _coupling("layers-dct", Rule(QKV, 2, transform="dct")),
+    _coupling("layers-dct", Rule(QKV, 2), transform="dct"),
     _coupling("heads-alone", Rule(QKV, split=HEADS), math.sqrt(HEADS)),
     dataclasses.replace(MUON, name="muon-normalize", after="normalize", start=(-1,)),
     dataclasses.replace(MUON, name="muon-normuon", after="normuon", start=(-1,)),
     dataclasses.replace(MUON, name="muon-cautious", after="cautious", start=(-1,)),
     _coupling("layers-1", Rule(QKV, 2), math.sqrt(2)),
-    _coupling("siblings-dct", Rule(SIBLINGS, transform="dct")),
+    _coupling("siblings-dct", Rule(SIBLINGS), transform="dct"),
     _coupling("heads-1", Rule(QKV, split=HEADS, join="parts"), HEADS),
-    _coupling("heads-dct", Rule(QKV, split=HEADS, join="parts", transform="dct"), math.sqrt(HEADS)),
+    _coupling("heads-dct", Rule(QKV, split=HEADS, join="parts"), math.sqrt(HEADS), "dct"),
     _coupling("layers-siblings-1", Rule(SIBLINGS, 2), math.sqrt(6)),
     _coupling("siblings-heads-1", Rule(SIBLINGS, split=HEADS, join="parts"), HEADS * math.sqrt(3)),
-    _coupling("layers-dct-4", Rule(QKV, 4, transform="dct")),
-    _coupling("layers-dft-4", Rule(QKV, 4, transform="dft")),
-    _coupling("layers-haar-4", Rule(QKV, 4, transform="haar")),
+    _coupling("layers-dct-4", Rule(QKV, 4), transform="dct"),
+    _coupling("layers-dft-4", Rule(QKV, 4), transform="dft"),
+    _coupling("layers-haar-4", Rule(QKV, 4), transform="haar"),
     _coupling("siblings-2", Rule(SIBLINGS, mode=2), math.sqrt(3)),
     dataclasses.replace(TEON, name="teon-1-normalize", after="normalize", start=(-1,)),
     dataclasses.replace(TEON, name="teon-1-normuon", after="normuon", start=(-1,)),
@@ -166,6 +170,8 @@ def _direction(configuration: Configuration) -> optax.GradientTransformation:
     if configuration.coupling is None:
         return optax.scale_by_adam(ADAM_B1, ADAM_B2)
     rules = configuration.coupling, Rule(BLOCKS)
+    if configuration.transform:
+        raise NotImplementedError("transforms")
     steps = [scale_by_teon(rules, method=configuration.method)]
     if configuration.qkv_factor != 1.0:
         steps.append(optax.masked(optax.scale(configuration.qkv_factor), _qkv))

@@ -56,8 +56,8 @@ def normalize_matrices(
 
     def normalized(matrix: jax.Array, layout: Layout) -> tuple[jax.Array]:
         fan_in, fan_out = (_count(matrix, axes) for axes in (layout.fan_in, layout.fan_out))
-        for kind in normalize.split("_"):
-            summed = layout.fan_in if kind == "row" else layout.fan_out
+        for series in normalize.split("_"):
+            summed = layout.fan_in if series == "row" else layout.fan_out
             matrix = matrix / jnp.sqrt(_square(matrix, summed) + eps)
         square = fan_in if normalize.endswith("col") else fan_out
         return (matrix * jnp.asarray(factor(fan_in, fan_out, 1, square), matrix.dtype),)
@@ -163,7 +163,7 @@ def add_cautious_weight_decay(
 def _each(function: Callable[..., tuple], rules: Any, tree: Any, *more: Any) -> tuple[Any, Any]:
     """`function` of leaves that rules take, by fused parts: its updates, and its other results."""
     leaves, structure = jax.tree.flatten(tree)
-    layouts = {leaf: kind.layout for kind in plan(tree, rules).types for leaf in kind.leaves}
+    layouts = {leaf: series.layout for series in plan(tree, rules).series for leaf in series.leaves}
     others = [structure.flatten_up_to(each) for each in more]
     last: list[Any] = [optax.MaskedNode()] * len(leaves)
     for index, layout in layouts.items():

@@ -53,7 +53,7 @@ class Alignments(tuple[Alignment, ...]):
 
     @property
     def favoured(self) -> dict[str, tuple[int, int]]:
-        """Type -> mode and K of the lowest hurdle, in the mean over its runs of K layers.
+        """Series -> mode and K of the lowest hurdle, in the mean over its runs of K layers.
 
         Mode 1 and the larger K, where rounding hides which it is.
         """
@@ -67,7 +67,7 @@ class Alignments(tuple[Alignment, ...]):
             (mode, K), found = item
             return round(float(np.nan_to_num(np.mean(found), nan=1.0)), 4), mode, -K
 
-        return {kind: min(of_type.items(), key=order)[0] for kind, of_type in hurdles.items()}
+        return {series: min(of_type.items(), key=order)[0] for series, of_type in hurdles.items()}
 
     def __str__(self) -> str:
         header = "group", "layers", "u overlap", "v overlap", "r mode 1", "r mode 2", "favours mode"
@@ -77,7 +77,7 @@ class Alignments(tuple[Alignment, ...]):
             rows.append((group.members[0], spans(group.layers), *numbers, str(group.favoured)))
         lines = columns(rows)
         if len({len(group.members) for group in self}) > 1:
-            favoured = [(kind, str(mode), str(K)) for kind, (mode, K) in self.favoured.items()]
+            favoured = [(series, str(mode), str(K)) for series, (mode, K) in self.favoured.items()]
             lines += columns([("type", "favours mode", "K"), *favoured])
         return "\n".join(lines[:-1])
 
@@ -152,13 +152,15 @@ def _at(K: int | None, rule: Rule) -> Rule:
 def _stacks(momentum: Any, planned: Plan) -> Iterator[jax.Array]:
     """The layers of each group, wherever the leaves were: [K, batch, fan_in, fan_out]."""
     leaves = jax.tree.leaves(momentum)
-    for kind in planned.types:
-        held = {i: to_matrices(jax.device_get(leaves[i]), kind.layout) for i in kind.leaves}
-        pieces = [held[p.leaf][p.part][p.start : p.stop] for p in pieces_of(kind, 0, kind.depth)]
-        matrices = jnp.concatenate(pieces)
-        K = kind.rule.stack * kind.coupled
-        for start in range(0, len(matrices), K):
-            yield matrices[start : start + K]
+    for series in planned.series:
+        held = {i: to_matrices(jax.device_get(leaves[i]), series.layout) for i in series.leaves}
+        every = pieces_of(series, 0, series.depth)
+        matrices = jnp.concatenate([held[p.leaf][p.part][p.start : p.stop] for p in every])
+        K = series.rule.stack * series.coupled
+        # Parts that are not coupled come first among what is alone; the plan has groups for each.
+        for part in jnp.split(matrices, series.alone // series.experts, axis=1):
+            for start in range(0, len(part), K):
+                yield part[start : start + K]
 
 
 @functools.partial(jax.jit, static_argnames="rank")

@@ -1,23 +1,21 @@
 """`orthogonalize`: a plan and updates become updates."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from teon_optax._groups.batching import Batch, in_batches
+from teon_optax._groups.batching import in_batches, scaled_polar_factors
 from teon_optax._groups.plan import Plan, plan
-from teon_optax._polar import precision as _policy
 from teon_optax._polar.coefficients import MethodLike, resolve
-from teon_optax._polar.newton_schulz import check_precision, orthogonalize_batches
+from teon_optax._polar.newton_schulz import check_precision
 from teon_optax._polar.precision import Numerics
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
 from teon_optax._sharding.placement import Shardings, as_shardings
-from teon_optax._sharding.sharded import entries_of, orthogonalize_owned
+from teon_optax._sharding.sharded import orthogonalize_sharded
 
 
 def orthogonalize(
@@ -93,49 +91,25 @@ def orthogonalize(
 
 
 def orthogonalize_updates(
-    updates: Any, plan: Plan, numerics: Numerics, scale: ScaleFunction, shardings: Shardings
+    updates: Any, plan: Plan, numerics: Numerics, scale: ScaleFunction, placement: Shardings
 ) -> Any:
     """Replaces every leaf in the plan's groups by its orthogonalized and scaled update.
 
     Args:
       updates: The tree that the plan was made for.
       plan: Which matrices are orthogonalized together.
-      numerics: Of every product.
+      numerics: By which polynomial and in which precision.
       scale: Factor for a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
-      shardings: Where leaves lie.
+      placement: Where leaves lie on a mesh.
     """
     leaves, structure = jax.tree.flatten(updates)
-    taken = {leaf: leaves[leaf] for kind in plan.types for leaf in kind.leaves}
-    here = functools.partial(_here, numerics=numerics, scale=scale)
-    located = shardings.locate(updates, taken)
+    taken = {leaf: leaves[leaf] for leaf in plan.taken}
+    located = placement.locate(updates, taken)
     if located is None:
-        done = in_batches(taken, plan.types, here)
+        factors = functools.partial(scaled_polar_factors, numerics=numerics, scale=scale)
+        orthogonalized = in_batches(taken, plan.series, factors)
     else:
-        entries = entries_of(plan.types, located)
-        left = [kind for kind in plan.types if kind.leaves[0] not in entries]
-        whole = {leaf: located.gathered(leaf, taken[leaf]) for kind in left for leaf in kind.leaves}
-        done = in_batches(whole, left, here)
-        done |= orthogonalize_owned(taken, plan.types, entries, located, numerics, scale)
-        done = {leaf: located.returned(leaf, update) for leaf, update in done.items()}
-    for leaf, update in done.items():
+        orthogonalized = orthogonalize_sharded(taken, plan.series, located, numerics, scale)
+    for leaf, update in orthogonalized.items():
         leaves[leaf] = update
     return structure.unflatten(leaves)
-
-
-def _here(
-    joint: Mapping[Batch, jax.Array], numerics: Numerics, scale: ScaleFunction
-) -> dict[Batch, jax.Array]:
-    """Scaled polar factors of batches that are whole on every device.
-
-    Those that agree in d, dtype and cut share a polynomial.
-    """
-    buckets: dict[tuple, list[Batch]] = {}
-    for key in joint:
-        used, dtype = numerics.of(key.dtype), np.promote_types(key.dtype, np.float32)
-        buckets.setdefault((min(key.joint), dtype, used, used.cut(*key.joint)), []).append(key)
-    done, budget = {}, _policy.budget(jax.default_backend())
-    for (_, _, used, cut), keys in buckets.items():
-        scales = [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in keys]
-        results = orthogonalize_batches([joint[key] for key in keys], scales, used, cut, budget)
-        done |= zip(keys, results, strict=True)
-    return done

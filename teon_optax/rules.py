@@ -12,7 +12,7 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax._groups.layout import layout
+from teon_optax._groups.layout import layout_of
 from teon_optax._rules import names
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.names import anywhere, stem
@@ -131,7 +131,7 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
 
 def _by_heads(rule: Rule, leaf: Leaf, head_dim: int | None) -> Rule:
     """A rule of projections like this leaf, whose heads become a batch, or parts."""
-    held = layout(leaf.array_shape, rule)
+    held = layout_of(leaf.array_shape, rule)
     fan_in, fan_out = held.fan_in, held.fan_out
     if len(fan_out) > 1 + (len(held.sizes) > 1):
         dims = MuonDimensionNumbers(fan_in, (*fan_out[:-2], fan_out[-1]))

@@ -127,7 +127,7 @@ def test_all_of_them_chain_after_orthogonalize():
     rng = np.random.default_rng(4)
     params = {name: jnp.asarray(rng.normal(size=(4, 6)), jnp.float32) for name in ("q", "k")}
     params["bias"] = jnp.ones(4)
-    coupling = [Rule("(?P<slice>q|k)", transform="dct")]
+    coupling = [Rule("(?P<slice>q|k)")]
     optimizer = optax.chain(
         optax.trace(0.95, nesterov=True),
         orthogonalize(coupling),

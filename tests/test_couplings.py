@@ -24,51 +24,7 @@ D = MuonDimensionNumbers
 NAMES = ("query", "key", "value")
 LAYERS, HEADS, FAN_IN, HEAD = 3, 2, 12, 8
 FAN_OUT = HEADS * HEAD
-TRANSFORMS = ("dct", "dft", "haar")
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1)}
-
-
-def basis(transform, K):
-    """Rows of the orthonormal transform, complex for the DFT, from its definition."""
-    k = np.arange(K)
-    if transform == "dft":
-        return np.exp(-2j * np.pi * np.outer(k, k) / K) / math.sqrt(K)
-    if transform == "dct":
-        rows = np.cos(np.pi * np.outer(k, k + 0.5) / K)
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    rows = [np.ones(K)]  # of Haar: each interval's first half, the longer, against its second
-
-    def add(start, stop):
-        if stop - start > 1:
-            middle = start + (stop - start + 1) // 2
-            row = np.zeros(K)
-            row[start:middle], row[middle:stop] = 1 / (middle - start), -1 / (stop - middle)
-            rows.append(row)
-            add(start, middle)
-            add(middle, stop)
-
-    add(0, K)
-    return np.array([row / np.linalg.norm(row) for row in rows])
-
-
-def t_svd(kernels, transform, function=np.ones_like):
-    """The t-SVD's polar factor, of every slice on its own; singular values of the worst slice."""
-    F = basis(transform, len(kernels))
-    slices = np.tensordot(F, np.asarray(kernels, np.float64), 1)
-    U, values, Vh = np.linalg.svd(slices, full_matrices=False)
-    reshaped = np.array([function(own) for own in values])
-    back = np.tensordot(F.conj().T, (U * reshaped[:, None]) @ Vh, 1)
-    assert np.abs(back.imag).max() < 1e-12
-    return list(back.real), max(values, key=lambda own: own[0] / own[-1])
-
-
-@pytest.mark.parametrize("K", range(1, 10))
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_the_rows_of_a_transform_are_orthonormal(transform, K):
-    F = basis(transform, K)
-    np.testing.assert_allclose(F @ F.conj().T, np.eye(K), atol=1e-12)
-    if K == 2:  # A + B and A - B over the root of 2, for all three
-        np.testing.assert_allclose(F, np.array([[1, 1], [1, -1]]) / math.sqrt(2), atol=1e-12)
 
 
 def gaussian(seed=0, layers=LAYERS):
@@ -135,25 +91,27 @@ HOLDINGS = {
     "parts of heads": (fused_heads, Rule(LAYER, 2, dims=BY_HEADS, split=3, join="parts"), "n."),
     "each head": (multi_head, Rule(f"{LAYER}/", dims=PER_HEAD), "."),
 }
-WAYS = {"mode 1": {}, "mode 2": {"mode": 2}, "mode 3": {"mode": 3}} | {
-    transform: {"transform": transform} for transform in TRANSFORMS
-}
-# Every holding in two ways, two holdings in every way.
-TABLE = [(holding, way) for holding in HOLDINGS for way in ("mode 1", "haar")]
-TABLE += [(h, w) for h in ("siblings of layers", "heads of parts") for w in WAYS if w[-1] in "23tf"]
+# Every holding in one mode, two holdings in every mode.
+TABLE = [(holding, 1) for holding in HOLDINGS]
+TABLE += [(h, mode) for h in ("siblings of layers", "heads of parts") for mode in (2, 3)]
+
+
+def named_case(case):
+    holding, mode = case
+    return f"{holding}, mode {mode}"
 
 
 def rule_of(case):
-    holding, way = case
-    rule = HOLDINGS[holding][1]
-    changes = WAYS[way] | {"pattern": f"^{holding}, {way}/x/.*{rule.pattern}"}
-    return dataclasses.replace(rule, **changes)
+    rule = HOLDINGS[case[0]][1]
+    pattern = f"^{named_case(case)}/x/.*{rule.pattern}"
+    return dataclasses.replace(rule, pattern=pattern, mode=case[1])
 
 
 def tree_of(cases, seed=0):
     T = gaussian(seed)
     return {
-        ", ".join(case): {"x": jax.tree.map(jnp.asarray, HOLDINGS[case[0]][0](T))} for case in cases
+        named_case(case): {"x": jax.tree.map(jnp.asarray, HOLDINGS[case[0]][0](T))}
+        for case in cases
     }
 
 
@@ -168,12 +126,8 @@ def expected_of(case, T, function):
     runs = [slice(start, start + rule.stack) for start in range(0, LAYERS, rule.stack)]
     for index in itertools.product(runs, names, heads):
         group = matrices[index].reshape(-1, fan_in, fan_out)
-        if case[1] in TRANSFORMS:
-            done, values = t_svd(group, case[1], function)
-        else:
-            mode = WAYS[case[1]].get("mode", 1)
-            done = oracles.joint(list(group), mode, function)
-            values = np.linalg.svd(oracles.unfolding(list(group), mode), compute_uv=False)
+        done = oracles.joint(list(group), case[1], function)
+        values = np.linalg.svd(oracles.unfolding(list(group), case[1]), compute_uv=False)
         result[index] = math.sqrt(fan_out / fan_in) * np.reshape(done, matrices[index].shape)
         tolerance = max(tolerance, 2 * oracles.rounding(values, function is not np.ones_like))
     if matrices is not T:
@@ -192,24 +146,24 @@ def updates_of(method):
     return compiled(TABLE, method=METHODS[method])(tree_of(TABLE))
 
 
-@pytest.mark.parametrize("case", TABLE, ids=", ".join)
+@pytest.mark.parametrize("case", TABLE, ids=named_case)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(case, method):
     function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(METHODS[method]))
     expected, tolerance = expected_of(case, gaussian(), function)
-    result = updates_of(method)[", ".join(case)]["x"]
+    result = updates_of(method)[named_case(case)]["x"]
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=0), result, expected
     )
 
 
-# What has complex slices, unequal runs, and every kind of joining.
+# What has unequal runs, and every kind of joining.
 FEW = [
-    ("siblings of layers", "dft"),
-    ("siblings of layers", "haar"),
-    ("heads of parts", "dct"),
-    ("heads of siblings", "mode 1"),
-    ("scanned siblings", "dft"),
+    ("siblings of layers", 2),
+    ("siblings of layers", 3),
+    ("heads of parts", 1),
+    ("heads of siblings", 1),
+    ("scanned siblings", 2),
 ]
 
 
@@ -268,7 +222,7 @@ def test_each_leaf_keeps_its_dtype():
 
 
 def test_a_number_for_scale_is_the_root_mean_square_of_every_group():
-    cases = [("siblings of layers", "dft"), ("heads of parts", "haar"), ("parts", "mode 1")]
+    cases = [("siblings of layers", 2), ("heads of parts", 3), ("parts", 1)]
     result = compiled(cases, method="svd", scale=0.2)(tree_of(cases))
     for of_case in result.values():
         for block in [["block_9", "block_10"], ["block_11"]]:
@@ -309,18 +263,18 @@ def test_members_are_named_by_part_layer_and_head():
     assert planned.groups[1].members == tuple(f"w:{p}[1]#{h}" for p in (0, 1) for h in range(3))
 
 
-def test_the_table_and_the_dict_show_k_and_the_transform():
-    planned = plan(named(gaussian(), whole), [Rule(f"{LAYER}/{SLICE}", stack=2, transform="dft")])
+def test_the_table_and_the_dict_show_k_and_the_mode():
+    planned = plan(named(gaussian(), whole), [Rule(f"{LAYER}/{SLICE}", stack=2, mode=2)])
     lines = str(planned).split("\n")
-    assert re.split("  +", lines[1]) == ["block_*/query", "9-10", "12 x 16", "6", "dft", "12", "1"]
-    assert re.split("  +", lines[2]) == ["block_*/query", "11", "12 x 16", "3", "dft", "12", "1"]
-    assert [group["mode"] for group in planned.as_dict()["groups"]] == ["dft", "dft"]
+    assert re.split("  +", lines[1]) == ["block_*/query", "9-10", "12 x 16", "6", "2", "12", "1"]
+    assert re.split("  +", lines[2]) == ["block_*/query", "11", "12 x 16", "3", "2", "12", "1"]
+    assert [group["mode"] for group in planned.as_dict()["groups"]] == [2, 2]
 
 
-@pytest.mark.parametrize("transform", [None, *TRANSFORMS])
-def test_the_flops_are_those_of_the_products_that_an_update_traces(transform):
+@pytest.mark.parametrize("mode", [1, 2, 3])
+def test_the_flops_are_those_of_the_products_that_an_update_traces(mode):
     tree = jax.tree.map(jnp.asarray, kernels(gaussian()))
-    coupling = [Rule(f"{LAYER}/{SLICE}", stack=2, transform=transform)]
+    coupling = [Rule(f"{LAYER}/{SLICE}", stack=2, mode=mode)]
     traced = count_products(lambda tree: orthogonalize(coupling).update(tree, None), tree)
     assert plan(tree, coupling).as_dict()["flops"]["plan"] == traced.flops
 
@@ -350,8 +304,6 @@ def test_alignment_measures_the_matrices_that_are_coupled():
         ({"join": ("parts", ["heads"])}, "join should be"),
         ({"join": "parts"}, "should join parts of one size, two at least: split into such"),
         ({"join": "parts", "split": (4, 2)}, "should join parts of one size"),
-        ({"transform": "fft"}, "transform should be None or one of ('dct', 'dft', 'haar')"),
-        ({"transform": "dct", "mode": 2}, "a transform unfolds nothing, so leave out mode"),
     ],
     ids=str,
 )

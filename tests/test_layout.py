@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule
-from teon_optax._groups.layout import layout, to_leaf, to_matrices
+from teon_optax._groups.layout import layout_of, to_leaf, to_matrices
 
 D = MuonDimensionNumbers
 
 
 def matrices(leaf, rule):
-    return [np.asarray(part) for part in to_matrices(leaf, layout(leaf.shape, rule))]
+    return [np.asarray(part) for part in to_matrices(leaf, layout_of(leaf.shape, rule))]
 
 
 @st.composite
@@ -46,19 +46,20 @@ def leaves_and_rules(draw):
 @given(leaves_and_rules())
 def test_to_leaf_is_the_inverse_of_to_matrices(example):
     leaf, rule = example
-    read = layout(leaf.shape, rule)
+    read = layout_of(leaf.shape, rule)
     np.testing.assert_array_equal(to_leaf(to_matrices(leaf, read), read), leaf, strict=True)
 
 
 @given(leaves_and_rules())
 def test_every_number_is_in_one_matrix_of_the_right_shape(example):
     leaf, rule = example
-    read = layout(leaf.shape, rule)
+    read = layout_of(leaf.shape, rule)
     parts = matrices(leaf, rule)
     rest = read.length(read.fan_out[1:])
+    equal = 1 if len(set(read.sizes)) > 1 else len(read.sizes)
+    layers, alone, fan_in = (read.length(a) for a in (read.layer, read.batch, read.fan_in))
     assert [part.shape for part in parts] == [
-        (read.length(read.layer), read.length(read.batch), read.length(read.fan_in), size * rest)
-        for size in read.sizes
+        (layers, alone * equal, fan_in, size * rest) for size in read.sizes[::equal]
     ]
     everything = np.concatenate([part.ravel() for part in parts])
     np.testing.assert_array_equal(np.sort(everything), leaf.ravel())
@@ -124,8 +125,8 @@ W = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
         pytest.param(
             W[0, 0],
             Rule("w", split=5),
-            [W[:1, :1, :, i : i + 1] for i in range(5)],
-            id="equal parts",
+            [np.stack([W[0, 0, :, i : i + 1] for i in range(5)])[None]],
+            id="equal parts are one array, each alone",
         ),
         pytest.param(
             W[0, 0],
@@ -136,8 +137,14 @@ W = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
         pytest.param(
             W[0],
             Rule("w", dims=D(0, (1, 2)), split=2),
-            [W[:1, :, :2].reshape(1, 1, 3, 10), W[:1, :, 2:].reshape(1, 1, 3, 10)],
+            [np.stack([W[0, :, :2].reshape(3, 10), W[0, :, 2:].reshape(3, 10)])[None]],
             id="parts of the first fan_out axis",
+        ),
+        pytest.param(
+            W[0],
+            Rule("w", dims=D(1, 2), split=5, join=("parts", "heads")),
+            [np.stack([W[0, h, :, i : i + 1] for i in range(5) for h in range(3)])[:, None]],
+            id="joined parts and heads count as layers, part by part",
         ),
     ],
 )
@@ -169,4 +176,4 @@ def test_matrices_are_layers_batch_fan_in_fan_out(leaf, rule, expected):
 )
 def test_a_rule_that_does_not_fit_the_shape_is_refused(shape, rule, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        layout(shape, rule)
+        layout_of(shape, rule)

@@ -231,16 +231,16 @@ def test_every_leaf_is_in_exactly_one_place(example):
 def test_the_fallback_says_why(shape, rules, reason):
     planned = plan({"w": array(*shape)}, rules)
     assert planned.untouched == (("w", shape, reason),)
-    assert planned.groups == planned.types == ()
+    assert planned.groups == planned.series == ()
 
 
 def test_two_leaves_of_one_layer_are_refused():
     rule = Rule(r"block_(?P<layer>\d+)/w", stack=2)
     apart = {"encoder": blocks([3], 4, 6), "decoder": blocks([3], 4, 6)}
-    assert len(plan(apart, [rule]).types) == 2
+    assert len(plan(apart, [rule]).series) == 2
     words = (
         f"'block_03/w' and 'block_3/w', shape (4, 6), taken by `{rule}`: both are layer 3 of one "
-        r"type: let `(?P<layer>\d+)` match the number that tells them apart."
+        r"series: let `(?P<layer>\d+)` match the number that tells them apart."
     )
     with pytest.raises(ValueError) as error:
         plan(blocks(["3", "03"], 4, 6), [rule])
@@ -257,7 +257,7 @@ def test_blocks_told_apart_by_a_number_that_is_not_the_layer_are_different_types
 
 def test_two_leaves_with_one_path_are_refused():
     params = {"a": {"b": array(4, 6)}, "a/b": array(4, 6)}
-    with pytest.raises(ValueError, match="'a/b' and 'a/b', .* both are layer 0 of one type"):
+    with pytest.raises(ValueError, match="'a/b', .* two leaves of the tree have this path"):
         plan(params, [Rule("b")])
 
 
@@ -270,7 +270,7 @@ def test_two_leaves_with_one_path_are_refused():
         (array(4, 0), Rule("w"), ": it has an empty axis: leave it out with `stack=0`"),
         (array(4, 6, dtype="int32"), Rule("w"), ": its dtype is int32, and only real floating"),
         (array(4, 6, dtype="complex64"), Rule("w"), ": its dtype is complex64, and only real"),
-        (array(4, 6), Rule("(?P<layer>w)"), ": its layer is 'w', not a number: write `(?P<layer>"),
+        (array(4, 6), Rule("(?P<layer>w)"), ": its layer is 'w', not a number: let `(?P<layer>"),
     ],
     ids=str,
 )
@@ -310,11 +310,9 @@ def test_the_table_shows_types_fallback_unused_rules_and_totals():
     ]
     assert str(plan(params, rules)).split("\n") == [
         "orthogonalized             layers  fan_in x fan_out  K  mode  Gram  groups",
-        "block_*/attn/qkv:0            0-2             4 x 6  3     3     3       1",
-        "block_*/attn/qkv:1            0-2             4 x 6  3     3     3       1",
-        "block_*/attn/qkv:2            0-2             4 x 6  3     3     3       1",
+        "block_*/attn/qkv:0-2          0-2             4 x 6  3     3     3       3",
         "block_*/attn/query/kernel     0-1             4 x 6  2     1     6       1",
-        "block_*/attn/query/kernel       2             4 x 6  1     1     4       1",
+        "block_2/attn/query/kernel       2             4 x 6  1     1     4       1",
         "block_*/experts                               4 x 7  1     1     4      15",
         "",
         "fallback                  shape             why  leaves",
@@ -342,7 +340,7 @@ def test_of_96_layers_there_is_one_row_per_type():
         ([0, 1, 2, 3], "0-3"),
         ([9, 10, 2], "2, 9-10"),
         ([0, 2, 4, 6], "0, 2, 4, 6"),
-        (range(0, 96, 2), "48 of 0-94"),
+        (range(0, 96, 2), "0, 2 .. 94 (48)"),
     ],
     ids=str,
 )
@@ -354,7 +352,23 @@ def test_layers_are_shown_as_spans_of_numbers(numbers, text):
 
 def test_layers_of_several_scans_are_shown_as_pairs():
     rule = Rule(r"block_(?P<layer>\d+)/w", stack=2, layer_axis=0)
-    assert " 4 of 3.0-4.1 " in str(plan(blocks([3, 4], 2, 4, 6), [rule]))
+    assert " 3-4[0-1] " in str(plan(blocks([3, 4], 2, 4, 6), [rule]))
+
+
+def test_layers_with_and_without_a_number_print_in_one_row():
+    params = {f"layers_{i}": {"w": array(2, 4, 6)} for i in range(2)}
+    rules = [
+        Rule(r"layers_(?P<layer>0)/w", stack=2, layer_axis=0),
+        Rule(r"layers_1/w", stack=2, layer_axis=0),
+    ]
+    line = str(plan(params, rules)).split("\n")[1]
+    assert re.split("  +", line)[:2] == ["layers_*/w[*]", "0-1, 0[0-1]"]
+
+
+def test_rows_of_one_name_are_told_apart_by_their_numbers():
+    sizes = {"fc1": (4, 6), "fc2": (6, 4), "fc3": (4, 6), "fc4": (6, 4)}
+    lines = str(plan({name: {"w": array(*size)} for name, size in sizes.items()}, [Rule("w")]))
+    assert [line.split("  ")[0] for line in lines.split("\n")[1:3]] == ["fc{1, 3}/w", "fc{2, 4}/w"]
 
 
 SHAPES = {

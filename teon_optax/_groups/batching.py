@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -10,17 +9,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._groups.coupling import joint_shape
+from teon_optax._groups.coupling import fold, joint_shape, unfold
 from teon_optax._groups.layout import to_leaf, to_matrices
-from teon_optax._groups.plan import Type
-from teon_optax._mixing import Mix, mixed, slices, unmixed
+from teon_optax._groups.plan import Series
+from teon_optax._polar.newton_schulz import orthogonalize_batches
+from teon_optax._polar.precision import Numerics
+from teon_optax._scaling import ScaleFunction
 
-# Axes of the mesh along fan_in and along fan_out.
-Axes = tuple[tuple[str, ...], tuple[str, ...]]
+# Axes of the mesh that cut fan_in, and that cut fan_out; or d and N of joint matrices.
+MeshAxes = tuple[tuple[str, ...], tuple[str, ...]]
 
 
-class _Piece(NamedTuple):
-    """Matrices `start` to `stop` of one part of a leaf."""
+class Piece(NamedTuple):
+    """Matrices `start` to `stop`, along the first axis, of an array of `to_matrices`.
+
+    Attributes:
+      leaf: Position of the leaf in the tree.
+      part: Which of the leaf's arrays.
+      start: The first matrix.
+      stop: The one after the last.
+    """
 
     leaf: int
     part: int
@@ -28,142 +36,156 @@ class _Piece(NamedTuple):
     stop: int
 
 
-class Batch(NamedTuple):
-    """What groups agree in that are orthogonalized as one array."""
+class BatchKey(NamedTuple):
+    """What groups agree in that are one array: all that is known of a batch but its numbers.
 
-    K: int  # of a joint matrix; 1 for slices of a transform
+    Attributes:
+      K: How many matrices a group couples.
+      batch: How many groups the batch axes and uncoupled parts of the leaves hold.
+      fan_in: Of one matrix, as far as one device holds it.
+      fan_out: The same of fan_out.
+      mode: Of the unfolding.
+      dtype: Of the leaves.
+      axes: Axes of the mesh that cut fan_in and fan_out; none where every device holds them whole.
+    """
+
+    K: int
     batch: int
     fan_in: int
     fan_out: int
     mode: int
     dtype: Any
-    axes: Axes
-    mix: Mix | None = None
+    axes: MeshAxes = ((), ())
 
     @property
     def joint(self) -> tuple[int, int]:
         """Shape of a group's joint matrix."""
         return joint_shape(self.K, self.fan_in, self.fan_out, self.mode)
 
-    def whole(self, sizes: Mapping[str, int]) -> "Batch":
-        """The batch of which this is one device's block, on a mesh of these sizes."""
-        fans = zip((self.fan_in, self.fan_out), self.axes, strict=True)
-        fan_in, fan_out = (fan * math.prod(sizes[name] for name in axes) for fan, axes in fans)
-        return self._replace(fan_in=fan_in, fan_out=fan_out)
-
     @property
-    def order(self) -> tuple[int, ...]:
-        """Transposition of [groups, K, batch, fan_in, fan_out] that flattens to joint matrices."""
-        return (0, 2, 3, 1, 4) if self.mode == 2 else (0, 2, 1, 3, 4)
+    def stacks(self) -> tuple[int, ...]:
+        """Shape of the groups before they are unfolded; -1 stands for their number."""
+        return -1, self.K, self.batch, self.fan_in, self.fan_out
+
+    def whole(self, sizes: Mapping[str, int]) -> "BatchKey":
+        """The key of the whole groups of which one device holds a piece.
+
+        Args:
+          sizes: Sizes of the axes of the mesh.
+        """
+        fan_in, fan_out = (
+            fan * math.prod(sizes[name] for name in axes)
+            for fan, axes in zip((self.fan_in, self.fan_out), self.axes, strict=True)
+        )
+        return self._replace(fan_in=fan_in, fan_out=fan_out)
 
 
 def in_batches(
     leaves: Mapping[int, jax.Array],
-    types: Sequence[Type],
-    function: Callable[[dict[Batch, jax.Array]], Mapping[Batch, jax.Array]],
-    axes: Mapping[int, Axes] | None = None,
+    all_series: Sequence[Series],
+    function: Callable[[dict[BatchKey, jax.Array]], Mapping[BatchKey, jax.Array]],
+    axes: Mapping[int, MeshAxes] | None = None,
 ) -> dict[int, jax.Array]:
-    """Leaves of which `function` has replaced all joint matrices.
+    """Leaves in which `function` has replaced all joint matrices.
 
     Args:
-      leaves: By position in the tree, at least those of the types.
-      types: Which matrices the leaves hold.
-      function: From joint matrices [B, m, n] to as many of the same shapes.
-      axes: As for `batches`.
+      leaves: By position in the tree, at least those of the series.
+      all_series: Which matrices the leaves hold.
+      function: From joint matrices [groups, m, n] by key to as many of the same shapes.
+      axes: As for `pieces_by_batch`.
     """
-    layouts = {leaf: kind.layout for kind in types for leaf in kind.leaves}
+    layouts = {leaf: series.layout for series in all_series for leaf in series.leaves}
     matrices = {leaf: to_matrices(leaves[leaf], layouts[leaf]) for leaf in layouts}
-    pieces = batches(types, leaves, axes)
-    joint = {key: _gather(matrices, key, pieces[key]) for key in pieces}
-    parts: dict[int, dict[_Piece, jax.Array]] = {leaf: {} for leaf in layouts}
+    batches = pieces_by_batch(all_series, leaves, axes)
+    joint = {key: _gather(matrices, key, pieces) for key, pieces in batches.items()}
+    replaced: dict[Piece, jax.Array] = {}
     for key, result in function(joint).items():
-        for piece, layers in _scatter(result, key, pieces[key]).items():
-            held = parts[piece.leaf]
-            # A piece may be in two batches, the real and the complex slices of a transform.
-            held[piece] = held[piece] + layers if piece in held else layers
-    done = {}
-    for leaf, of_leaf in parts.items():
-        by_part = itertools.groupby(sorted(of_leaf), key=operator.attrgetter("part"))
-        dtype = leaves[leaf].dtype
-        whole = [_concatenate([of_leaf[p].astype(dtype) for p in part]) for _, part in by_part]
-        done[leaf] = to_leaf(whole, layouts[leaf])
-    return done
+        replaced |= _scatter(result, key, batches[key])
+    by_leaf: dict[int, list[list[jax.Array]]] = {
+        leaf: [[] for _ in layout.arrays] for leaf, layout in layouts.items()
+    }
+    for piece in sorted(replaced):
+        by_leaf[piece.leaf][piece.part].append(replaced[piece].astype(leaves[piece.leaf].dtype))
+    return {
+        leaf: to_leaf([_concatenate(pieces) for pieces in parts], layouts[leaf])
+        for leaf, parts in by_leaf.items()
+    }
 
 
-def batches(
-    types: Sequence[Type], leaves: Mapping[int, Any], axes: Mapping[int, Axes] | None = None
-) -> dict[Batch, list[_Piece]]:
+def scaled_polar_factors(
+    joint: Mapping[BatchKey, jax.Array], numerics: Numerics, scale: ScaleFunction
+) -> dict[BatchKey, jax.Array]:
+    """Polar factors of joint matrices, each times the factor of its group.
+
+    Args:
+      joint: Joint matrices [groups, m, n] by key, whole on this device.
+      numerics: By which polynomial and in which precision.
+      scale: Factor of a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
+    """
+    scales = [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in joint]
+    factors = orthogonalize_batches(list(joint.values()), scales, numerics)
+    return dict(zip(joint, factors, strict=True))
+
+
+def pieces_by_batch(
+    all_series: Sequence[Series],
+    leaves: Mapping[int, Any],
+    axes: Mapping[int, MeshAxes] | None = None,
+) -> dict[BatchKey, list[Piece]]:
     """All groups by what they agree in, as the pieces of leaves that make them up, in order.
 
     Args:
-      types: Which matrices the leaves hold.
+      all_series: Which matrices the leaves hold.
       leaves: By position in the tree; their dtypes count.
-      axes: Along which axes of the mesh leaves are cut, if types are those of shards.
+      axes: Along which axes of the mesh leaves are cut, if the series are those of shards.
     """
-    found: dict[Batch, list[_Piece]] = {}
-    for kind in types:
-        stack, total = kind.rule.stack, kind.depth
-        whole = total - total % stack
-        for start, stop, layers in ((0, whole, stack), (whole, total, total - whole)):
+    found: dict[BatchKey, list[Piece]] = {}
+    for series in all_series:
+        stack, depth = series.rule.stack, series.depth
+        full = depth - depth % stack
+        for start, stop, layers in ((0, full, stack), (full, depth, depth - full)):
             if start < stop:
-                K, first = layers * kind.coupled, kind.leaves[0]
+                K, first = layers * series.coupled, series.leaves[0]
                 # A single matrix has no other layer to share an axis with: modes 1 and 2 agree.
-                mode = 1 if K == 1 and kind.rule.mode == 2 else kind.rule.mode
-                dtype, cut = leaves[first].dtype, axes[first] if axes else ((), ())
-                key = Batch(K, kind.batch, *kind.matrix, mode, dtype, cut)
-                for own in _by_slices(key, kind.rule.transform):
-                    found.setdefault(own, []).extend(pieces_of(kind, start, stop))
+                mode = 1 if K == 1 and series.rule.mode == 2 else series.rule.mode
+                key = BatchKey(K, series.alone, *series.matrix, mode, leaves[first].dtype)
+                key = key._replace(axes=axes[first]) if axes else key
+                found.setdefault(key, []).extend(pieces_of(series, start, stop))
     return found
 
 
-def _by_slices(key: Batch, transform: str | None) -> list[Batch]:
-    """A batch's real and its complex slices, or the batch itself where nothing is mixed."""
-    found, wide = [], np.promote_types(key.dtype, np.float32)
-    for index, weights in enumerate(slices(transform, key.K)):
-        dtype = np.promote_types(wide, np.complex64) if np.iscomplexobj(weights) else wide
-        found.append(key._replace(K=1, dtype=dtype, mix=Mix(transform, key.K, index)))
-    return found or [key]
-
-
-def pieces_of(kind: Type, start: int, stop: int) -> Iterator[_Piece]:
-    """Layers `start` to `stop` of a type, of each the siblings, and of these the joined parts."""
-    each, heads = (kind.layout.length(axes) for axes in (kind.layout.layer, kind.layout.heads))
+def pieces_of(series: Series, start: int, stop: int) -> Iterator[Piece]:
+    """The pieces that hold layers `start` to `stop` of a series, those of one layer together."""
+    each, coupled = series.layers_per_leaf, series.layout.coupled
     for position in range(start // each, -(-stop // each)):
         first, last = max(start - position * each, 0), min(stop - position * each, each)
-        step = last - first if kind.siblings == len(kind.parts) == 1 else 1
-        leaves = kind.leaves[position * kind.siblings : (position + 1) * kind.siblings]
-        for layer, leaf, part in itertools.product(range(first, last, step), leaves, kind.parts):
-            yield _Piece(leaf, part, layer * heads, (layer + step) * heads)
+        # Siblings of one layer come one after the other, so scanned ones come layer by layer.
+        step = last - first if series.siblings == 1 else 1
+        leaves = series.leaves[position * series.siblings : (position + 1) * series.siblings]
+        for layer, leaf in itertools.product(range(first, last, step), leaves):
+            yield Piece(leaf, series.part, layer * coupled, (layer + step) * coupled)
 
 
 def _gather(
-    matrices: Mapping[int, Sequence[jax.Array]], key: Batch, pieces: Sequence[_Piece]
+    matrices: Mapping[int, Sequence[jax.Array]], key: BatchKey, pieces: Sequence[Piece]
 ) -> jax.Array:
-    """Joint matrices of all groups of a batch: [B, m, n]."""
-    layers = [matrices[piece.leaf][piece.part][piece.start : piece.stop] for piece in pieces]
-    rows = _concatenate([array.reshape(-1, key.fan_out) for array in layers])
-    if key.mix is not None:
-        rows = mixed(key.mix, rows.reshape(-1, key.batch * key.fan_in, key.fan_out))
-    stacked = rows.reshape(-1, key.K, key.batch, key.fan_in, key.fan_out)
-    return stacked.transpose(key.order).reshape(-1, *key.joint)
+    """Joint matrices of all groups of a batch: [groups, m, n]."""
+    arrays = [matrices[piece.leaf][piece.part][piece.start : piece.stop] for piece in pieces]
+    rows = _concatenate([array.reshape(-1, key.fan_out) for array in arrays])
+    return unfold(rows.reshape(key.stacks), key.mode)
 
 
-def _scatter(joint: jax.Array, key: Batch, pieces: Sequence[_Piece]) -> dict[_Piece, jax.Array]:
+def _scatter(joint: jax.Array, key: BatchKey, pieces: Sequence[Piece]) -> dict[Piece, jax.Array]:
     """Inverse of `_gather`."""
-    stacked = -1, key.K, key.batch, key.fan_in, key.fan_out
-    transposed = joint.reshape([stacked[axis] for axis in key.order])
-    rows = transposed.transpose(np.argsort(key.order)).reshape(-1, key.fan_out)
-    if key.mix is not None:
-        matrices = rows.reshape(-1, key.batch * key.fan_in, key.fan_out)
-        rows = unmixed(key.mix, matrices).reshape(-1, key.fan_out)
-    zero = _unfoldable_zero(joint.real)
-    layers, start = {}, 0
+    rows = fold(joint, key.stacks, key.mode).reshape(-1, key.fan_out)
+    zero = _unfoldable_zero(joint)
+    arrays, start = {}, 0
     for piece in pieces:
-        stop = start + (piece.stop - piece.start) * key.batch * key.fan_in
         shape = piece.stop - piece.start, key.batch, key.fan_in, key.fan_out
-        layers[piece] = _row_slice(rows, zero, start, stop).reshape(shape)
+        stop = start + math.prod(shape[:-1])
+        arrays[piece] = _row_slice(rows, zero, start, stop).reshape(shape)
         start = stop
-    return layers
+    return arrays
 
 
 def _unfoldable_zero(array: jax.Array) -> jax.Array:

@@ -11,22 +11,59 @@ from teon_optax._rules.rule import Rule, fan_axes
 
 
 class Layout(NamedTuple):
-    """Where a leaf's matrices are: axes by their role, and the sizes of its fused parts."""
+    """Where a leaf's matrices are: what each of its axes is for, and the sizes of its fused parts.
+
+    Attributes:
+      shape: Of the leaf.
+      layer: The axis that counts layers, if there is one.
+      batch: Axes along which matrices are orthogonalized each on its own.
+      fan_in: Axes that are summed over.
+      fan_out: Axes of the result.
+      sizes: Lengths of the fused parts along the first fan_out axis.
+      heads: Axes along which a rule couples matrices.
+      joins_parts: Whether the rule couples the parts, which then have one size.
+    """
 
     shape: tuple[int, ...]
-    layer: tuple[int, ...]  # at most one axis
+    layer: tuple[int, ...]
     batch: tuple[int, ...]
     fan_in: tuple[int, ...]
     fan_out: tuple[int, ...]
-    sizes: tuple[int, ...]  # of the parts, along the first fan_out axis
-    heads: tuple[int, ...] = ()  # axes along which matrices are coupled
+    sizes: tuple[int, ...]
+    heads: tuple[int, ...] = ()
+    joins_parts: bool = False
 
     def length(self, axes: tuple[int, ...]) -> int:
         """Product of the lengths of some axes."""
         return math.prod(self.shape[axis] for axis in axes)
 
+    @property
+    def bounds(self) -> list[int]:
+        """Where one fused part ends and the next begins, along the first fan_out axis."""
+        return np.cumsum(self.sizes)[:-1].tolist()
 
-def layout(shape: tuple[int, ...], rule: Rule) -> Layout:
+    @property
+    def arrays(self) -> tuple[int, ...]:
+        """Lengths of the parts that are arrays of their own: unequal ones, or one of all."""
+        return self.sizes if len(set(self.sizes)) > 1 else self.sizes[:1]
+
+    @property
+    def equal_parts(self) -> int:
+        """How many parts one array holds."""
+        return len(self.sizes) // len(self.arrays)
+
+    @property
+    def coupled(self) -> int:
+        """How many matrices of each layer in this leaf the rule couples."""
+        return (self.equal_parts if self.joins_parts else 1) * self.length(self.heads)
+
+    @property
+    def alone(self) -> int:
+        """How many matrices each layer holds beside those that are coupled: experts and parts."""
+        return (1 if self.joins_parts else self.equal_parts) * self.length(self.batch)
+
+
+def layout_of(shape: tuple[int, ...], rule: Rule) -> Layout:
     """How `rule` reads a leaf of this shape.
 
     Raises:
@@ -55,7 +92,7 @@ def layout(shape: tuple[int, ...], rule: Rule) -> Layout:
         if not heads:
             raise ValueError("no axis is left for the heads to join: pass dims without theirs")
     sizes = _part_sizes(rule.split, shape[fan_out[0]])
-    return Layout(shape, layer, batch, fan_in, fan_out, sizes, heads)
+    return Layout(shape, layer, batch, fan_in, fan_out, sizes, heads, "parts" in rule.join)
 
 
 def _normalized(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -78,22 +115,48 @@ def _part_sizes(split: int | tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
-    """The matrices of every part of the leaf: [layers, batch, fan_in, fan_out].
+    """The matrices of a leaf, an array [layers x coupled, alone, fan_in, fan_out] for each part.
 
-    Several axes of one role are flattened in the order written; joined heads count as layers.
+    Equal parts are one array, so that a program does not grow with their number. Several axes of
+    one role are flattened in the order that the rule writes.
     """
-    layers, fan_out = layout.layer + layout.heads, layout.fan_out
-    roles = layers, layout.batch, layout.fan_in, fan_out[:1], fan_out[1:]
-    flat = leaf.transpose(sum(roles, ())).reshape([layout.length(axes) for axes in roles])
-    cuts = np.cumsum(layout.sizes)[:-1]
-    parts = jnp.split(flat, cuts, axis=3) if cuts.size else [flat]
-    return [part.reshape(*part.shape[:3], -1) for part in parts]
+    roles = _roles(layout)
+    unfused = [leaf]
+    if len(layout.arrays) > 1:
+        unfused = jnp.split(leaf, layout.bounds, axis=layout.fan_out[0])
+    matrices = []
+    for part, size in zip(unfused, layout.arrays, strict=True):
+        axes = part.reshape(_shape_with_parts(layout, size)).transpose(sum(roles, ()))
+        lengths = layout.length(layout.layer) * layout.coupled, layout.alone
+        matrices.append(axes.reshape(*lengths, layout.length(layout.fan_in), -1))
+    return matrices
 
 
-def to_leaf(parts: list[jax.Array], layout: Layout) -> jax.Array:
+def to_leaf(matrices: list[jax.Array], layout: Layout) -> jax.Array:
     """Inverse of `to_matrices`."""
-    rest = layout.length(layout.fan_out[1:])
-    unflat = [part.reshape(*part.shape[:3], -1, rest) for part in parts]
-    flat = jnp.concatenate(unflat, axis=3) if len(parts) > 1 else unflat[0]
-    order = layout.layer + layout.heads + layout.batch + layout.fan_in + layout.fan_out
-    return flat.reshape([layout.shape[axis] for axis in order]).transpose(np.argsort(order))
+    order = sum(_roles(layout), ())
+    parts = []
+    for part, size in zip(matrices, layout.arrays, strict=True):
+        shape = _shape_with_parts(layout, size)
+        axes = part.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
+        whole = list(layout.shape)
+        whole[layout.fan_out[0]] = size * layout.equal_parts
+        parts.append(axes.reshape(whole))
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=layout.fan_out[0])
+
+
+def _shape_with_parts(layout: Layout, size: int) -> tuple[int, ...]:
+    """The shape of an array of equal parts of this size, with an axis before fan_out for them."""
+    first = layout.fan_out[0]
+    return (*layout.shape[:first], layout.equal_parts, size, *layout.shape[first + 1 :])
+
+
+def _roles(layout: Layout) -> tuple[tuple[int, ...], ...]:
+    """Axes of an array that has one for its parts: coupled and alone ones, fan_in, fan_out."""
+    parts = layout.fan_out[0]
+    layer, heads, batch, fan_in, fan_out = (
+        tuple(axis + (axis >= parts) for axis in axes)
+        for axes in (layout.layer, layout.heads, layout.batch, layout.fan_in, layout.fan_out)
+    )
+    coupled, alone = ((parts,), ()) if layout.joins_parts else ((), (parts,))
+    return (*layer, *coupled, *heads), (*alone, *batch), fan_in, fan_out

@@ -1,4 +1,4 @@
-"""Where a rule puts a leaf: which layer's it is, and which sibling of which type."""
+"""Which layer and which sibling of a series a leaf is."""
 
 import itertools
 import re
@@ -8,64 +8,94 @@ from typing import NamedTuple
 from teon_optax._rules.rule import Rule
 
 
-class Place(NamedTuple):
-    """Of one leaf; leaves of one layer come in the order of `sibling`."""
+class LeafMatch(NamedTuple):
+    """What a rule's pattern says of one leaf. Sorted, leaves of a layer come sibling by sibling.
+
+    Attributes:
+      number: Of the layer.
+      sibling: Its position among the alternatives of the group `slice`, and its name.
+      leaf: Position of the leaf in the tree.
+      path: Of the leaf.
+    """
 
     number: int
-    sibling: tuple[int, str]  # position among the alternatives of `slice`, and the name
+    sibling: tuple[int, str]
     leaf: int
     path: str
 
 
-def place_of(path: str, leaf: int, rule: Rule) -> tuple[str, Place]:
-    """The path without layer number (nor a `_` right before it) and sibling, and the rest.
+def match_leaf(path: str, leaf: int, rule: Rule) -> tuple[str, LeafMatch]:
+    """The path of the leaf's series, and which layer and sibling of it the leaf is.
+
+    The path of the series is that of the leaf without the number of the layer (and without a `_`
+    right before it), and without the name of the sibling.
 
     Raises:
-      ValueError: If the layer is no number.
+      ValueError: If the pattern's group `layer` matched something else than an integer.
     """
     match = rule.search(path)
     assert match is not None
     number, name = (match.groupdict().get(group) for group in ("layer", "slice"))
-    if not (number is None or number.isdecimal()):
-        raise ValueError(f"its layer is {number!r}, not a number: write `(?P<layer>\\d+)`")
+    if number is not None and not re.fullmatch(r"[+-]?\d+", number):
+        raise ValueError(
+            f"its layer is {number!r}, not a number: let `(?P<layer>...)` match digits alone, as "
+            "`(?P<layer>\\d+)` does"
+        )
     named = [group for group, text in (("layer", number), ("slice", name)) if text is not None]
-    type_path = path
+    series_path = path
     for group in sorted(named, key=match.span, reverse=True):
         start, end = match.span(group)
         above = path[:start].removesuffix("_") if group == "layer" else path[:start]
-        type_path = above + type_path[end:]
+        series_path = above + series_path[end:]
     sibling = (0, "") if name is None else (_position(name, rule), name)
-    return type_path, Place(int(number or 0), sibling, leaf, path)
+    return series_path, LeafMatch(int(number or 0), sibling, leaf, path)
 
 
 def _position(name: str, rule: Rule) -> int:
-    """Which alternative of `slice` it is; where these are no words, the first, for all names."""
+    """Which alternative of the group `slice` a name is.
+
+    Where the alternatives are no words of their own, all names get 0, and are sorted as text.
+    """
     group = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
     words = re.split(r"(?<!\\)\|", group[1]) if group else []
-    fits = (re.fullmatch(word, name, rule.compiled().flags) for word in words)
+    fits = (re.fullmatch(word, name, rule.compiled.flags) for word in words)
     return next((index for index, fit in enumerate(fits) if fit), 0)
 
 
-def problems(found: Mapping[tuple, Sequence[Place]]) -> Iterator[str]:
-    """What is wrong with types: places in order, by (type's path, rule, layout, dtype)."""
+def problems(found: Mapping[tuple, Sequence[LeafMatch]]) -> Iterator[str]:
+    """What is wrong with series: two leaves for one sibling of a layer, or a sibling missing.
+
+    Args:
+      found: Sorted matches by (path of the series, rule, layout, dtype).
+    """
     siblings: dict[tuple, set] = {}
-    for key, places in found.items():
-        siblings.setdefault(key[:2], set()).update(place.sibling for place in places)
-    for (type_path, rule, layout, dtype), places in found.items():
-        shape = f"shape {layout.shape}, taken by `{rule}`"
-        for number, layer in itertools.groupby(places, key=lambda place: place.number):
-            first, *others = layer
-            missing = siblings[type_path, rule] - {place.sibling for place in (first, *others)}
-            for a, b in itertools.pairwise([first, *others]):
-                if a.sibling == b.sibling:
-                    yield (
-                        f"{a.path!r} and {b.path!r}, {shape}: both are layer {number} of one type: "
-                        "let `(?P<layer>\\d+)` match the number that tells them apart."
-                    )
+    for key, matches in found.items():
+        siblings.setdefault(key[:2], set()).update(match.sibling for match in matches)
+    for (series_path, rule, layout, dtype), matches in found.items():
+        taken = f"shape {layout.shape}, taken by `{rule}`"
+        for number, of_layer in itertools.groupby(matches, key=lambda match: match.number):
+            layer = list(of_layer)
+            for one, other in itertools.pairwise(layer):
+                if one.sibling == other.sibling:
+                    yield _one_too_many(one, other, taken)
+            missing = siblings[series_path, rule] - {match.sibling for match in layer}
             if missing:
                 names = ", ".join(repr(name) for _, name in sorted(missing))
                 yield (
-                    f"{first.path!r}, {shape}: its layer has no {names} of its shape and dtype "
-                    f"({dtype}) to couple it with: write a rule for each shape, such as one with "
-                    "`(?P<slice>key|value)` and one for queries, or one without `slice`."
+                    f"{layer[0].path!r}, {taken}: its layer {number} has no {names} of its shape "
+                    f"and dtype ({dtype}) to couple it with: write a rule for each shape, such as "
+                    "one with `(?P<slice>key|value)` and one for queries, or one without `slice`."
                 )
+
+
+def _one_too_many(one: LeafMatch, other: LeafMatch, taken: str) -> str:
+    """What is wrong with two leaves that are the same sibling of the same layer."""
+    if one.path == other.path:
+        return (
+            f"{one.path!r}, {taken}: two leaves of the tree have this path, so that no pattern can "
+            "tell them apart: rename a key that holds `/`."
+        )
+    return (
+        f"{one.path!r} and {other.path!r}, {taken}: both are layer {one.number} of one series: "
+        "let `(?P<layer>\\d+)` match the number that tells them apart."
+    )

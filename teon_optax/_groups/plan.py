@@ -5,55 +5,63 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
 from teon_optax._groups.coupling import joint_shape
-from teon_optax._groups.layout import Layout, layout
-from teon_optax._groups.matching import Place, place_of, problems
+from teon_optax._groups.layout import Layout, layout_of
+from teon_optax._groups.matching import LeafMatch, match_leaf, problems
 from teon_optax._groups.report import as_dict, table
-from teon_optax._mixing import slices
 from teon_optax._rules.default import default_rules
-from teon_optax._rules.paths import leaf_paths
+from teon_optax._rules.paths import LeafType, cached, leaf_paths, tree_types
 from teon_optax._rules.rule import Rule, checked_rules
 
 
-class Type(NamedTuple):
+class Series(NamedTuple):
     """Matrices that differ only in their layer, or in what a rule couples.
 
     Attributes:
       rule: The rule that took the leaves.
       layout: How each leaf holds its matrices.
-      parts: Indices of the fused parts: all that are joined, or one.
+      part: Which of the arrays of `to_matrices`.
       siblings: How many leaves hold a layer.
       leaves: Positions of the leaves in the tree, by layer number, then by sibling.
     """
 
     rule: Rule
     layout: Layout
-    parts: tuple[int, ...]
+    part: int
     siblings: int
     leaves: tuple[int, ...]
 
     @property
+    def layers_per_leaf(self) -> int:
+        """How many layers one leaf holds."""
+        return self.layout.length(self.layout.layer)
+
+    @property
     def depth(self) -> int:
-        """How many layers."""
-        return len(self.leaves) // self.siblings * self.layout.length(self.layout.layer)
+        """How many layers there are."""
+        return len(self.leaves) // self.siblings * self.layers_per_leaf
 
     @property
     def coupled(self) -> int:
         """How many matrices of each layer are coupled."""
-        return self.siblings * len(self.parts) * self.layout.length(self.layout.heads)
+        return self.siblings * self.layout.coupled
+
+    @property
+    def alone(self) -> int:
+        """How many matrices each layer holds beside those that are coupled."""
+        return self.layout.alone
+
+    @property
+    def experts(self) -> int:
+        """How many matrices the batch axes hold."""
+        return self.layout.length(self.layout.batch)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(fan_in, fan_out) of one layer."""
+        """(fan_in, fan_out) of one matrix."""
         rest = self.layout.length(self.layout.fan_out[1:])
-        return self.layout.length(self.layout.fan_in), self.layout.sizes[self.parts[0]] * rest
-
-    @property
-    def batch(self) -> int:
-        """How many matrices of its own each layer holds (experts)."""
-        return self.layout.length(self.layout.batch)
+        return self.layout.length(self.layout.fan_in), self.layout.arrays[self.part] * rest
 
 
 class Group(NamedTuple):
@@ -78,15 +86,8 @@ class Group(NamedTuple):
 
     @property
     def joint(self) -> tuple[int, int]:
-        """Shape of the joint matrix (or of a transform's slices); Gram is its smaller side."""
-        K = 1 if self.rule.transform else len(self.members)
-        return joint_shape(K, self.fan_in, self.fan_out, self.rule.mode)
-
-    @property
-    def factors(self) -> int:
-        """How many polar factors it takes: 1, or K of a transform; of complex ones each is four."""
-        found = slices(self.rule.transform, len(self.members))
-        return sum(len(rows) * (4 if np.iscomplexobj(rows) else 1) for rows in found) or 1
+        """Shape of the joint matrix; the Gram matrix has its smaller side."""
+        return joint_shape(len(self.members), self.fan_in, self.fan_out, self.rule.mode)
 
 
 class Untouched(NamedTuple):
@@ -102,20 +103,20 @@ class Plan(NamedTuple):
 
     Attributes:
       groups: Groups of matrices that are orthogonalized jointly; one matrix alone is a group too.
-      types: The same matrices before they are cut into groups.
+      series: The same matrices before they are cut into groups.
       untouched: The leaves that go to the fallback optimizer.
       unused: Rules that took no leaf.
     """
 
     groups: tuple[Group, ...]
-    types: tuple[Type, ...]
+    series: tuple[Series, ...]
     untouched: tuple[Untouched, ...]
     unused: tuple[Rule, ...]
 
     @property
     def taken(self) -> set[int]:
         """Positions in the tree of the leaves that are not in the fallback."""
-        return {leaf for kind in self.types for leaf in kind.leaves}
+        return {leaf for series in self.series for leaf in series.leaves}
 
     @property
     def fallback(self) -> tuple[str, ...]:
@@ -123,7 +124,7 @@ class Plan(NamedTuple):
         return tuple(leaf.path for leaf in self.untouched)
 
     def __str__(self) -> str:
-        """A table of types and fallback leaves, equal rows collapsed."""
+        """A table of series and fallback leaves, equal rows collapsed."""
         return table(self.groups, self.untouched, self.unused)
 
     def as_dict(self) -> dict[str, Any]:
@@ -159,34 +160,39 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
       [(0, 1), (2,)]
     """
     rules = checked_rules(default_rules(params) if rules is None else rules)
-    found: dict[tuple, list[Place]] = {}
+    return _plan(*tree_types(params), rules)
+
+
+@cached
+def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) -> Plan:
+    """The plan of a tree of this structure, whose leaves have these types."""
+    found: dict[tuple, list[LeafMatch]] = {}
     untouched, wrong = [], []
     used = set()
-    for index, (path, leaf) in enumerate(leaf_paths(params)):
-        shape = np.shape(leaf)
+    for path, index in leaf_paths(structure.unflatten(range(len(types)))):
+        shape, dtype = types[index]
         rule = next((rule for rule in rules if rule.search(path)), None)
         used.add(rule)
         if rule is None or rule.stack == 0 or len(shape) < 2:
             untouched.append(Untouched(path, shape, _reason(rule, shape)))
             continue
         try:
-            type_path, place = place_of(path, index, rule)
-            key = type_path, rule, _checked_layout(shape, leaf.dtype, rule), leaf.dtype
-            found.setdefault(key, []).append(place)
+            series_path, match = match_leaf(path, index, rule)
+            key = series_path, rule, _checked_layout(shape, dtype, rule), dtype
+            found.setdefault(key, []).append(match)
         except ValueError as error:
             wrong.append(f"{path!r}, shape {shape}, taken by `{rule}`: {error}.")
-    found = {key: sorted(places) for key, places in found.items()}
+    found = {key: sorted(matches) for key, matches in found.items()}
     if wrong := [*wrong, *problems(found)]:
         raise ValueError("Rules do not fit the leaves that they take:\n  " + "\n  ".join(wrong))
-    types, groups = [], []
-    for (_, rule, held, _), places in found.items():
-        siblings, leaves = len({place.sibling for place in places}), [p.leaf for p in places]
-        every = tuple(range(len(held.sizes)))
-        for parts in [every] if "parts" in rule.join else zip(every, strict=True):
-            types.append(Type(rule, held, parts, siblings, tuple(leaves)))
-            groups += _groups(types[-1], places)
+    series, groups = [], []
+    for (_, rule, layout, _), matches in found.items():
+        siblings, leaves = len({match.sibling for match in matches}), [m.leaf for m in matches]
+        for part in range(len(layout.arrays)):
+            series.append(Series(rule, layout, part, siblings, tuple(leaves)))
+            groups += _groups(series[-1], matches)
     unused = tuple(rule for rule in rules if rule not in used)
-    return Plan(tuple(groups), tuple(types), tuple(untouched), unused)
+    return Plan(tuple(groups), tuple(series), tuple(untouched), unused)
 
 
 def _reason(rule: Rule | None, shape: tuple[int, ...]) -> str:
@@ -201,24 +207,47 @@ def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
             f"its dtype is {dtype}, and only real floating leaves have a polar factor here: put "
             "`Rule(..., stack=0)` for it before this rule"
         )
-    return layout(shape, rule)
+    return layout_of(shape, rule)
 
 
-def _groups(kind: Type, places: Sequence[Place]) -> Iterator[Group]:
-    """A type cut into runs of layers; the last may be shorter."""
-    rule, held = kind.rule, kind.layout
-    parts = [f":{i}" for i in kind.parts] if len(held.sizes) > 1 else [""]
-    heads = [f"#{i}" for i in range(held.length(held.heads))] if held.heads else [""]
-    indices = range(held.length(held.layer)) if held.layer else [None]
-    named = "layer" in rule.compiled().groupindex
-    members = []
-    for start, index in itertools.product(range(0, len(places), kind.siblings), indices):
-        number, at = places[start].number, "" if index is None else f"[{index}]"
+def _groups(series: Series, matches: Sequence[LeafMatch]) -> Iterator[Group]:
+    """The groups of a series: runs of `stack` layers, of which the last may be shorter.
+
+    Each of the parts that are not coupled has groups of its own.
+    """
+    parts = _part_names(series)
+    for names in [parts] if series.layout.joins_parts else [[name] for name in parts]:
+        members = list(_members(series, matches, names))
+        K = series.rule.stack * series.siblings * len(names) * len(_head_names(series))
+        for start in range(0, len(members), K):
+            paths, layers = zip(*members[start : start + K], strict=True)
+            yield Group(paths, series.rule, layers, *series.matrix, series.experts)
+
+
+def _members(
+    series: Series, matches: Sequence[LeafMatch], parts: Sequence[str]
+) -> Iterator[tuple[str, Any]]:
+    """Name and layer of every matrix in these parts, those of one layer together."""
+    named = "layer" in series.rule.compiled.groupindex
+    indices = range(series.layers_per_leaf) if series.layout.layer else [None]
+    for start, index in itertools.product(range(0, len(matches), series.siblings), indices):
+        number, at = matches[start].number, "" if index is None else f"[{index}]"
         layer = number if index is None else (number, index) if named else index
-        leaves = places[start : start + kind.siblings]
-        for leaf, part, head in itertools.product(leaves, parts, heads):
-            members.append((f"{leaf.path}{part}{at}{head}", layer))
-    K = rule.stack * kind.coupled
-    for start in range(0, len(members), K):
-        paths, layers = zip(*members[start : start + K], strict=True)
-        yield Group(paths, rule, layers, *kind.matrix, kind.batch)
+        leaves = matches[start : start + series.siblings]
+        for leaf, part, head in itertools.product(leaves, parts, _head_names(series)):
+            yield f"{leaf.path}{part}{at}{head}", layer
+
+
+def _part_names(series: Series) -> list[str]:
+    """What is added to a path for each part that this series holds: `:0`, `:1`, .."""
+    if len(series.layout.sizes) == 1:
+        return [""]
+    if len(series.layout.arrays) > 1:
+        return [f":{series.part}"]
+    return [f":{part}" for part in range(len(series.layout.sizes))]
+
+
+def _head_names(series: Series) -> list[str]:
+    """What is added to a path for each head that the rule couples: `#0`, `#1`, .."""
+    heads = series.layout.heads
+    return [f"#{head}" for head in range(series.layout.length(heads))] if heads else [""]

@@ -3,8 +3,7 @@
 import math
 import re
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,33 +14,42 @@ from teon_optax._polar.precision import Numerics, product_count
 
 _WIDTH = 100
 _LEAST = 12  # columns for a path, and at most for layers
+_NUMBER = re.compile(r"\d+")
 _UNITS = (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")
 _STEPS = 5  # of the paper's method, and of Muon
 
 
 def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]) -> str:
     """A plan's table; rows that differ in the numbers of their paths alone are one row."""
-    taken: Counter[tuple[str, ...]] = Counter()
-    layers: dict[tuple[str, ...], list] = {}
+    taken: dict[tuple[str, ...], list[Any]] = {}
     for group in groups:
-        rule, K, shape = group.rule, len(group.members), f"{group.fan_in} x {group.fan_out}"
-        coupled = str(rule.transform or rule.mode)
-        row = anonymous(group.members[0]), shape, str(K), coupled, str(min(group.joint))
-        taken[row] += group.batch
-        layers.setdefault(row, []).extend(group.layers if rule.counts_layers else ())
-    left = Counter(
-        (anonymous(leaf.path), " x ".join(map(str, leaf.shape)), leaf.reason) for leaf in untouched
-    )
+        K, shape = len(group.members), f"{group.fan_in} x {group.fan_out}"
+        cells = shape, str(K), str(group.rule.mode), str(min(group.joint))
+        taken.setdefault((_NUMBER.sub("*", group.members[0]), *cells), []).append(group)
+    left: dict[tuple[str, ...], list[str]] = {}
+    for leaf in untouched:
+        cells = " x ".join(map(str, leaf.shape)), leaf.reason
+        left.setdefault((_NUMBER.sub("*", leaf.path), *cells), []).append(leaf.path)
+    members = {row: [m for group in alike for m in group.members] for row, alike in taken.items()}
+    taken_names, left_names = row_names(members), row_names(left)
     lines = columns(
         [("orthogonalized", "layers", "fan_in x fan_out", "K", "mode", "Gram", "groups")]
-        + [(row[0], spans(layers[row]), *row[1:], str(count)) for row, count in taken.items()]
+        + [
+            (taken_names[row], _layers(alike), *row[1:], str(sum(group.batch for group in alike)))
+            for row, alike in taken.items()
+        ]
     )
     lines += columns(
         [("fallback", "shape", "why", "leaves")]
-        + [(*row, str(count)) for row, count in left.items()]
+        + [(left_names[row], *row[1:], str(len(paths))) for row, paths in left.items()]
     )
     lines += [line for rule in unused for line in _wrapped(f"takes no leaf: {rule}", _WIDTH - 2)]
     return "\n".join([*lines, *_totals(groups, untouched)])
+
+
+def _layers(groups: Sequence[Any]) -> str:
+    """The layers of a row's groups, if its rule counts any."""
+    return spans(n for group in groups if group.rule.counts_layers for n in group.layers)
 
 
 def as_dict(
@@ -56,7 +64,7 @@ def as_dict(
                 "members": list(group.members),
                 "layers": [list(n) if isinstance(n, tuple) else n for n in group.layers],
                 "rule": str(group.rule),
-                "mode": group.rule.transform or group.rule.mode,
+                "mode": group.rule.mode,
                 "gram": min(group.joint),
             }
             for group in groups
@@ -73,18 +81,76 @@ def anonymous(path: str) -> str:
     return re.sub(r"(?<![:\d])\d+", "*", path)
 
 
+def row_names(paths: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
+    """What to call each row: its path, with `*` for a number that differs between its leaves.
+
+    Numbers of fused parts are listed: `qkv:0-2`. So are, where rows would be called alike, the
+    numbers that tell them apart: `fc{1, 3}`.
+
+    Args:
+      paths: Of each row, which differ in their numbers alone.
+    """
+    numbers = {
+        row: [set(map(int, column)) for column in zip(*map(_NUMBER.findall, some), strict=True)]
+        for row, some in paths.items()
+    }
+    names = {row: _named(paths[row][0], numbers[row], None) for row in paths}
+    alike: dict[str, list[Any]] = {}
+    for row, name in names.items():
+        alike.setdefault(name, []).append(row)
+    for rows in alike.values():
+        if len(rows) > 1:
+            common = [set.intersection(*each) for each in zip(*map(numbers.get, rows), strict=True)]
+            names |= {row: _named(paths[row][0], numbers[row], common) for row in rows}
+    return names
+
+
+def _named(path: str, numbers: Sequence[set[int]], common: Sequence[set[int]] | None) -> str:
+    """A path whose numbers are replaced: listed where not all of them are `common` to all rows."""
+    columns = iter(range(len(numbers)))
+
+    def replaced(number: re.Match[str]) -> str:
+        column = next(columns)
+        if len(numbers[column]) == 1:
+            return number[0]
+        if path[: number.start()].endswith(":"):
+            return spans(numbers[column])
+        is_shared = common is None or numbers[column] == common[column]
+        return "*" if is_shared else f"{{{spans(numbers[column])}}}"
+
+    return _NUMBER.sub(replaced, path)
+
+
 def spans(layers: Iterable[Any]) -> str:
-    """Numbers of layers in short, as in `0-3, 6`; pairs of numbers as in `1.0`."""
+    """Numbers of layers in short: `0-3, 6`; those of scanned leaves with a number: `0[0-3]`.
+
+    What would be too long is told by its ends and its length: `0, 2 .. 10 (6)`.
+    """
+    layers = set(layers)
+    plain = sorted(layer for layer in layers if not isinstance(layer, tuple))
+    scanned: dict[int, list[int]] = {}
+    for number, index in sorted(layer for layer in layers if isinstance(layer, tuple)):
+        scanned.setdefault(number, []).append(index)
+    by_indices: dict[str, list[int]] = {}
+    for number, indices in scanned.items():
+        by_indices.setdefault(", ".join(_runs(indices)), []).append(number)
+    texts = _runs(plain)
+    texts += [f"{', '.join(_runs(numbers))}[{inside}]" for inside, numbers in by_indices.items()]
+    text = ", ".join(texts)
+    if len(text) <= _LEAST or len(texts) < 4:
+        return text
+    return f"{texts[0]}, {texts[1]} .. {texts[-1]} ({len(layers)})"
+
+
+def _runs(numbers: Sequence[int]) -> list[str]:
+    """Sorted numbers as runs of consecutive ones: `0-3`, `6`."""
     runs: list[list[int]] = []
-    found = sorted(set(layers))
-    names = [".".join(map(str, n)) if isinstance(n, tuple) else str(n) for n in found]
-    for i, number in enumerate(found):
-        if runs and not isinstance(number, tuple) and number == found[i - 1] + 1:
-            runs[-1][1] = i
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
         else:
-            runs.append([i, i])
-    text = ", ".join(names[a] if a == b else f"{names[a]}-{names[b]}" for a, b in runs)
-    return text if len(text) <= _LEAST else f"{len(found)} of {names[0]}-{names[-1]}"
+            runs.append([number, number])
+    return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
@@ -117,21 +183,19 @@ def _size(group: Any) -> int:
 
 
 def _flops(groups: Sequence[Any]) -> tuple[int, int]:
-    """Of the matrix products of an update, and of those of Muon, which takes each matrix alone."""
+    """FLOPs of an update's matrix products, and of Muon's, which takes each matrix alone."""
+    numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
 
     def products(shape: tuple[int, int], restarts: tuple[int, ...]) -> float:
         d, ratio = min(shape), max(shape) / min(shape)
         return 2 * d**3 * product_count(restarts, ratio)
 
-    numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
-    ours = sum(
-        group.batch * group.factors * products(group.joint, numerics.restarts(*group.joint))
-        for group in groups
-    )
-    # There and back, of K matrices along their stack.
-    ours += sum(4 * len(g.members) * _size(g) for g in groups if g.factors > 1)
-    alone = [(len(group.members) * group.batch, (group.fan_in, group.fan_out)) for group in groups]
-    return round(ours), round(sum(n * products(shape, (1,) * _STEPS) for n, shape in alone))
+    ours = muon = 0.0
+    for group in groups:
+        alone, direct = (group.fan_in, group.fan_out), (1,) * _STEPS
+        ours += group.batch * products(group.joint, numerics.restarts(*group.joint))
+        muon += group.batch * len(group.members) * products(alone, direct)
+    return round(ours), round(muon)
 
 
 def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> list[str]:

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import Numerics, chunk_size, is_exact, shrinkage
+from teon_optax._polar.precision import (
+    Numerics,
+    chunk_bytes,
+    chunk_size,
+    is_exact,
+    shrinkage,
+)
 
 
 def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
@@ -42,7 +48,9 @@ def _scaled(
     `largest` is that of the magnitudes that several devices found, each in its columns of M.
     """
     M = M.astype(np.promote_types(M.dtype, np.float32))
-    peak = largest(jnp.max(jnp.abs(M)))
+    # The polar factor does not depend on the length of M, so neither does its derivative. `pmax`,
+    # which finds the largest of several devices, has no derivative in jax.
+    peak = largest(jax.lax.stop_gradient(jnp.max(jnp.abs(M))))
     peak = jnp.where(peak == 0, 1, peak)
     # A quotient of complex numbers would square the peak.
     return jax.lax.complex(M.real / peak, M.imag / peak) if jnp.iscomplexobj(M) else M / peak
@@ -110,7 +118,7 @@ def _svd_orthogonalize(M: jax.Array) -> jax.Array:
     return jnp.matmul(U * kept[None], Vt, precision=jax.lax.Precision.HIGHEST)
 
 
-def _together(
+def orthogonalize_together(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
     numerics: Numerics,
@@ -170,36 +178,49 @@ def weighted_sums(weights: np.ndarray, stack: jax.Array) -> jax.Array:
     return jnp.moveaxis(jnp.tensordot(weights, stack, (1, 1), precision=exact), 0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("numerics", "restarts", "chunk_bytes"))
-def orthogonalize_batches(
-    batches: Sequence[jax.Array],
-    scales: Sequence[jax.typing.ArrayLike],
-    numerics: Numerics,
-    restarts: tuple[int, ...],
-    chunk_bytes: int,
-) -> list[jax.Array]:
-    """Scaled polar factors of some batches, real or complex, that agree in d.
+def _alone(
+    together: Callable[..., list[jax.Array]], scale: jax.typing.ArrayLike, batch: jax.Array
+) -> jax.Array:
+    (result,) = together([batch], [scale])
+    return result
 
-    Batches that fit in `chunk_bytes` together share one polynomial; otherwise each is worked off in
-    chunks.
+
+@functools.partial(jax.jit, static_argnames=("numerics",))
+def orthogonalize_batches(
+    batches: Sequence[jax.Array], scales: Sequence[jax.typing.ArrayLike], numerics: Numerics
+) -> list[jax.Array]:
+    """Scaled polar factors of batches of matrices.
+
+    Batches that agree in d, dtype and restarts share one polynomial if they fit into the memory
+    that is worked on at a time; otherwise each is worked off in chunks.
 
     Args:
-      batches: Arrays [B, m, n], of any floating dtype.
+      batches: Arrays [B, m, n], of any floating dtypes.
       scales: Factor of each batch's result.
-      numerics: With a precision.
-      restarts: Steps after each start from the matrices themselves, all of them in sum.
-      chunk_bytes: Bytes of matrices that are worked on at a time.
+      numerics: By which polynomial and in which precision.
 
     Returns:
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
-    together = functools.partial(_together, numerics=numerics, restarts=restarts)
-    if sum(batch.nbytes for batch in batches) <= chunk_bytes:
-        return together(batches, scales)
-    return [
-        _in_chunks(lambda chunk, scale=scale: together([chunk], [scale])[0], batch, chunk_bytes)
-        for batch, scale in zip(batches, scales, strict=True)
-    ]
+    alike: dict[tuple, list[int]] = {}
+    for index, batch in enumerate(batches):
+        (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
+        used = numerics.of(dtype)
+        alike.setdefault((min(m, n), dtype, used, used.restarts(m, n)), []).append(index)
+    budget = chunk_bytes(jax.default_backend())
+    done: dict[int, jax.Array] = {}
+    for (_, _, used, restarts), indices in alike.items():
+        together = functools.partial(orthogonalize_together, numerics=used, restarts=restarts)
+        some, factors = [batches[i] for i in indices], [scales[i] for i in indices]
+        if sum(batch.nbytes for batch in some) <= budget:
+            results = together(some, factors)
+        else:
+            results = [
+                _in_chunks(functools.partial(_alone, together, scale), batch, budget)
+                for batch, scale in zip(some, factors, strict=True)
+            ]
+        done |= zip(indices, results, strict=True)
+    return [done[index] for index in range(len(batches))]
 
 
 def orthogonalize_columns(

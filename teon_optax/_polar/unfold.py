@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.newton_schulz import orthogonalize_batches
-from teon_optax._polar.precision import Numerics, chunk_bytes
+from teon_optax._polar.precision import Numerics
 
 
 def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:
@@ -40,14 +40,7 @@ def polar(matrix: jax.typing.ArrayLike, method: MethodLike = "polar_express") ->
     """
     matrix, resolved = _checked("polar(matrix)", matrix, 2), resolve(method)
     batch = matrix.reshape(-1, *matrix.shape[-2:])
-    numerics = Numerics(resolved).of(batch.dtype)
-    (result,) = orthogonalize_batches(
-        [batch],
-        [1],
-        numerics,
-        numerics.restarts(*batch.shape[1:]),
-        chunk_bytes(jax.default_backend()),
-    )
+    (result,) = orthogonalize_batches([batch], [1], Numerics(resolved))
     return result.reshape(matrix.shape).astype(matrix.dtype)
 
 

@@ -1,12 +1,51 @@
-"""The path of a leaf, which rules are matched against."""
+"""What rules and plans see of a tree: the paths of leaves, their shapes and dtypes."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
 import optax
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
 _WRAPPER_ATTRIBUTES = ("value", "data_array")
+# Trees and rules that are kept: a program has few, each in two or three dtypes.
+_CACHE_SIZE = 64
+
+Result = TypeVar("Result")
+
+
+class LeafType(NamedTuple):
+    """Shape and dtype of a leaf; no dtype for what is no array."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
+def tree_types(tree: Any) -> tuple[Any, tuple[LeafType, ...]]:
+    """The structure of a tree, and the types of its leaves."""
+    leaves, structure = jax.tree.flatten(tree)
+    types = (LeafType(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
+    return structure, tuple(types)
+
+
+def cached(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Keeps results by structure, types and rules, so that a second trace costs a look-up.
+
+    Nodes of a user's own may hold what cannot be hashed; such trees are read each time.
+    """
+    keeping = functools.lru_cache(_CACHE_SIZE)(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Result:
+        try:
+            hash(arguments)
+        except TypeError:
+            return function(*arguments)
+        return keeping(*arguments)
+
+    return call
 
 
 def leaf_paths(tree: Any) -> list[tuple[str, Any]]:

@@ -1,14 +1,13 @@
 """The rule that a user writes."""
 
 import dataclasses
+import functools
 import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
-
-TRANSFORMS = ("dct", "dft", "haar")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -31,9 +30,6 @@ class Rule:
       split: A fused projection's parts along the first fan_out axis: their number, or their sizes.
       join: "parts", "heads" or both: couples the (equal) parts of `split`, and the matrices along
         the axes that `dims` does not name. Without it, each part and each head is alone.
-      transform: "dct", "dft" or "haar": instead of a joint matrix, the K matrices are transformed
-        along the stack, each slice gets its own polar factor, and the transform is undone
-        (arXiv 2610.24938). There is no unfolding then, so `mode` stays 1.
 
     Raises:
       ValueError: If an argument has the wrong type or range, or two of them contradict each other.
@@ -53,10 +49,9 @@ class Rule:
     layer_axis: int | None = None
     split: int | tuple[int, ...] = 1
     join: str | tuple[str, ...] = ()
-    transform: str | None = None
 
     def __post_init__(self) -> None:
-        self.compiled()
+        self.search("")  # Compiles the pattern, or raises.
         self._set("stack", self._integer("stack", self.stack))
         self._set("mode", self._integer("mode", self.mode))
         if self.stack < 0:
@@ -83,13 +78,15 @@ class Rule:
     @property
     def counts_layers(self) -> bool:
         """Whether it tells which layer a leaf (or a slice of it) belongs to."""
-        return self.layer_axis is not None or "layer" in self.compiled().groupindex
+        return self.layer_axis is not None or "layer" in self.compiled.groupindex
 
     def search(self, path: str) -> re.Match[str] | None:
         """The match of the pattern anywhere in `path`, or None."""
-        return self.compiled().search(path)
+        return self.compiled.search(path)
 
+    @functools.cached_property
     def compiled(self) -> re.Pattern[str]:
+        """The pattern, compiled once: the cache of `re` holds 512."""
         if not isinstance(self.pattern, str):
             raise ValueError(
                 f"`Rule({self.pattern!r})`: pattern should be a string, a regular expression."
@@ -162,10 +159,6 @@ class Rule:
                 f"`{self}` should join parts of one size, two at least: split into such parts, as "
                 "with split=fan_out // head_dim, or leave join out."
             )
-        if self.transform not in (None, *TRANSFORMS):
-            raise ValueError(f"`{self}`: transform should be None or one of {TRANSFORMS}.")
-        if self.transform and self.mode != 1:
-            raise ValueError(f"`{self}`: a transform unfolds nothing, so leave out mode.")
 
     def __repr__(self) -> str:
         """The call that makes this rule, defaults left out: it can be pasted back as code."""

@@ -1,4 +1,4 @@
-"""How leaves enter the exchange, and which device owns which groups."""
+"""How leaves enter the exchange, and which device is assigned which groups."""
 
 import itertools
 import math
@@ -8,57 +8,70 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
+from teon_optax._groups.batching import MeshAxes
 from teon_optax._groups.layout import Layout
 
-# Of a mesh: along fan_in and fan_out, or along d and N.
-Axes = tuple[tuple[str, ...], tuple[str, ...]]
-# Of a d x N group for one device, from d, N and the number of devices that share it.
+# What a d x N group costs each of its devices, from d, N and how many devices share the group.
 CostFunction = Callable[[int, int, int], float]
 
 
 class Entry(NamedTuple):
-    """How a leaf enters: cut along every axis of the mesh.
+    """How a leaf enters the exchange: cut along every axis of the mesh.
 
     Attributes:
-      spec: Of the leaf.
-      layout: Of one device's shard.
-      axes: Of the mesh, in its order, along fan_in and fan_out. Devices along others have groups of
-        their own.
+      spec: How the leaf is cut.
+      layout: Layout of the shard that one device holds.
+      axes: Axes of the mesh, in its order, that cut fan_in and that cut fan_out. Devices along the
+        other axes hold different groups.
     """
 
     spec: PartitionSpec
     layout: Layout
-    axes: Axes
+    axes: MeshAxes
 
 
 class Block(NamedTuple):
-    """What every device holds of some equal groups: an array [count, d / .., N / ..]."""
+    """Groups of one shape d x N, d <= N, of which every device holds the same share.
+
+    That share is an array [count, d / .., N / ..]; `axes` of the mesh cut d, and others cut N.
+    """
 
     count: int
     d: int
     N: int
-    axes: Axes  # along d, along N
+    axes: MeshAxes
 
 
-class Hand(NamedTuple):
-    """Rows of a deal that are alike; a row has a slot for every device.
+class Round(NamedTuple):
+    """What every device is assigned at once: some whole matrices, or its columns of one.
 
-    With `share` = s, s devices in a row take one group, each of them N / s of its columns.
+    Attributes:
+      d: Of every group in the round.
+      width: N of its widest group, rounded up so that every group's columns divide evenly.
+      devices_per_group: How many devices share a group; each has `width` over this many columns.
+      matrices_per_device: How many matrices a device gets; more than one only of a single block.
+      members: (block, start, stop): groups start to stop of the block, in the order of devices.
     """
 
     d: int
-    width: int  # N of the widest group, and a little more where that does not divide evenly
-    share: int
-    rows: int
-    members: tuple[tuple[int, int, int], ...]  # groups start to stop of a block, slot by slot
+    width: int
+    devices_per_group: int
+    matrices_per_device: int
+    members: tuple[tuple[int, int, int], ...]
 
 
-class Exchange(NamedTuple):
-    """Who owns which groups."""
+class ExchangePlan(NamedTuple):
+    """Which device is assigned which groups.
 
-    sizes: tuple[tuple[str, int], ...]  # of the axes of the mesh that take part, in its order
+    Attributes:
+      sizes: Names and sizes of the axes of the mesh that take part, in the mesh's order.
+      blocks: What the devices hold.
+      rounds: What the devices are assigned.
+    """
+
+    sizes: tuple[tuple[str, int], ...]
     blocks: tuple[Block, ...]
-    hands: tuple[Hand, ...]
+    rounds: tuple[Round, ...]
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -71,150 +84,174 @@ class Exchange(NamedTuple):
         return math.prod(size for _, size in self.sizes)
 
     def held(self, index: int) -> tuple[int, int]:
-        """(d, N) of what one device holds of a block's group."""
+        """(d, N) of what one device holds of a group of this block."""
         block, sizes = self.blocks[index], dict(self.sizes)
-        return block.d // count(block.axes[0], sizes), block.N // count(block.axes[1], sizes)
+        return block.d // devices_along(block.axes[0], sizes), block.N // devices_along(
+            block.axes[1], sizes
+        )
+
+
+def devices_along(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
+    """How many devices lie along these axes of the mesh."""
+    return math.prod(sizes[name] for name in axes)
 
 
 def entry(
     layout: Layout, stack: int, given: Sequence[tuple[str, ...]], sizes: Mapping[str, int]
 ) -> Entry | None:
-    """How a leaf enters, or None if it cannot.
+    """How a leaf enters the exchange, or None if it cannot.
 
-    An axis of the mesh stays where it is if groups stay whole or are cut evenly. Others go where
-    they can: first along layers and batch, where no group is cut.
+    An axis of the mesh stays on the leaf's axis that it cuts now, if groups stay whole there or
+    are cut evenly. Every other axis of the mesh cuts the first axis of the leaf that it divides:
+    layers and batch before fan_in and fan_out, since that cuts no group.
 
     Args:
-      layout: Of the whole leaf.
+      layout: Layout of the whole leaf.
       stack: How many layers a group has.
-      given: Along which axes of the mesh each axis of the leaf is cut.
-      sizes: Of all axes of the mesh.
+      given: The axes of the mesh that cut each axis of the leaf.
+      sizes: Sizes of all axes of the mesh.
     """
-    cut: list[tuple[str, ...]] = [()] * len(given)
-    left = list(sizes)
+    cuts: list[tuple[str, ...]] = [()] * len(given)
+    unplaced = list(sizes)
 
-    def take(name: str, axes: Sequence[int]) -> None:
-        axis = next((a for a in axes if _divides((*cut[a], name), a, layout, stack, sizes)), None)
+    def place(name: str, axes: Sequence[int]) -> None:
+        fitting = (a for a in axes if _divides((*cuts[a], name), a, layout, stack, sizes))
+        axis = next(fitting, None)
         if axis is not None:
-            cut[axis] += (name,)
-            left.remove(name)
+            cuts[axis] += (name,)
+            unplaced.remove(name)
 
     for axis, names in enumerate(given):
         for name in names:
-            take(name, [axis])
-    for name in tuple(left):
-        take(name, (*layout.layer, *layout.batch, *layout.fan_in, *layout.fan_out))
+            place(name, [axis])
+    for name in tuple(unplaced):
+        place(name, (*layout.layer, *layout.batch, *layout.fan_in, *layout.fan_out))
+    if unplaced:
+        return None
     fan_in, fan_out = (
-        tuple(name for name in sizes if any(name in cut[axis] for axis in axes))
+        tuple(name for name in sizes if any(name in cuts[axis] for axis in axes))
         for axes in (layout.fan_in, layout.fan_out)
     )
     shape = tuple(
-        length // count(names, sizes) for length, names in zip(layout.shape, cut, strict=True)
+        length // devices_along(names, sizes)
+        for length, names in zip(layout.shape, cuts, strict=True)
     )
     parts = layout.sizes if len(layout.sizes) > 1 else (shape[layout.fan_out[0]],)
-    spec = PartitionSpec(*(names or None for names in cut))
-    return (
-        None if left else Entry(spec, layout._replace(shape=shape, sizes=parts), (fan_in, fan_out))
-    )
+    spec = PartitionSpec(*(names or None for names in cuts))
+    return Entry(spec, layout._replace(shape=shape, sizes=parts), (fan_in, fan_out))
 
 
 def _divides(
     names: Sequence[str], axis: int, layout: Layout, stack: int, sizes: Mapping[str, int]
 ) -> bool:
-    """Whether an axis of the leaf can be cut along these axes of the mesh."""
+    """Whether these axes of the mesh can cut this axis of the leaf."""
     if axis in layout.heads or (axis == layout.fan_out[0] and len(layout.sizes) > 1):
-        return False  # groups need all heads, and the pieces would not be those of fused parts
+        return False  # Groups need all heads, and a shard would not hold whole fused parts.
     unit = stack if axis in layout.layer else 1
-    return layout.shape[axis] % (count(names, sizes) * unit) == 0
+    return layout.shape[axis] % (devices_along(names, sizes) * unit) == 0
 
 
 def plan_exchange(
     blocks: Sequence[Block], sizes: Mapping[str, int], cost: CostFunction
-) -> Exchange:
-    """Deals groups, those of equal d by their width, so that a device has the least to do.
+) -> ExchangePlan:
+    """Assigns groups to devices in rounds, those of equal d by their width, at the least cost.
 
     Args:
-      blocks: What there is to deal.
-      sizes: Of the axes of the mesh; every block is cut along all of them.
-      cost: What a group costs the device that gets it.
+      blocks: What the devices hold.
+      sizes: Sizes of the axes of the mesh; every block is cut along all of them.
+      cost: What a group costs each of its devices.
     """
     by_width = sorted(range(len(blocks)), key=lambda index: (blocks[index].d, -blocks[index].N))
-    devices, hands = math.prod(sizes.values()), []
+    devices, rounds = math.prod(sizes.values()), []
     for d, indices in itertools.groupby(by_width, key=lambda index: blocks[index].d):
-        groups = [(index, place) for index in indices for place in range(blocks[index].count)]
+        groups = [(index, number) for index in indices for number in range(blocks[index].count)]
         widths, start = [blocks[index].N for index, _ in groups], 0
-        pieces = [count(blocks[index].axes[1], sizes) for index, _ in groups]
-        for share, taken in _rows(widths, pieces, devices, partial(cost, d)):
-            hands.append(_row(groups[start : start + taken], blocks, share, sizes))
+        pieces = [devices_along(blocks[index].axes[1], sizes) for index, _ in groups]
+        for devices_per_group, taken in _cheapest(widths, pieces, devices, partial(cost, d)):
+            assigned = groups[start : start + taken]
+            rounds.append(_round(assigned, blocks, devices_per_group, sizes))
             start += taken
-    return Exchange(tuple(sizes.items()), tuple(blocks), tuple(_merged(hands)))
+    return ExchangePlan(tuple(sizes.items()), tuple(blocks), tuple(_merged(rounds)))
 
 
-def _rows(
+def _cheapest(
     widths: Sequence[int], pieces: Sequence[int], devices: int, cost: Callable[[int, int], float]
 ) -> list[tuple[int, int]]:
-    """Rows of the cheapest deal of groups in this order: (devices that share each, groups).
+    """The cheapest rounds of groups in this order: (devices per group, groups) of each round.
 
-    A row costs what its first, widest, group does. A shared one has groups of one width, padded so
-    that each of a group's pieces, of which every device holds one, is cut evenly. Other rows are
-    full but for the last: to leave less for the rows after is never worse.
+    A round costs what its first and widest group costs. Groups that several devices share have
+    one width, padded so that each of the group's pieces, of which every device holds one, can be
+    cut evenly. A round of whole groups takes as many as there are devices: leaving more groups to
+    later rounds is never better. The best rounds of the last n groups follow from those of fewer.
+
+    Args:
+      widths: N of each group, the widest first.
+      pieces: Into how many pieces the mesh cuts N of each group.
+      devices: How many devices there are.
+      cost: What a group costs each of its devices, from its width and their number.
     """
-    divisors = [share for share in range(1, devices + 1) if devices % share == 0]
-    alike = [0] * len(widths)  # groups from here on of the same width
+    divisors = [count for count in range(1, devices + 1) if devices % count == 0]
+    alike = [0] * len(widths)  # How many groups from here on have the same width.
     for start in reversed(range(len(widths))):
         goes_on = start + 1 < len(widths) and widths[start] == widths[start + 1]
         alike[start] = 1 + (alike[start + 1] if goes_on else 0)
-    best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # of the last 0, 1, 2 .. groups
+    best: list[tuple[float, int, int]] = [(0.0, 0, 0)]  # Of the last 0, 1, 2 .. groups.
     for start in reversed(range(len(widths))):
         left, options = len(widths) - start, []
-        for share in divisors:
-            taken = min(devices // share, left if share == 1 else alike[start])
-            width = _padded(widths[start], pieces[start] * share)
-            options.append((cost(width, share) + best[left - taken][0], share, taken))
+        for devices_per_group in divisors:
+            available = left if devices_per_group == 1 else alike[start]
+            taken = min(devices // devices_per_group, available)
+            width = _rounded_up(widths[start], pieces[start] * devices_per_group)
+            total = cost(width, devices_per_group) + best[left - taken][0]
+            options.append((total, devices_per_group, taken))
         best.append(min(options))
-    rows, left = [], len(widths)
+    rounds, left = [], len(widths)
     while left > 0:
-        _, share, taken = best[left]
-        rows.append((share, taken))
+        _, devices_per_group, taken = best[left]
+        rounds.append((devices_per_group, taken))
         left -= taken
-    return rows
+    return rounds
 
 
-def _row(
-    groups: Sequence[tuple[int, int]], blocks: Sequence[Block], share: int, sizes: Mapping[str, int]
-) -> Hand:
-    """One row, from the (block, place) of its groups."""
+def _round(
+    groups: Sequence[tuple[int, int]],
+    blocks: Sequence[Block],
+    devices_per_group: int,
+    sizes: Mapping[str, int],
+) -> Round:
+    """One round of groups, each given by its block and its number in the block."""
     members = []
     for index, run in itertools.groupby(groups, key=lambda group: group[0]):
-        places = [place for _, place in run]
-        members.append((index, places[0], places[-1] + 1))
-    pieces = (count(blocks[index].axes[1], sizes) for index, _, _ in members)
-    unit, widest = share * math.lcm(*pieces), blocks[members[0][0]]
-    return Hand(widest.d, _padded(widest.N, unit), share, 1, tuple(members))
+        numbers = [number for _, number in run]
+        members.append((index, numbers[0], numbers[-1] + 1))
+    pieces = (devices_along(blocks[index].axes[1], sizes) for index, _, _ in members)
+    unit, widest = devices_per_group * math.lcm(*pieces), blocks[members[0][0]]
+    width = _rounded_up(widest.N, unit)
+    return Round(widest.d, width, devices_per_group, 1, tuple(members))
 
 
-def _padded(width: int, unit: int) -> int:
+def _rounded_up(width: int, unit: int) -> int:
     """The next multiple of `unit`."""
     return -(-width // unit) * unit
 
 
-def count(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
-    """How many devices lie along some axes of the mesh."""
-    return math.prod(sizes[name] for name in axes)
-
-
-def _merged(rows: Sequence[Hand]) -> list[Hand]:
-    """Rows of one block and no other become one hand."""
-    hands: list[Hand] = []
-    for row in rows:
-        last = hands[-1] if hands else None
-        if last and [*map(_only_block, (last, row))] == [row.members[0][0]] * 2:
-            (index, start, _), (_, _, stop) = last.members[0], row.members[0]
-            hands[-1] = last._replace(rows=last.rows + 1, members=((index, start, stop),))
+def _merged(rounds: Sequence[Round]) -> list[Round]:
+    """Rounds, where consecutive ones of whole groups of the same single block become one."""
+    merged: list[Round] = []
+    for later in rounds:
+        earlier = merged[-1] if merged else None
+        if earlier and _only_block(earlier) == _only_block(later) is not None:
+            (index, start, _), (_, _, stop) = earlier.members[0], later.members[0]
+            merged[-1] = earlier._replace(
+                matrices_per_device=earlier.matrices_per_device + 1,
+                members=((index, start, stop),),
+            )
         else:
-            hands.append(row)
-    return hands
+            merged.append(later)
+    return merged
 
 
-def _only_block(hand: Hand) -> int | None:
-    return hand.members[0][0] if len(hand.members) == hand.share == 1 else None
+def _only_block(assigned: Round) -> int | None:
+    """The block of a round of whole groups of one block, else None."""
+    is_single = len(assigned.members) == assigned.devices_per_group == 1
+    return assigned.members[0][0] if is_single else None

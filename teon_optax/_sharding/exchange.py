@@ -1,54 +1,64 @@
-"""Whole groups to their owners and back, by one all_to_all each way.
+"""Whole groups to the devices that own them and back, by one all-to-all each way.
 
-For use inside `jax.shard_map`. Every device holds a block of every group, and gets some groups
-whole. A group's joint matrix is d x N here, d <= N. Its rows and columns arrive in any order, since
-the polar factor of a permuted matrix is the permuted polar factor; zeros are added as columns where
-groups of unequal N meet, and stay zero.
+For use inside `jax.shard_map`. Every device holds a piece of every group, and is assigned some
+groups whole. A group's joint matrix is d x N here, d <= N. Its rows and columns arrive in any
+order, since the polar factor of a permuted matrix is the permuted polar factor. Where groups of
+unequal N meet in a round, columns of zeros fill up the narrow ones: they add nothing to a Gram
+matrix, and stay zero.
 """
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._sharding.assignment import Block, Exchange, Hand, count
+from teon_optax._groups.batching import MeshAxes
+from teon_optax._sharding.assignment import ExchangePlan, Round, devices_along
 
 
-def to_owners(plan: Exchange, arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Blocks [count, d / .., N / ..] of one dtype to owned matrices [rows, d, width / share].
+def to_owners(plan: ExchangePlan, arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Sends every device's pieces of the groups to the devices that own them.
 
-    One array for each hand of the plan.
+    Args:
+      plan: Which device is assigned which groups.
+      arrays: For each block of the plan, what this device holds: [count, d / .., N / ..], all of
+        one dtype.
+
+    Returns:
+      For each round of the plan, what this device owns:
+      [matrices_per_device, d, width / devices_per_group].
     """
     stops: dict[int, list[int]] = {}
-    for index, _, stop in itertools.chain(*(hand.members for hand in plan.hands)):
+    for index, _, stop in itertools.chain(*(each.members for each in plan.rounds)):
         stops.setdefault(index, []).append(stop)
     pieces = {i: iter(jnp.split(arrays[i], stops[i][:-1])) for i in stops}
     packed = [
-        _pack(plan, hand, [next(pieces[index]) for index, _, _ in hand.members])
-        for hand in plan.hands
+        _pack(plan, each, [next(pieces[index]) for index, _, _ in each.members])
+        for each in plan.rounds
     ]
-    owned = []
-    for hand, sent in zip(plan.hands, _swap(plan, packed), strict=True):
-        kinds = [plan.blocks[index]._replace(count=0) for index, _, _ in hand.members]
-        owned.append(own_branch(plan, hand, kinds, functools.partial(_assemble, plan, hand), sent))
-    return owned
+    arrived = _all_to_all(plan, packed)
+    return [
+        _unpack(plan, each, received) for each, received in zip(plan.rounds, arrived, strict=True)
+    ]
 
 
-def from_owners(plan: Exchange, matrices: Sequence[jax.Array]) -> list[jax.Array]:
-    """Inverse of `to_owners`, and its transpose: it moves numbers, and adds zeros."""
+def from_owners(plan: ExchangePlan, matrices: Sequence[jax.Array]) -> list[jax.Array]:
+    """Sends what devices own back to where it came from: the inverse of `to_owners`.
+
+    It is the transpose too, since `to_owners` only moves numbers and adds zeros.
+    """
     dtype = matrices[0].dtype
     shapes = [(block.count, *plan.held(index)) for index, block in enumerate(plan.blocks)]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-    (done,) = jax.linear_transpose(functools.partial(to_owners, plan), arrays)(list(matrices))
-    return done
+    (returned,) = jax.linear_transpose(functools.partial(to_owners, plan), arrays)(list(matrices))
+    return returned
 
 
-def _swap(plan: Exchange, packed: Sequence[jax.Array]) -> list[jax.Array]:
-    """What device i holds for device j, [devices, ...] per hand, goes there, all in one message."""
+def _all_to_all(plan: ExchangePlan, packed: Sequence[jax.Array]) -> list[jax.Array]:
+    """Row i of each array [devices, ...] goes to device i; all arrays travel in one message."""
     if not plan.axes:
         return list(packed)
     ends = np.cumsum([array.shape[1] for array in packed])[:-1]
@@ -56,90 +66,99 @@ def _swap(plan: Exchange, packed: Sequence[jax.Array]) -> list[jax.Array]:
     return jnp.split(jax.lax.all_to_all(message, plan.axes, 0, 0, tiled=True), ends, axis=1)
 
 
-def _pack(plan: Exchange, hand: Hand, pieces: Sequence[jax.Array]) -> jax.Array:
-    """This device's blocks of a hand's groups, by the slot they go to: [devices, ...]."""
-    slots = []
-    for (index, _, _), groups in zip(hand.members, pieces, strict=True):
-        width = hand.width // count(plan.blocks[index].axes[1], dict(plan.sizes))
-        padded = jnp.pad(groups, ((0, 0), (0, 0), (0, width - groups.shape[2])))
-        columns = padded.reshape(*groups.shape[:2], hand.share, -1)
-        slots.append(columns.transpose(0, 2, 1, 3).reshape(len(groups) * hand.share, -1))
-    dealt = jnp.concatenate(slots)
-    empty = hand.rows * plan.devices - len(dealt)
-    rows = jnp.pad(dealt, ((0, empty), (0, 0))).reshape(hand.rows, plan.devices, -1)
-    return rows.transpose(1, 0, 2).reshape(plan.devices, -1)
+def _pack(plan: ExchangePlan, assigned: Round, pieces: Sequence[jax.Array]) -> jax.Array:
+    """This device's pieces of a round's groups, by the device they go to: [devices, ...].
 
-
-def _assemble(plan: Exchange, hand: Hand, block: Block, arrived: jax.Array) -> jax.Array:
-    """Matrices [rows, d, width / share] from what devices sent, if it is of this block.
-
-    Columns of zeros come last; but those of shared groups are where devices put them.
+    Args:
+      plan: Which device is assigned which groups.
+      assigned: The round.
+      pieces: For each member of the round, what this device holds: [groups, d / .., N / ..].
     """
+    by_receiver = []
+    for (index, _, _), groups in zip(assigned.members, pieces, strict=True):
+        width = assigned.width // devices_along(plan.blocks[index].axes[1], dict(plan.sizes))
+        padded = jnp.pad(groups, ((0, 0), (0, 0), (0, width - groups.shape[2])))
+        columns = padded.reshape(*groups.shape[:2], assigned.devices_per_group, -1)
+        receivers = len(groups) * assigned.devices_per_group
+        by_receiver.append(columns.transpose(0, 2, 1, 3).reshape(receivers, -1))
+    sent = jnp.concatenate(by_receiver)
+    # Devices without a group in the last round get zeros.
+    idle = assigned.matrices_per_device * plan.devices - len(sent)
+    filled = jnp.pad(sent, ((0, idle), (0, 0)))
+    by_matrix = filled.reshape(assigned.matrices_per_device, plan.devices, -1)
+    return by_matrix.transpose(1, 0, 2).reshape(plan.devices, -1)
+
+
+def _unpack(plan: ExchangePlan, assigned: Round, received: jax.Array) -> jax.Array:
+    """This device's matrices from the pieces that all devices sent: [devices, ...].
+
+    How pieces lie in a matrix depends on the axes of the mesh that cut its block. Where a round has
+    blocks that are cut differently, each device takes the branch of its own.
+    """
+    axes = [plan.blocks[index].axes for index, _, _ in assigned.members]
+    distinct = sorted(set(axes))
+    branches = [functools.partial(_assembled, plan, assigned, cut) for cut in distinct]
+    if len(branches) == 1:
+        return branches[0](received)
+    mine = of_this_device(plan, assigned, [distinct.index(cut) for cut in axes])
+    return jax.lax.switch(mine, branches, received)
+
+
+def _assembled(
+    plan: ExchangePlan, assigned: Round, axes: MeshAxes, received: jax.Array
+) -> jax.Array:
+    """Matrices [matrices_per_device, d, columns] from pieces that the mesh cut along these axes."""
     sizes = dict(plan.sizes)
-    pieces = count(block.axes[1], sizes)
-    d, N = block.d // count(block.axes[0], sizes), hand.width // pieces // hand.share
-    grid = arrived.reshape(*sizes.values(), hand.rows, d, N)
-    along_d, along_N = ([plan.axes.index(name) for name in along] for along in block.axes)
+    matrices, pieces = assigned.matrices_per_device, devices_along(axes[1], sizes)
+    d = assigned.d // devices_along(axes[0], sizes)
+    N = assigned.width // pieces // assigned.devices_per_group
+    by_sender = received.reshape(*sizes.values(), matrices, d, N)
+    along_d, along_N = ([plan.axes.index(name) for name in along] for along in axes)
     mesh = len(plan.axes)
     order = mesh, *along_d, mesh + 1, *along_N, mesh + 2
-    columns = grid.transpose(order).reshape(hand.rows, hand.d, pieces, N)
-    if hand.share > 1:
-        return columns.reshape(hand.rows, hand.d, -1)
-    filled = columns[..., : block.N // pieces].reshape(hand.rows, hand.d, -1)
-    return jnp.pad(filled, ((0, 0), (0, 0), (0, hand.width - block.N)))
+    return by_sender.transpose(order).reshape(matrices, assigned.d, pieces * N)
 
 
-def own_branch(
-    plan: Exchange,
-    hand: Hand,
-    kinds: Sequence[Any],
-    function: Callable[[Any, jax.Array], jax.Array],
-    array: jax.Array,
+def of_this_device(
+    plan: ExchangePlan, assigned: Round, values: Sequence[jax.typing.ArrayLike]
 ) -> jax.Array:
-    """`function` of the kind of this device's matrices, of those given by member, and an array."""
-    distinct = sorted(set(kinds))
-    if len(distinct) == 1:
-        return function(distinct[0], array)
-    mine = _mine(plan, hand, [distinct.index(kind) for kind in kinds])
-    return jax.lax.switch(mine, [functools.partial(function, kind) for kind in distinct], array)
+    """The value, of those given for each member of a round, that belongs to this device's group.
 
-
-def own_value(plan: Exchange, hand: Hand, values: Sequence[jax.Array]) -> jax.Array:
-    """Of values given by member, that of this device's matrices."""
+    A device without a group gets the first.
+    """
     if len(values) == 1:
-        return values[0]
-    return jnp.stack(values)[_mine(plan, hand, range(len(values)))]
-
-
-def _mine(plan: Exchange, hand: Hand, values: Sequence[int]) -> jax.Array:
-    """Of numbers given by member, that of this device's matrices; the first's if it has none."""
-    slots = [
-        value
-        for value, (_, start, stop) in zip(values, hand.members, strict=True)
-        for _ in range((stop - start) * hand.share)
+        return jnp.asarray(values[0])
+    owners = [
+        member
+        for member, (_, start, stop) in enumerate(assigned.members)
+        for _ in range((stop - start) * assigned.devices_per_group)
     ]
-    by_device = (slots + slots[:1] * plan.devices)[: plan.devices]
-    return jnp.asarray(by_device, jnp.int32)[jax.lax.axis_index(plan.axes)]
+    member_of = np.zeros(plan.devices, np.int32)
+    member_of[: len(owners)] = owners
+    mine = jnp.asarray(member_of)[jax.lax.axis_index(plan.axes)]
+    return jnp.stack([jnp.asarray(value) for value in values])[mine]
 
 
-def shared_total(plan: Exchange, hand: Hand, G: jax.Array) -> jax.Array:
-    """Sum of Hermitian matrices over the devices that share a group; half of each is sent."""
-    return _square(jax.lax.psum(_triangle(G), plan.axes, axis_index_groups=_teams(plan, hand)), G)
+def total_of_group(plan: ExchangePlan, assigned: Round, G: jax.Array) -> jax.Array:
+    """Sum of symmetric matrices over the devices that share a group; half of each is sent."""
+    teams = _teams(plan, assigned)
+    return _square(jax.lax.psum(_triangle(G), plan.axes, axis_index_groups=teams), G)
 
 
-def shared_peak(plan: Exchange, hand: Hand, peak: jax.Array) -> jax.Array:
+def largest_of_group(plan: ExchangePlan, assigned: Round, value: jax.Array) -> jax.Array:
     """Largest of a number over the devices that share a group."""
-    return jax.lax.pmax(peak, plan.axes, axis_index_groups=_teams(plan, hand))
+    return jax.lax.pmax(value, plan.axes, axis_index_groups=_teams(plan, assigned))
 
 
-def _teams(plan: Exchange, hand: Hand) -> list[list[int]]:
-    return np.arange(plan.devices).reshape(-1, hand.share).tolist()
+def _teams(plan: ExchangePlan, assigned: Round) -> list[list[int]]:
+    """The devices that share each group of a round."""
+    return np.arange(plan.devices).reshape(-1, assigned.devices_per_group).tolist()
 
 
 def _triangle(G: jax.Array) -> jax.Array:
-    """The upper triangle of G = [[A, B], [B^H, D]] as a rectangle: A over D, then B, then diag D.
+    """The upper triangle of G = [[A, B], [B^T, D]] as a rectangle: A over D, then B, then diag D.
 
-    Without a table of indices, which would be as large as G.
+    A table of indices would do the same, but would be as large as G.
     """
     half = -(-len(G) // 2)
     G = jnp.pad(G, (0, 2 * half - len(G)))
@@ -148,9 +167,9 @@ def _triangle(G: jax.Array) -> jax.Array:
 
 
 def _square(triangle: jax.Array, like: jax.Array) -> jax.Array:
-    """Inverse of `_triangle`."""
+    """The symmetric matrix, of the size of `like`, whose `_triangle` this is."""
     half = triangle.shape[1]
     both, B, diagonal = triangle[:half], triangle[half:-1], triangle[-1]
-    A = jnp.triu(both) + jnp.triu(both, 1).conj().T
-    D = jnp.tril(both, -1) + jnp.tril(both, -1).conj().T + jnp.diag(diagonal)
-    return jnp.block([[A, B], [B.conj().T, D]])[: len(like), : len(like)]
+    A = jnp.triu(both) + jnp.triu(both, 1).T
+    D = jnp.tril(both, -1) + jnp.tril(both, -1).T + jnp.diag(diagonal)
+    return jnp.block([[A, B], [B.T, D]])[: len(like), : len(like)]
