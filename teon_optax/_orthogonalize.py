@@ -8,7 +8,7 @@ import jax
 import optax
 
 from teon_optax._groups.batching import in_batches, scaled_polar_factors
-from teon_optax._groups.plan import Plan, plan
+from teon_optax._groups.plan import Plan, plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.newton_schulz import check_precision
 from teon_optax._polar.precision import Numerics
@@ -51,7 +51,8 @@ def orthogonalize(
         with one-pass products, made accurate by the way they are used, on TPU and GPU.
 
     Returns:
-      An `optax.GradientTransformation`. Updates keep their dtypes.
+      An `optax.GradientTransformation`. Updates keep their dtypes. Layers are coupled by the dtypes
+      of params where `update` gets these, as `plan(params, rules)` shows.
 
     Raises:
       ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
@@ -83,8 +84,7 @@ def orthogonalize(
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        planned = plan(updates, rules)
+        planned = plan_of_updates(updates, params, rules)
         return orthogonalize_updates(updates, planned, numerics, scale_function, placement), state
 
     return optax.GradientTransformation(init_fn, update_fn)

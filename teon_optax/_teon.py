@@ -12,6 +12,7 @@ from teon_optax._groups.plan import plan
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rules.default import default_rules
+from teon_optax._rules.paths import leaf_paths
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, check_number
 from teon_optax._sharding.placement import as_shardings
@@ -63,10 +64,12 @@ def teon(
         where to decay.
       mu_dtype: As for `scale_by_teon`; the default fallback's too.
       fallback: A whole optimizer for the other leaves, learning rate included. None is
-        `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`.
+        `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`, whose state
+        keeps the dtypes that `init` gave it.
 
     Returns:
-      An `optax.GradientTransformationExtraArgs` whose `update` needs `params`.
+      An `optax.GradientTransformationExtraArgs` whose `update` needs `params` if there is weight
+      decay or `fallback` needs them.
 
     Raises:
       ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
@@ -91,15 +94,15 @@ def teon(
             f"`weight_decay_mask={weight_decay_mask!r}` should be a tree of booleans or a function "
             f"of params; {INJECTED}."
         )
+    # Decay needs params, which some trainers do not pass.
+    decays = weight_decay_mask is not None or not _is_zero(weight_decay)
+    decay = (
+        optax.add_decayed_weights(weight_decay, weight_decay_mask) if decays else optax.identity()
+    )
     if fallback is None:
-        fallback = optax.adamw(
-            learning_rate,
-            0.9,
-            0.95,
-            weight_decay=weight_decay,
-            mask=weight_decay_mask,
-            mu_dtype=mu_dtype,
-        )
+        adam = optax.scale_by_adam(0.9, 0.95, mu_dtype=mu_dtype)
+        descent = optax.scale_by_learning_rate(learning_rate)
+        fallback = _with_stable_state(optax.chain(adam, decay, descent))
     elif not isinstance(fallback, optax.GradientTransformation):
         raise ValueError(
             f"`fallback={fallback!r}` should be an optimizer, such as `optax.adamw(1e-3)`."
@@ -119,7 +122,7 @@ def teon(
                 shardings=placement,
                 precision=precision,
             ),
-            optax.add_decayed_weights(weight_decay, weight_decay_mask),
+            decay,
             optax.scale_by_learning_rate(learning_rate),
         )
 
@@ -146,6 +149,27 @@ def teon(
         return partitioned(updates).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _is_zero(weight_decay: Any) -> bool:
+    """Whether it is the number 0, and no array or schedule that may become another."""
+    return isinstance(weight_decay, (int, float)) and weight_decay == 0
+
+
+def _with_stable_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, with a state that keeps its dtypes.
+
+    Optax's first moment takes the dtype of the gradients at the first update, where params have
+    another; `jax.lax.scan` and `optax.apply_if_finite` then raise.
+    """
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        updates, new_state = optimizer.update(updates, state, params)
+        return updates, optax.tree.cast_like(new_state, state)
+
+    return optax.GradientTransformation(optimizer.init, update_fn)
 
 
 def scale_by_teon(
@@ -203,24 +227,46 @@ def scale_by_teon(
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, TeonState]:
-        del params
+        _check_momentum(state.mu, updates)
         count = optax.safe_increment(state.count)
+        decay = beta if isinstance(beta, (int, float)) else _upcast(jnp.asarray(beta))
         wide, mu = (jax.tree.map(_upcast, tree) for tree in (updates, state.mu))
         # As `optax.tree.update_moment`, in fewer operations per leaf.
-        mu = optax.tree.add_scale(mu, 1 - beta, optax.tree.sub(wide, mu))
-        with jax.numpy_dtype_promotion("standard"):  # a float to the power of a count
-            if nesterov:
-                # As `bias_correction` of both, as two scalars that all leaves share.
-                of_mu = beta / (1 - beta ** optax.safe_increment(count))
-                of_updates = (1 - beta) / (1 - beta**count)
-                momentum = optax.tree.add_scale(optax.tree.scale(of_mu, mu), of_updates, wide)
-            else:
-                momentum = optax.tree.bias_correction(mu, beta, count)
-        orthogonalized, _ = transform.update(momentum, optax.EmptyState())
+        mu = optax.tree.add_scale(mu, 1 - decay, optax.tree.sub(wide, mu))
+        if nesterov:
+            # As `optax.tree.bias_correction` of both, as two scalars that all leaves share.
+            of_mu = decay / _correction(decay, optax.safe_increment(count))
+            of_updates = (1 - decay) / _correction(decay, count)
+            momentum = optax.tree.add_scale(optax.tree.scale(of_mu, mu), of_updates, wide)
+        else:
+            momentum = optax.tree.scale(1 / _correction(decay, count), mu)
+        # Layers are coupled by the dtypes of params, which the plan shows. The momentum has them
+        # unless `mu_dtype` is another.
+        if params is None:
+            params = updates if mu_dtype else state.mu
+        orthogonalized, _ = transform.update(momentum, optax.EmptyState(), params)
         mu = optax.tree.cast_like(mu, state.mu)
         return optax.tree.cast_like(orthogonalized, updates), TeonState(count, mu)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _correction(decay: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> jax.Array:
+    """1 - decay^count, by which an exponential average is divided; 1 where rounding left zero."""
+    with jax.numpy_dtype_promotion("standard"):  # A float to the power of a count.
+        correction = jnp.asarray(1 - decay**count)
+    return jnp.where(correction == 0, jnp.ones_like(correction), correction)
+
+
+def _check_momentum(mu: Any, updates: Any) -> None:
+    """Raises if a restored momentum has not the shapes of the updates."""
+    for (path, update), kept in zip(leaf_paths(updates), jax.tree.leaves(mu), strict=False):
+        if jnp.shape(kept) != jnp.shape(update):
+            raise ValueError(
+                f"the momentum `mu` of {path!r} has shape {jnp.shape(kept)}, but its update has "
+                f"shape {jnp.shape(update)}: this is the state of another model. Make a new one by "
+                "`init(params)`, or restore the state of this model."
+            )
 
 
 def _upcast(leaf: jax.Array) -> jax.Array:
@@ -233,7 +279,7 @@ def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
     """`mu_dtype` as a dtype.
 
     Raises:
-      ValueError: If it is no real floating dtype.
+      ValueError: If it is no real floating dtype of 16 bits or more.
     """
     if mu_dtype is None:
         return None
@@ -247,8 +293,9 @@ def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
         raise ValueError(
             f"`mu_dtype={mu_dtype!r}` is no dtype: write 'bfloat16' or 'float32'."
         ) from error
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
         raise ValueError(
-            f"`mu_dtype={mu_dtype!r}` should be a real floating dtype, such as 'bfloat16'."
+            f"`mu_dtype={mu_dtype!r}` should be a real floating dtype of 16 bits or more, such as "
+            "'bfloat16'."
         )
     return dtype

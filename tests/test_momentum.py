@@ -152,7 +152,25 @@ def test_a_wrong_argument_is_refused_before_any_tree_is_seen(transform, argument
         transform(**arguments)
 
 
-@pytest.mark.parametrize("beta", [1, 1.0, -0.1, 1.5, np.float64(2), float("nan"), None, "x", len])
+def test_a_schedule_of_beta_is_told_who_calls_it():
+    schedule = optax.linear_schedule(0.8, 0.95, 100)
+    with pytest.raises(ValueError, match=r"perhaps a schedule: `optax.inject_hyperparams\(teon\)"):
+        scale_by_teon(beta=schedule)
+
+
+def test_beta_that_float32_rounds_to_one_is_refused():
+    with pytest.raises(ValueError, match="also in float32, where it is 1.0"):
+        scale_by_teon(beta=0.99999999)
+
+
+def test_beta_that_is_rounded_to_one_on_injection_is_refused():
+    params = {"w": jnp.ones((4, 4), jnp.bfloat16)}
+    transform = optax.inject_hyperparams(scale_by_teon)([Rule("w")], beta=0.999)
+    with pytest.raises(ValueError, match="unless it gets `hyperparam_dtype=jnp.float32`"):
+        transform.init(params)
+
+
+@pytest.mark.parametrize("beta", [1, 1.0, -0.1, 1.5, np.float64(2), float("nan"), None, "x", True])
 def test_beta_that_is_no_number_or_out_of_range_is_refused(beta):
     message = f"`beta={beta!r}` should be a number, at least 0 and less than 1."
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -171,7 +189,8 @@ def test_beta_may_be_any_number(beta):
         (np.zeros(2), "is an array: under `optax.inject_hyperparams`"),
         ("nope", "`mu_dtype='nope'` is no dtype: write 'bfloat16' or 'float32'."),
         (5, "`mu_dtype=5` is no dtype"),
-        ("int32", "`mu_dtype='int32'` should be a real floating dtype, such as 'bfloat16'."),
+        ("int32", "`mu_dtype='int32'` should be a real floating dtype of 16 bits or more, such as"),
+        ("float8_e4m3fn", "real floating dtype of 16 bits or more"),
         ("complex64", "`mu_dtype='complex64'` should be a real floating dtype"),
         (bool, "`mu_dtype=<class 'bool'>` should be a real floating dtype"),
     ],

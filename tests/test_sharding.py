@@ -281,7 +281,7 @@ def test_types_of_the_state_never_change(kind):
 
 
 @pytest.mark.promotes_dtypes
-@pytest.mark.parametrize("context", ["set_mesh", "with mesh", "none"])
+@pytest.mark.parametrize("context", ["set_mesh", "none"])
 def test_partition_specs_find_the_mesh(context):
     mesh, tree = mesh_of(**MESH_SIZES), transformer()
     specs = specs_of(tree, SPEC)
@@ -290,9 +290,6 @@ def test_partition_specs_find_the_mesh(context):
     update = jax.jit(optimizer.update)
     if context == "set_mesh":  # arrays that lie on no mesh themselves
         with jax.set_mesh(mesh):
-            updates, _ = update(tree, optimizer.init(tree), tree)
-    elif context == "with mesh":  # the same
-        with pytest.warns(DeprecationWarning), mesh:
             updates, _ = update(tree, optimizer.init(tree), tree)
     else:
         updates, _ = update(params, optimizer.init(params), params)
@@ -444,6 +441,9 @@ def test_specs_without_a_mesh_are_refused():
     state = optimizer.init(tree)
     with pytest.raises(ValueError, match=r"lie on no mesh .* `NamedSharding\(mesh, spec\)`"):
         optimizer.update(tree, state)
+    with pytest.warns(DeprecationWarning), mesh_of():
+        with pytest.raises(ValueError, match=r"`with mesh:` sets none\): call .*jax.set_mesh"):
+            optimizer.update(tree, state)
 
 
 @pytest.mark.promotes_dtypes

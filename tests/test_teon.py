@@ -164,10 +164,17 @@ def test_rules_that_do_not_fit_are_refused_in_init():
         teon(0.02, [Rule("up", split=4)]).init(params())
 
 
-def test_update_needs_params():
-    optimizer = teon(0.02, RULES, method=QUICK)
+@pytest.mark.promotes_dtypes
+def test_update_needs_params_for_weight_decay_alone():
+    decaying = teon(0.02, RULES, method=QUICK, weight_decay=0.1)
     with pytest.raises(ValueError, match="params"):
-        optimizer.update(params(), optimizer.init(params()))
+        decaying.update(params(), decaying.init(params()))
+    optimizer = teon(0.02, RULES, method=QUICK)
+    state = optimizer.init(params())
+    assert jax.tree.structure(state) == jax.tree.structure(decaying.init(params()))
+    without, _ = optimizer.update(params(), state)
+    given, _ = optimizer.update(params(), state, params())
+    chex.assert_trees_all_equal(without, given)
 
 
 class TypesTest(chex.TestCase):

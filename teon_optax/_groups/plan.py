@@ -11,7 +11,7 @@ from teon_optax._groups.layout import Layout, layout_of
 from teon_optax._groups.matching import LeafMatch, match_leaf, problems
 from teon_optax._groups.report import as_dict, table
 from teon_optax._rules.default import default_rules
-from teon_optax._rules.paths import LeafType, cached, leaf_paths, tree_types
+from teon_optax._rules.paths import LeafType, cached, paths_of, tree_types
 from teon_optax._rules.rule import Rule, checked_rules
 
 
@@ -163,14 +163,30 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
     return _plan(*tree_types(params), rules)
 
 
+def plan_of_updates(updates: Any, params: Any, rules: Iterable[Rule] | None = None) -> Plan:
+    """The plan of `params`, for updates that may have other dtypes.
+
+    Args:
+      updates: Gradients or momenta.
+      params: The tree that the user sees the plan of; None where `update` was not given it.
+      rules: As for `plan`.
+    """
+    structure, types = tree_types(updates)
+    if params is not None and len(own := tree_types(params)[1]) == len(types):
+        pairs = zip(types, own, strict=True)
+        types = tuple(LeafType(of_update.shape, of_param.dtype) for of_update, of_param in pairs)
+    return _plan(
+        structure, types, checked_rules(default_rules(updates) if rules is None else rules)
+    )
+
+
 @cached
 def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) -> Plan:
     """The plan of a tree of this structure, whose leaves have these types."""
     found: dict[tuple, list[LeafMatch]] = {}
     untouched, wrong = [], []
     used = set()
-    for path, index in leaf_paths(structure.unflatten(range(len(types)))):
-        shape, dtype = types[index]
+    for index, (path, (shape, dtype)) in enumerate(zip(paths_of(structure), types, strict=True)):
         rule = next((rule for rule in rules if rule.search(path)), None)
         used.add(rule)
         if rule is None or rule.stack == 0 or len(shape) < 2:

@@ -49,7 +49,14 @@ def cached(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
-    """Every leaf with the path that rules are searched in, in the tree's order.
+    """Every leaf with its path, in the tree's order."""
+    leaves, structure = jax.tree.flatten(tree)
+    return list(zip(paths_of(structure), leaves, strict=True))
+
+
+@cached
+def paths_of(structure: Any) -> tuple[str, ...]:
+    """The path of every leaf that rules are searched in, in the order of the tree.
 
     The path is `keystr` with "/" between keys, without the keys that boxes add at the end: `value`
     of a Flax variable or partitioned box, `data_array` and the flattened index of a named array.
@@ -61,6 +68,7 @@ def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
     def is_absent(node: Any) -> bool:
         return node is None or isinstance(node, optax.MaskedNode)
 
+    tree = structure.unflatten(range(structure.num_leaves))
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
     children: dict[tuple, set] = {}
     for keys, _ in flat:
@@ -79,5 +87,5 @@ def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
             continue
         while keys and is_wrapper(keys):
             keys = keys[:-1]
-        paths.append((jax.tree_util.keystr(keys, simple=True, separator="/"), leaf))
-    return paths
+        paths.append(jax.tree_util.keystr(keys, simple=True, separator="/"))
+    return tuple(paths)

@@ -1,6 +1,5 @@
 """Where leaves lie on the mesh: what the argument `shardings` and types say."""
 
-import functools
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -61,15 +60,6 @@ def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
     return next((mesh for mesh in meshes if not mesh.empty), meshes[-1])
 
 
-def _entered_mesh() -> Mesh | AbstractMesh:
-    """That of a `with mesh:`, which nothing public tells but a constraint; it may be empty."""
-    constrain = functools.partial(jax.lax.with_sharding_constraint, shardings=PartitionSpec())
-    try:
-        return jax.make_jaxpr(constrain)(1.0).eqns[0].params["sharding"].mesh
-    except RuntimeError:
-        return jax.sharding.get_abstract_mesh()
-
-
 def _names(names: Any) -> tuple[str, ...]:
     known = () if names is None or names is PartitionSpec.UNCONSTRAINED else names
     return (known,) if isinstance(known, str) else tuple(known)
@@ -126,15 +116,16 @@ class Shardings:
         bare = [own for own in self._given.values() if isinstance(own, PartitionSpec)]
         if located is None and any(map(_cut_by, bare)):
             raise ValueError(
-                f"`shardings` has {bare[0]}, but leaves lie on no mesh and none is set: call "
-                "`update` under `jax.set_mesh(mesh)`, or write `NamedSharding(mesh, spec)`."
+                f"`shardings` has {bare[0]}, but leaves lie on no mesh and none is set (`with "
+                "mesh:` sets none): call `update` under `jax.set_mesh(mesh)`, or write "
+                "`NamedSharding(mesh, spec)`."
             )
         return located
 
     def _refuse_shards(self, leaves: Sequence[tuple[str, Any]], mesh: Mesh | AbstractMesh) -> None:
         """In a `shard_map`, passes what is known to be whole on every device."""
-        kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-        manual = [name for name, kind in kinds if kind == AxisType.Manual]
+        axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+        manual = [name for name, axis_type in axes if axis_type == AxisType.Manual]
 
         def varies(value: Any) -> bool:
             return bool(jax.typeof(value).manual_axis_type.varying)
@@ -156,7 +147,6 @@ class Shardings:
         """Shardings of the taken leaves, on their mesh; None if there is none."""
         found = {index: self._lookup(leaves[index][0]) for index in taken}
         named = [own for own in found.values() if isinstance(own, NamedSharding)]
-        mesh = _entered_mesh() if mesh.empty else mesh
         # One that has devices can be used also where arguments of `jax.jit` lie on none.
         if named and (mesh.empty or named[0].mesh.shape_tuple == mesh.shape_tuple):
             mesh = named[0].mesh
