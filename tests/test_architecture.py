@@ -18,7 +18,7 @@ ROOMS = {
     "_mixing": {"_polar"},
     "_scaling": set(),
     "_rules": set(),
-    "_groups": {"_polar", "_rules"},
+    "_groups": {"_polar", "_rules", "_scaling"},
     "_alignment": {"_groups", "_rules"},
     "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
     "_after": {"_groups", "_rules", "_scaling", "_sharding"},
