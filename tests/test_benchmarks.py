@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import accuracy, compare, results, update_cost
+from benchmarks import accuracy, compare, planning, results, update_cost
 from examples.model import MODELS
 from teon_optax import plan, polar_express, teon
 
@@ -171,3 +171,13 @@ def test_readme_takes_a_page_where_it_has_a_place_for_it(tmp_path):
     )
     with pytest.raises(ValueError, match="no place"):
         results.update_readme("c", "new", readme)
+
+
+def test_planning_shows_another_version_beside(tmp_path, capsys):
+    planning.main(["--depths", "1,2", "--repetitions", "1", "--out", str(tmp_path)])
+    first = json.loads((tmp_path / "planning.json").read_text())
+    assert {*first["depths"]} == {"1", "2"} and {*first["depths"]["1"]} == {*planning.FIGURES}
+    before = ["--before", str(tmp_path / "planning.json"), "--out", str(tmp_path / "after")]
+    planning.main(["--depths", "2", "--repetitions", "1", *before])
+    rows = table_rows(capsys.readouterr().out)
+    assert [row.split(" | ")[0] for row in rows[-2:]] == ["| 2 blocks, before", "| 2 blocks, after"]
