@@ -56,8 +56,10 @@ def teon(
       learning_rate: A number or a schedule.
       rules: As for `orthogonalize`; None means `default_rules(params)`: query, key and value
         projections of two consecutive layers jointly, other hidden matrices alone.
-      beta, nesterov: As for `scale_by_teon`.
-      method, scale, shardings, precision: As for `orthogonalize`.
+      beta: As for `scale_by_teon`.
+      nesterov: As for `scale_by_teon`.
+      method: As for `orthogonalize`.
+      scale: As for `orthogonalize`.
       weight_decay: Strength of the weight decay, multiplied by the learning rate; the default
         fallback's too.
       weight_decay_mask: Tree of booleans (or its prefix, or a function of params that gives it):
@@ -66,6 +68,8 @@ def teon(
       fallback: A whole optimizer for the other leaves, learning rate included. None is
         `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`, whose state
         keeps the dtypes that `init` gave it.
+      shardings: As for `orthogonalize`.
+      precision: As for `orthogonalize`.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose `update` needs `params` if there is weight
@@ -195,9 +199,11 @@ def scale_by_teon(
       beta: Decay of the momentum.
       nesterov: Whether to use Nesterov's momentum.
       mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params.
-      method, scale, precision: As for `orthogonalize`.
+      method: As for `orthogonalize`.
+      scale: As for `orthogonalize`.
       shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know
         where the momentum should lie: give it `out_shardings`, or do not compile it.
+      precision: As for `orthogonalize`.
 
     Returns:
       An `optax.GradientTransformation` with state `TeonState(count, mu)`.
