@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from teon_optax._arguments import check_number
 from teon_optax._groups.layout import Layout
 from teon_optax._groups.plan import plan
 from teon_optax._rules.rule import Rule, checked_rules
-from teon_optax._scaling import ScaleLike, check_number, scaling
+from teon_optax._scaling import ScaleLike, scaling
 from teon_optax._sharding.placement import splittable
 
 _NORMALIZATIONS = ("none", "col", "row", "col_row", "row_col")

@@ -8,16 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from teon_optax._arguments import INJECTED, check_number, checked_mu_dtype
 from teon_optax._groups.plan import plan
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.paths import leaf_paths
 from teon_optax._rules.rule import Rule, checked_rules
-from teon_optax._scaling import ScaleLike, check_number
+from teon_optax._scaling import ScaleLike
 from teon_optax._sharding.placement import as_shardings
-
-INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
 
 
 class TeonState(NamedTuple):
@@ -279,29 +278,3 @@ def _upcast(leaf: jax.Array) -> jax.Array:
     """In float32 at least: bias correction takes the first float16 gradients out of range."""
     wide = jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf
-
-
-def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
-    """`mu_dtype` as a dtype.
-
-    Raises:
-      ValueError: If it is no real floating dtype of 16 bits or more.
-    """
-    if mu_dtype is None:
-        return None
-    if isinstance(mu_dtype, (jax.Array, np.ndarray)):
-        raise ValueError(
-            f"`mu_dtype={mu_dtype!r}` is an array: {INJECTED}, or write its name, 'bfloat16'."
-        )
-    try:
-        dtype = jnp.dtype(mu_dtype)
-    except TypeError as error:
-        raise ValueError(
-            f"`mu_dtype={mu_dtype!r}` is no dtype: write 'bfloat16' or 'float32'."
-        ) from error
-    if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:
-        raise ValueError(
-            f"`mu_dtype={mu_dtype!r}` should be a real floating dtype of 16 bits or more, such as "
-            "'bfloat16'."
-        )
-    return dtype

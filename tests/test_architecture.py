@@ -16,14 +16,23 @@ CHECKOUT = pathlib.Path(__file__).parents[1]
 ROOMS = {
     "_polar": set(),
     "_mixing": {"_polar"},
-    "_scaling": set(),
+    "_arguments": set(),
+    "_scaling": {"_arguments"},
     "_rules": set(),
     "_groups": {"_polar", "_rules", "_scaling"},
     "_alignment": {"_groups", "_rules"},
     "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
-    "_after": {"_groups", "_rules", "_scaling", "_sharding"},
+    "_after": {"_arguments", "_groups", "_rules", "_scaling", "_sharding"},
     "_orthogonalize": {"_groups", "_polar", "_rules", "_scaling", "_sharding"},
-    "_teon": {"_groups", "_orthogonalize", "_polar", "_rules", "_scaling", "_sharding"},
+    "_teon": {
+        "_arguments",
+        "_groups",
+        "_orthogonalize",
+        "_polar",
+        "_rules",
+        "_scaling",
+        "_sharding",
+    },
     "rules": {"_groups", "_rules"},
 }
 PRODUCTS = {"dot", "dot_general", "einsum", "inner", "matmul", "tensordot", "vdot"}
