@@ -164,7 +164,9 @@ def _stacks(momentum: Any, planned: Plan) -> Iterator[jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames="rank")
-def _measure(stack: jax.Array, rank: int) -> tuple[tuple, tuple]:
+def _measure(
+    stack: jax.Array, rank: int
+) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
     """r of modes 1 and 2, overlaps of left and right vectors, of [K, batch, fan_in, fan_out]."""
     stack = stack.astype(np.promote_types(stack.dtype, np.float32))
     # Of kernels: the paper's right vectors come first.

@@ -3,9 +3,26 @@
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from teon_optax._groups.layout import Layout
 from teon_optax._rules.rule import Rule
+
+
+class SeriesKey(NamedTuple):
+    """What the leaves of a series agree in.
+
+    Attributes:
+      path: Of the leaves, without the layer's number and the sibling's name.
+      rule: The rule that took them.
+      layout: How each holds its matrices.
+      dtype: Of the leaves.
+    """
+
+    path: str
+    rule: Rule
+    layout: Layout
+    dtype: Any
 
 
 class LeafMatch(NamedTuple):
@@ -62,29 +79,30 @@ def _position(name: str, rule: Rule) -> int:
     return next((index for index, fit in enumerate(fits) if fit), 0)
 
 
-def problems(found: Mapping[tuple, Sequence[LeafMatch]]) -> Iterator[str]:
+def problems(found: Mapping[SeriesKey, Sequence[LeafMatch]]) -> Iterator[str]:
     """What is wrong with series: two leaves for one sibling of a layer, or a sibling missing.
 
     Args:
-      found: Sorted matches by (path of the series, rule, layout, dtype).
+      found: Sorted matches of each series.
     """
-    siblings: dict[tuple, set] = {}
+    siblings: dict[tuple[str, Rule], set[tuple[int, str]]] = {}
     for key, matches in found.items():
         siblings.setdefault(key[:2], set()).update(match.sibling for match in matches)
-    for (series_path, rule, layout, dtype), matches in found.items():
-        taken = f"shape {layout.shape}, taken by `{rule}`"
+    for key, matches in found.items():
+        taken = f"shape {key.layout.shape}, taken by `{key.rule}`"
         for number, of_layer in itertools.groupby(matches, key=lambda match: match.number):
             layer = list(of_layer)
             for one, other in itertools.pairwise(layer):
                 if one.sibling == other.sibling:
                     yield _one_too_many(one, other, taken)
-            missing = siblings[series_path, rule] - {match.sibling for match in layer}
+            missing = siblings[key[:2]] - {match.sibling for match in layer}
             if missing:
                 names = ", ".join(repr(name) for _, name in sorted(missing))
                 yield (
                     f"{layer[0].path!r}, {taken}: its layer {number} has no {names} of its shape "
-                    f"and dtype ({dtype}) to couple it with: write a rule for each shape, such as "
-                    "one with `(?P<slice>key|value)` and one for queries, or one without `slice`."
+                    f"and dtype ({key.dtype}) to couple it with: write a rule for each shape, "
+                    "such as one with `(?P<slice>key|value)` and one for queries, or one without "
+                    "`slice`."
                 )
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from teon_optax._groups.coupling import joint_shape
 from teon_optax._groups.layout import Layout, layout_of
-from teon_optax._groups.matching import LeafMatch, match_leaf, problems
+from teon_optax._groups.matching import LeafMatch, SeriesKey, match_leaf, problems
 from teon_optax._groups.report import as_dict, table
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.paths import LeafType, cached, paths_of, tree_types
@@ -183,9 +183,10 @@ def plan_of_updates(updates: Any, params: Any, rules: Iterable[Rule] | None = No
 @cached
 def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) -> Plan:
     """The plan of a tree of this structure, whose leaves have these types."""
-    found: dict[tuple, list[LeafMatch]] = {}
-    untouched, wrong = [], []
-    used = set()
+    found: dict[SeriesKey, list[LeafMatch]] = {}
+    untouched: list[Untouched] = []
+    wrong: list[str] = []
+    used: set[Rule | None] = set()
     for index, (path, (shape, dtype)) in enumerate(zip(paths_of(structure), types, strict=True)):
         rule = next((rule for rule in rules if rule.search(path)), None)
         used.add(rule)
@@ -194,14 +195,15 @@ def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) 
             continue
         try:
             series_path, match = match_leaf(path, index, rule)
-            key = series_path, rule, _checked_layout(shape, dtype, rule), dtype
+            key = SeriesKey(series_path, rule, _checked_layout(shape, dtype, rule), dtype)
             found.setdefault(key, []).append(match)
         except ValueError as error:
             wrong.append(f"{path!r}, shape {shape}, taken by `{rule}`: {error}.")
     found = {key: sorted(matches) for key, matches in found.items()}
     if wrong := [*wrong, *problems(found)]:
         raise ValueError("Rules do not fit the leaves that they take:\n  " + "\n  ".join(wrong))
-    series, groups = [], []
+    series: list[Series] = []
+    groups: list[Group] = []
     for (_, rule, layout, _), matches in found.items():
         siblings, leaves = len({match.sibling for match in matches}), [m.leaf for m in matches]
         for part in range(len(layout.arrays)):

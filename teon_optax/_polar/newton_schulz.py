@@ -202,7 +202,7 @@ def orthogonalize_batches(
     Returns:
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
-    alike: dict[tuple, list[int]] = {}
+    alike: dict[tuple[Any, ...], list[int]] = {}
     for index, batch in enumerate(batches):
         (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
         used = numerics.of(dtype)

@@ -70,18 +70,18 @@ def paths_of(structure: Any) -> tuple[str, ...]:
 
     tree = structure.unflatten(range(structure.num_leaves))
     flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_absent)
-    children: dict[tuple, set] = {}
+    children: dict[tuple[Any, ...], set[Any]] = {}
     for keys, _ in flat:
         for depth, key in enumerate(keys):
             children.setdefault(keys[:depth], set()).add(key)
 
-    def is_wrapper(keys: tuple) -> bool:
+    def is_wrapper(keys: tuple[Any, ...]) -> bool:
         last = keys[-1]
         is_attribute = isinstance(last, GetAttrKey) and last.name in _WRAPPER_ATTRIBUTES
         only_child = len(children[keys[:-1]]) == 1
         return only_child and (is_attribute or isinstance(last, FlattenedIndexKey))
 
-    paths = []
+    paths: list[str] = []
     for keys, leaf in flat:
         if is_absent(leaf):
             continue

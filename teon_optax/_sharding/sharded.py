@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +136,7 @@ def _by_owners(
     There is one exchange for each set of axes of the mesh that cut matrices, and each dtype.
     """
     scale_of = dict(zip(joint, scales, strict=True))
-    exchanges: dict[tuple, list[BatchKey]] = {}
+    exchanges: dict[tuple[frozenset[str], Any], list[BatchKey]] = {}
     for key in joint:
         exchanges.setdefault((frozenset(sum(key.axes, ())), key.dtype), []).append(key)
     done: dict[BatchKey, jax.Array] = {}
@@ -201,7 +202,7 @@ def _of_owner(
         for each in plan.rounds
     ]
     done: dict[int, jax.Array] = {}
-    whole = []
+    whole: list[int] = []
     for index, assigned in enumerate(plan.rounds):
         if assigned.devices_per_group == 1:
             whole.append(index)
