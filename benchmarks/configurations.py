@@ -10,13 +10,7 @@ import optax
 
 from examples.optimizers import CLIP, schedule
 from examples.options import ADAM_B1, ADAM_B2
-from teon_optax import (
-    Rule,
-    add_cautious_weight_decay,
-    normalize_matrices,
-    scale_by_normuon,
-    scale_by_teon,
-)
+from teon_optax import Rule, contrib, scale_by_teon
 
 QKV = r"block_(?P<layer>\d+)/attn/(query|key|value)/"
 SIBLINGS = r"block_(?P<layer>\d+)/attn/(?P<slice>query|key|value)/"
@@ -155,7 +149,7 @@ def build(
     of_matrices: Any = schedule(rate, steps)  # pyright: ignore[reportArgumentType]
     of_rest: Any = schedule(rest_rate, steps)  # pyright: ignore[reportArgumentType]
     cautious = configuration.after == "cautious"
-    decay = add_cautious_weight_decay if cautious else optax.add_decayed_weights
+    decay = contrib.add_cautious_weight_decay if cautious else optax.add_decayed_weights
     matrices = optax.chain(
         _direction(configuration),
         decay(weight_decay),
@@ -170,15 +164,17 @@ def _direction(configuration: Configuration) -> optax.GradientTransformation:
     if configuration.coupling is None:
         return optax.scale_by_adam(ADAM_B1, ADAM_B2)
     rules = configuration.coupling, Rule(BLOCKS)
-    if configuration.transform:
-        raise NotImplementedError("transforms")
-    steps = [scale_by_teon(rules, method=configuration.method)]
+    method, transform = configuration.method, configuration.transform
+    if transform is None:
+        steps = [scale_by_teon(rules, method=method)]
+    else:  # The same momentum, since rules that take nothing orthogonalize nothing.
+        steps = [scale_by_teon(()), contrib.orthogonalize_slices(rules, transform, method=method)]
     if configuration.qkv_factor != 1.0:
         steps.append(optax.masked(optax.scale(configuration.qkv_factor), _qkv))
     if configuration.after == "normalize":
-        steps.append(normalize_matrices(rules))
+        steps.append(contrib.normalize_matrices(rules))
     if configuration.after == "normuon":
-        steps.append(scale_by_normuon(rules))
+        steps.append(contrib.scale_by_normuon(rules))
     return optax.chain(*steps)
 
 

@@ -1,7 +1,6 @@
 """TEON for JAX: Muon whose orthogonalization spans a stack of layers (arXiv 2601.23261)."""
 
-from teon_optax import rules
-from teon_optax._after import add_cautious_weight_decay, normalize_matrices, scale_by_normuon
+from teon_optax import contrib, rules
 from teon_optax._alignment import Alignment, alignment
 from teon_optax._groups.plan import Group, Plan, plan
 from teon_optax._orthogonalize import orthogonalize
@@ -17,17 +16,15 @@ __all__ = [
     "Plan",
     "Rule",
     "TeonState",
-    "add_cautious_weight_decay",
     "alignment",
+    "contrib",
     "default_rules",
     "mode_orthogonalize",
-    "normalize_matrices",
     "orthogonalize",
     "plan",
     "polar",
     "polar_express",
     "rules",
-    "scale_by_normuon",
     "scale_by_teon",
     "teon",
 ]

@@ -14,7 +14,7 @@ from teon_optax._polar.newton_schulz import check_precision
 from teon_optax._polar.precision import Numerics
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
-from teon_optax._sharding.placement import Shardings, as_shardings
+from teon_optax._sharding.placement import Located, as_shardings
 from teon_optax._sharding.sharded import orthogonalize_sharded
 
 
@@ -72,7 +72,7 @@ def orthogonalize(
     References:
       TEON, arXiv 2601.23261, algorithm 1.
     """
-    rules = None if rules is None else checked_rules(rules)
+    rules = checked_rules(rules)
     placement = as_shardings(shardings)
     numerics, scale_function = Numerics(resolve(method), precision), scaling(scale)
     check_precision(precision)
@@ -85,13 +85,14 @@ def orthogonalize(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         planned = plan_of_updates(updates, params, rules)
-        return orthogonalize_updates(updates, planned, numerics, scale_function, placement), state
+        located = placement.locate(updates, planned.taken)
+        return orthogonalize_updates(updates, planned, numerics, scale_function, located), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
 def orthogonalize_updates(
-    updates: Any, plan: Plan, numerics: Numerics, scale: ScaleFunction, placement: Shardings
+    updates: Any, plan: Plan, numerics: Numerics, scale: ScaleFunction, located: Located | None
 ) -> Any:
     """Replaces every leaf in the plan's groups by its orthogonalized and scaled update.
 
@@ -100,11 +101,10 @@ def orthogonalize_updates(
       plan: Which matrices are orthogonalized together.
       numerics: By which polynomial and in which precision.
       scale: Factor for a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
-      placement: Where leaves lie on a mesh.
+      located: Where the plan's leaves lie on a mesh, if that is known.
     """
     leaves, structure = jax.tree.flatten(updates)
     taken = {leaf: leaves[leaf] for leaf in plan.taken}
-    located = placement.locate(updates, taken)
     if located is None:
         factors = functools.partial(scaled_polar_factors, numerics=numerics, scale=scale)
         orthogonalized = in_batches(taken, plan.series, factors)

@@ -90,7 +90,7 @@ def teon(
     References:
       TEON, arXiv 2601.23261.
     """
-    rules = None if rules is None else checked_rules(rules)
+    rules = checked_rules(rules)
     mu_dtype = checked_mu_dtype(mu_dtype)
     if isinstance(weight_decay_mask, (bool, np.ndarray, jax.Array)):
         raise ValueError(

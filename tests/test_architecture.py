@@ -9,20 +9,19 @@ import pytest
 
 import teon_optax
 
+PUBLIC = teon_optax, teon_optax.contrib
 LIBRARY = pathlib.Path(teon_optax.__file__).parent
 CHECKOUT = pathlib.Path(__file__).parents[1]
 
 # Every room, a package or a file at the top, and the rooms whose names it imports. Imports go down.
 ROOMS = {
     "_polar": set(),
-    "_mixing": {"_polar"},
     "_arguments": set(),
     "_scaling": {"_arguments"},
     "_rules": set(),
     "_groups": {"_polar", "_rules", "_scaling"},
     "_alignment": {"_groups", "_rules"},
     "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
-    "_after": {"_arguments", "_groups", "_rules", "_scaling", "_sharding"},
     "_orthogonalize": {"_groups", "_polar", "_rules", "_scaling", "_sharding"},
     "_teon": {
         "_arguments",
@@ -34,6 +33,15 @@ ROOMS = {
         "_sharding",
     },
     "rules": {"_groups", "_rules"},
+    "contrib": {
+        "_arguments",
+        "_groups",
+        "_orthogonalize",
+        "_polar",
+        "_rules",
+        "_scaling",
+        "_sharding",
+    },
 }
 PRODUCTS = {"dot", "dot_general", "einsum", "inner", "matmul", "tensordot", "vdot"}
 
@@ -94,16 +102,18 @@ def test_contributing_shows_the_same_table():
     assert shown == ROOMS
 
 
-def test_init_only_re_exports():
-    docstring, *imports, exports = parse(LIBRARY / "__init__.py").body
+@pytest.mark.parametrize("package", PUBLIC, ids=lambda package: package.__name__)
+def test_init_only_re_exports(package):
+    docstring, *imports, exports = parse(pathlib.Path(package.__file__)).body
     assert isinstance(docstring, ast.Expr)
     assert all(isinstance(node, ast.ImportFrom) for node in imports)
     assert isinstance(exports, ast.Assign) and ast.unparse(exports.targets[0]) == "__all__"
 
 
-def test_all_is_sorted_and_complete():
-    names = imported_modules(parse(LIBRARY / "__init__.py"))
-    assert teon_optax.__all__ == sorted(name.split(".")[-1] for name in names)
+@pytest.mark.parametrize("package", PUBLIC, ids=lambda package: package.__name__)
+def test_all_is_sorted_and_complete(package):
+    names = imported_modules(parse(pathlib.Path(package.__file__)))
+    assert package.__all__ == sorted(name.split(".")[-1] for name in names)
 
 
 def test_files_stay_short():
@@ -135,9 +145,11 @@ def test_only_public_names_of_other_libraries_are_used(path):
     assert not [name for name in dotted_names(parse(path)) if is_private(name)]
 
 
-@pytest.mark.parametrize("name", teon_optax.__all__)
-def test_every_public_name_is_documented(name):
-    value = getattr(teon_optax, name)
+@pytest.mark.parametrize(
+    "value",
+    [pytest.param(getattr(each, name), id=name) for each in PUBLIC for name in each.__all__],
+)
+def test_every_public_name_is_documented(value):
     documentation = inspect.getdoc(value) or ""
     sections = set(re.findall(r"^(\w+):$", documentation, re.M))
     assert documentation

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
-import math
 import re
 
 import jax
@@ -12,85 +10,32 @@ import numpy as np
 import optax
 import oracles
 import pytest
+from holdings import (
+    FAN_IN,
+    HEADS,
+    HOLDINGS,
+    LAYER,
+    NAMES,
+    SLICE,
+    gaussian,
+    kernels,
+    named,
+    scanned,
+    scanned_fused,
+    updated,
+    whole,
+)
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from optax.contrib import MuonDimensionNumbers
+from optax.contrib import MuonDimensionNumbers as D
 
 from benchmarks.counting import count_products
 from teon_optax import Rule, alignment, orthogonalize, plan, polar_express
 from teon_optax._polar.coefficients import resolve
 
-D = MuonDimensionNumbers
-NAMES = ("query", "key", "value")
-LAYERS, HEADS, FAN_IN, HEAD = 3, 2, 12, 8
-FAN_OUT = HEADS * HEAD
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1)}
 
 
-def gaussian(seed=0, layers=LAYERS):
-    """[layer, name, head, fan_in, head's fan_out]."""
-    shape = layers, len(NAMES), HEADS, FAN_IN, HEAD
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def whole(T):
-    """Heads side by side: [..., fan_in, fan_out] of [..., head, fan_in, head's fan_out]."""
-    return np.moveaxis(T, -3, -2).reshape(*T.shape[:-3], FAN_IN, -1)
-
-
-def named(T, function):
-    return {
-        f"block_{9 + i}": {name: function(T[i, n]) for n, name in enumerate(NAMES)}
-        for i in range(len(T))
-    }
-
-
-def kernels(T):
-    return named(T, whole)
-
-
-def multi_head(T):
-    return named(T, lambda heads: np.moveaxis(heads, 0, 1))
-
-
-def scanned(T):
-    return {name: whole(T[:, n]) for n, name in enumerate(NAMES)}
-
-
-def fused(T):
-    return {f"block_{9 + i}": np.concatenate(list(whole(T[i])), axis=1) for i in range(len(T))}
-
-
-def fused_heads(T):
-    return {f"block_{9 + i}": T[i].transpose(2, 0, 1, 3) for i in range(len(T))}
-
-
-def scanned_fused(T):
-    return {"w": np.stack(list(fused(T).values()), axis=1)}
-
-
-LAYER, SLICE = r"block_(?P<layer>\d+)", "(?P<slice>query|key|value)"
-PER_HEAD, BY_HEADS = D(0, 2), D(0, (1, 3))
-# How leaves hold the matrices, the rule, and axes of [layer, name, head, ..] that it couples, the
-# first by twos.
-HOLDINGS = {
-    "layers": (kernels, Rule(rf"{LAYER}/", 2), ""),
-    "siblings": (kernels, Rule(f"{LAYER}/{SLICE}"), "n"),
-    "siblings of layers": (kernels, Rule(f"{LAYER}/{SLICE}", 2), "n"),
-    "scanned siblings": (scanned, Rule(f"{SLICE}$", 2, layer_axis=0), "n"),
-    "parts": (fused, Rule(LAYER, split=3, join="parts"), "n"),
-    "scanned parts": (scanned_fused, Rule("w", 2, layer_axis=1, split=3, join="parts"), "n"),
-    "heads": (multi_head, Rule(rf"{LAYER}/", dims=PER_HEAD, join="heads"), "h"),
-    "heads as parts": (kernels, Rule(f"{LAYER}/", 2, split=HEADS, join="parts"), "h"),
-    "heads of siblings": (multi_head, Rule(f"{LAYER}/{SLICE}", 2, 1, PER_HEAD, join="heads"), "nh"),
-    "heads of parts": (
-        fused_heads,
-        Rule(LAYER, 2, dims=BY_HEADS, split=3, join=("parts", "heads")),
-        "nh",
-    ),
-    "parts of heads": (fused_heads, Rule(LAYER, 2, dims=BY_HEADS, split=3, join="parts"), "n."),
-    "each head": (multi_head, Rule(f"{LAYER}/", dims=PER_HEAD), "."),
-}
 # Every holding in one mode, two holdings in every mode.
 TABLE = [(holding, 1) for holding in HOLDINGS]
 TABLE += [(h, mode) for h in ("siblings of layers", "heads of parts") for mode in (2, 3)]
@@ -117,22 +62,15 @@ def tree_of(cases, seed=0):
 
 def expected_of(case, T, function):
     """The update as leaves hold it, and how far rounding may move it."""
-    hold, rule, axes = HOLDINGS[case[0]]
-    matrices = T if set("h.") & set(axes) else whole(T)[:, :, None]
-    fan_in, fan_out = matrices.shape[-2:]
-    result, tolerance = np.empty(matrices.shape), 0.0
-    names = [slice(None)] if "n" in axes else [slice(n, n + 1) for n in range(len(NAMES))]
-    heads = [slice(h, h + 1) for h in range(HEADS)] if "." in axes else [slice(None)]
-    runs = [slice(start, start + rule.stack) for start in range(0, LAYERS, rule.stack)]
-    for index in itertools.product(runs, names, heads):
-        group = matrices[index].reshape(-1, fan_in, fan_out)
-        done = oracles.joint(list(group), case[1], function)
-        values = np.linalg.svd(oracles.unfolding(list(group), case[1]), compute_uv=False)
-        result[index] = math.sqrt(fan_out / fan_in) * np.reshape(done, matrices[index].shape)
-        tolerance = max(tolerance, 2 * oracles.rounding(values, function is not np.ones_like))
-    if matrices is not T:
-        result = np.moveaxis(result[:, :, 0].reshape(*T.shape[:2], FAN_IN, HEADS, HEAD), 3, 2)
-    return hold(result), tolerance
+    holding, mode = case
+    tolerances = []
+
+    def joint(group):
+        values = np.linalg.svd(oracles.unfolding(list(group), mode), compute_uv=False)
+        tolerances.append(2 * oracles.rounding(values, function is not np.ones_like))
+        return oracles.joint(list(group), mode, function)
+
+    return updated(holding, T, joint), max(tolerances)
 
 
 def compiled(cases, **arguments):

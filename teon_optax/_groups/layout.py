@@ -62,6 +62,21 @@ class Layout(NamedTuple):
         """How many matrices each layer holds beside those that are coupled: experts and parts."""
         return (1 if self.joins_parts else self.equal_parts) * self.length(self.batch)
 
+    @property
+    def roles(self) -> tuple[tuple[int, ...], ...]:
+        """Axes that count coupled matrices, and others, and those of fan_in and of fan_out.
+
+        They are those of an array that has an axis for its equal parts, right before fan_out's
+        first.
+        """
+        parts = self.fan_out[0]
+        layer, heads, batch, fan_in, fan_out = (
+            tuple(axis + (axis >= parts) for axis in axes)
+            for axes in (self.layer, self.heads, self.batch, self.fan_in, self.fan_out)
+        )
+        coupled, alone = ((parts,), ()) if self.joins_parts else ((), (parts,))
+        return (*layer, *coupled, *heads), (*alone, *batch), fan_in, fan_out
+
 
 def layout_of(shape: tuple[int, ...], rule: Rule) -> Layout:
     """How `rule` reads a leaf of this shape.
@@ -120,7 +135,7 @@ def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
     Equal parts are one array, so that a program does not grow with their number. Several axes of
     one role are flattened in the order that the rule writes.
     """
-    roles = _roles(layout)
+    roles = layout.roles
     unfused = [leaf]
     if len(layout.arrays) > 1:
         unfused = jnp.split(leaf, layout.bounds, axis=layout.fan_out[0])
@@ -134,7 +149,7 @@ def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
 
 def to_leaf(matrices: list[jax.Array], layout: Layout) -> jax.Array:
     """Inverse of `to_matrices`."""
-    order = sum(_roles(layout), ())
+    order = sum(layout.roles, ())
     parts = []
     for part, size in zip(matrices, layout.arrays, strict=True):
         shape = _shape_with_parts(layout, size)
@@ -149,14 +164,3 @@ def _shape_with_parts(layout: Layout, size: int) -> tuple[int, ...]:
     """The shape of an array of equal parts of this size, with an axis before fan_out for them."""
     first = layout.fan_out[0]
     return (*layout.shape[:first], layout.equal_parts, size, *layout.shape[first + 1 :])
-
-
-def _roles(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    """Axes of an array that has one for its parts: coupled and alone ones, fan_in, fan_out."""
-    parts = layout.fan_out[0]
-    layer, heads, batch, fan_in, fan_out = (
-        tuple(axis + (axis >= parts) for axis in axes)
-        for axes in (layout.layer, layout.heads, layout.batch, layout.fan_in, layout.fan_out)
-    )
-    coupled, alone = ((parts,), ()) if layout.joins_parts else ((), (parts,))
-    return (*layer, *coupled, *heads), (*alone, *batch), fan_in, fan_out

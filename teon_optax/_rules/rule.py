@@ -5,7 +5,7 @@ import functools
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, overload
 
 from optax.contrib import MuonDimensionNumbers
 
@@ -184,12 +184,18 @@ class Rules(tuple[Rule, ...]):
         return f"(  # {names}\n{lines})" if self else "()"
 
 
-def checked_rules(rules: Any) -> tuple[Rule, ...]:
-    """`rules` as a tuple.
+@overload
+def checked_rules(rules: None) -> None: ...
+@overload
+def checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]: ...
+def checked_rules(rules: Any) -> tuple[Rule, ...] | None:
+    """`rules` as a tuple, or None, which stands for `default_rules` of a tree that is not yet seen.
 
     Raises:
       ValueError: If it is no iterable of `Rule`.
     """
+    if rules is None:
+        return None
     listed = tuple(rules) if isinstance(rules, Iterable) else (rules,)
     if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in listed):
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
@@ -49,6 +50,32 @@ class Located(NamedTuple):
         """The leaf, where it was."""
         return self._placed(leaf, self.specs[index])
 
+    def derived(
+        self,
+        arrays: Sequence[jax.Array],
+        sources: Sequence[tuple[int, Sequence[int | None]]],
+    ) -> "Located":
+        """Where arrays lie that were made of leaves.
+
+        Args:
+          arrays: The leaves of the tree that is located.
+          sources: For each the position of a leaf that it was made of, and the axis of that leaf
+            that each of its axes was, None for one that no mesh cuts.
+        """
+        if self.typed:
+            specs = {index: jax.typeof(array).sharding.spec for index, array in enumerate(arrays)}
+            return self._replace(specs=specs)
+        specs = {}
+        for index, (array, (leaf, axes)) in enumerate(zip(arrays, sources, strict=True)):
+            cuts: dict[int | None, Any] = dict(enumerate(self.specs[leaf] or ()))
+            names = [cuts.get(axis) for axis in axes]
+            even = [
+                each if length % _pieces(each, self.mesh) == 0 else None
+                for each, length in zip(names, array.shape, strict=True)
+            ]
+            specs[index] = None if self.specs[leaf] is None else PartitionSpec(*even)
+        return self._replace(specs=specs)
+
     def _placed(self, leaf: jax.Array, spec: PartitionSpec | None) -> jax.Array:
         place = jax.sharding.reshard if self.typed else jax.lax.with_sharding_constraint
         return leaf if spec is None else place(leaf, NamedSharding(self.mesh, spec))
@@ -63,6 +90,11 @@ def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
 def _names(names: Any) -> tuple[str, ...]:
     known = () if names is None or names is PartitionSpec.UNCONSTRAINED else names
     return (known,) if isinstance(known, str) else tuple(known)
+
+
+def _pieces(names: Any, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many pieces axes of the mesh cut an axis of an array."""
+    return math.prod(mesh.shape[name] for name in _names(names))
 
 
 def _cut_by(spec: Iterable[Any]) -> list[str]:
@@ -191,11 +223,33 @@ class Shardings:
 def splittable(array: jax.Array, axis: int, sizes: Sequence[int]) -> jax.Array:
     """The array, whole along an axis that its type (explicit meshes) cuts through such parts."""
     own = jax.typeof(array).sharding
-    pieces = math.prod(own.mesh.shape[name] for name in _names(own.spec[axis]))
+    pieces = _pieces(own.spec[axis], own.mesh)
     if all(size % pieces == 0 for size in sizes):
         return array
     spec = PartitionSpec(*own.spec[:axis], None, *own.spec[axis + 1 :])
     return jax.sharding.reshard(array, NamedSharding(own.mesh, spec))
+
+
+def split_axis(array: jax.Array, axis: int, parts: int) -> jax.Array:
+    """[.., n, ..] to [.., parts, n / parts, ..], with the parts cut as the axis was (see above)."""
+    size = array.shape[axis] // parts
+    array = splittable(array, axis, (size,))
+    shape = (*array.shape[:axis], parts, size, *array.shape[axis + 1 :])
+    spec = jax.typeof(array).sharding.spec
+    return _reshaped(array, shape, (*spec[:axis], None, *spec[axis:]))
+
+
+def merge_axes(array: jax.Array, axis: int) -> jax.Array:
+    """Inverse of `split_axis`: [.., parts, size, ..] to [.., parts x size, ..]."""
+    shape = (*array.shape[:axis], -1, *array.shape[axis + 2 :])
+    spec = jax.typeof(array).sharding.spec
+    return _reshaped(array, shape, (*spec[:axis], *spec[axis + 1 :]))
+
+
+def _reshaped(array: jax.Array, shape: Sequence[int], spec: Sequence[Any]) -> jax.Array:
+    """An array whose type (explicit meshes), if it says anything, gets this spec."""
+    placed = NamedSharding(jax.typeof(array).sharding.mesh, PartitionSpec(*spec))
+    return jnp.reshape(array, shape, out_sharding=placed if _cut_by(spec) else None)
 
 
 def as_shardings(shardings: Any) -> Shardings:
@@ -234,6 +288,6 @@ def _even_spec(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> Par
     own = own.spec if isinstance(own, NamedSharding) else own
     if not isinstance(own, PartitionSpec) or PartitionSpec.UNCONSTRAINED in tuple(own):
         return None
-    pieces = [math.prod(mesh.shape[name] for name in _names(names)) for names in own]
+    pieces = [_pieces(names, mesh) for names in own]
     even = all(length % count == 0 for length, count in zip(shape, pieces, strict=False))
     return own if even else None

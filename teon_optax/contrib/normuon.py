@@ -1,0 +1,79 @@
+"""`scale_by_normuon`: NorMuon."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from teon_optax._arguments import check_number
+from teon_optax._rules.rule import Rule, checked_rules
+from teon_optax.contrib.matrices import Axes, each_matrix, length, sum_of_squares
+
+
+def scale_by_normuon(
+    rules: Iterable[Rule] | None = None,
+    *,
+    beta2: jax.typing.ArrayLike = 0.95,
+    rms: jax.typing.ArrayLike | None = None,
+    eps: float = 1e-10,
+) -> optax.GradientTransformation:
+    """NorMuon (arXiv 2510.05491): a second moment for each output neuron of each layer.
+
+        v <- beta2 v + (1 - beta2) mean_fan_in O^2      N = O / (sqrt(v) + eps)
+
+    The update is N |O|_F / |N|_F, or rms sqrt(fan_in fan_out) N / |N|_F: the paper's with 0.2.
+
+    Args:
+      rules: As for `orthogonalize`; leaves that they do not take pass.
+      beta2: Decay of the second moment.
+      rms: Root mean square of every matrix's update; None keeps its norm.
+      eps: Added to what is divided by.
+
+    Returns:
+      An `optax.GradientTransformation` with state `optax.ScaleByRmsState(nu)`; in `nu`, fan_in has
+      length 1, and `optax.MaskedNode()` stands where rules take no leaf.
+
+    Raises:
+      ValueError: If an argument is out of range or, in `init`, rules do not fit the tree.
+
+    Examples:
+      >>> import optax
+      >>> from teon_optax import contrib, orthogonalize
+      >>> optimizer = optax.chain(
+      ...     optax.trace(0.95, nesterov=True),
+      ...     orthogonalize(),
+      ...     contrib.scale_by_normuon(),
+      ...     optax.scale_by_learning_rate(0.02),
+      ... )
+    """
+    rules = checked_rules(rules)
+    check_number("beta2", beta2, end=1)
+    check_number("rms", 1 if rms is None else rms)
+    check_number("eps", eps)
+
+    def zero(matrix: jax.Array, fan_in: Axes, fan_out: Axes) -> tuple[jax.Array, jax.Array]:
+        del fan_out
+        return matrix, jnp.zeros_like(sum_of_squares(matrix, fan_in))
+
+    def scaled(
+        matrix: jax.Array, nu: jax.Array, fan_in: Axes, fan_out: Axes
+    ) -> tuple[jax.Array, jax.Array]:
+        mean = sum_of_squares(matrix, fan_in) / length(matrix, fan_in)
+        nu = nu + (1 - jnp.asarray(beta2, nu.dtype)) * (mean - nu)
+        new = matrix / (jnp.sqrt(nu) + eps)
+        own = jnp.sqrt(sum_of_squares(matrix, fan_in + fan_out))
+        norm = own if rms is None else rms * math.sqrt(length(matrix, fan_in + fan_out))
+        return new * (norm / (jnp.sqrt(sum_of_squares(new, fan_in + fan_out)) + eps)), nu
+
+    def init_fn(params: optax.Params) -> optax.ScaleByRmsState:
+        return optax.ScaleByRmsState(each_matrix(zero, rules, params)[1])
+
+    def update_fn(updates: optax.Updates, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        updates, nu = each_matrix(scaled, rules, updates, state.nu)
+        return updates, optax.ScaleByRmsState(nu)
+
+    return optax.GradientTransformation(init_fn, update_fn)
