@@ -13,9 +13,9 @@ import os
 import pathlib
 import re
 import sys
+import tomllib
 from itertools import zip_longest
 
-import jax
 import pytest
 
 import teon_optax
@@ -102,15 +102,19 @@ def test_a_page_prints_what_it_shows(page, tmp_path, monkeypatch):
             assert printed.getvalue() == (shown or ""), f"{page}:{line}"
 
 
-@pytest.mark.promotes_ranks
-def test_the_plan_in_the_readme_is_that_of_the_example():
-    pytest.importorskip("flax")
-    from examples import model
+def test_the_first_use_is_within_forty_lines_of_the_readme():
+    start = (ROOT / "README.md").read_text("utf-8").splitlines()[:40]
+    assert any("teon(" in line for line in start) and any("plan(" in line for line in start)
 
-    shown = re.search(r"its plan\n\n```\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.S)
-    network = model.GPT(model.MODELS["tiny"])
-    shapes = jax.eval_shape(network.init, jax.random.key(0), jax.numpy.ones((1, 8), int))
-    assert shown and shown[1] == f"{teon_optax.plan(shapes['params'])}\n"
+
+def test_the_repository_has_one_address():
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
+    pages = [ROOT / "CITATION.cff", *PAGES]
+    found = re.findall(
+        r"https://github\.com/[\w-]+/teon_optax", "\n".join(p.read_text("utf-8") for p in pages)
+    )
+    assert {*found} == {urls["Repository"]}
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
 
 
 def test_every_public_name_is_in_the_reference():
