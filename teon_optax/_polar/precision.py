@@ -34,7 +34,7 @@ def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
     One pass is bf16 on TPU and TF32 on GPU. At HIGHEST a product costs six passes on a TPU, and the
     restarts below make one pass accurate enough.
     """
-    is_float32 = backend == "cpu" or jnp.finfo(dtype).dtype == jnp.float64
+    is_float32 = backend == "cpu" or dtype == jnp.float64
     return _HIGHEST if is_float32 else jax.lax.Precision.DEFAULT
 
 
