@@ -13,13 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import (
-    Numerics,
-    chunk_bytes,
-    chunk_size,
-    is_exact,
-    shrinkage,
-)
+from teon_optax._polar.precision import Numerics, chunk_bytes, chunk_size, is_exact
 
 
 def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
@@ -59,7 +53,7 @@ def _norm(G: jax.Array, method: Method) -> jax.Array:
     """What M is divided by, from its Gram matrix; 1 for zero."""
     frobenius = method.norm == "frobenius"
     square = jnp.trace(G) if frobenius else jnp.sqrt(jnp.sum(jnp.square(G)))
-    return jnp.where(square == 0, 1, method.margin * jnp.sqrt(square))
+    return jnp.where(square == 0, 1, jnp.sqrt(square))
 
 
 def _factor(
@@ -136,13 +130,11 @@ def orthogonalize_together(
     gram, apply = functools.partial(_gram, precision), functools.partial(_apply, precision)
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
     for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
-        triples = method.coefficients[stop - steps : stop]
+        triples = numerics.triples()[stop - steps : stop]
         factor = functools.partial(_factor, precision, triples, method if stop == steps else None)
         grams = jnp.concatenate([jax.vmap(gram)(batch) for batch in batches])
         factors = jnp.split(jax.vmap(factor)(grams), ends)
-        if stop < len(method.coefficients):
-            factors = [P / shrinkage(steps, precision) for P in factors]
-        else:
+        if stop == len(method.coefficients):
             factors = [scale * P for scale, P in zip(scales, factors, strict=True)]
         batches = [jax.vmap(apply)(P, batch) for P, batch in zip(factors, batches, strict=True)]
     return batches
@@ -246,7 +238,7 @@ def orthogonalize_columns(
     multiply = functools.partial(jnp.matmul, precision=precision)
     M = _scaled(M, largest)
     for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
-        triples = method.coefficients[stop - steps : stop]
+        triples = numerics.triples()[stop - steps : stop]
         first = method if stop == steps else None
         G = total(multiply(M, M.T))
         if steps == 1 and N < d:
@@ -256,8 +248,6 @@ def orthogonalize_columns(
             M = a * M + multiply(G, b * M + c * multiply(G, M))
         else:
             M = multiply(_factor(precision, triples, first, G).T, M)  # as `_apply`
-        if stop < len(method.coefficients):
-            M = M / shrinkage(steps, precision)
     return jnp.asarray(scale, M.dtype) * M
 
 
