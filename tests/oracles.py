@@ -37,10 +37,10 @@ def composed(singular_values, triples, norm):
     return x
 
 
-def polynomial(triples, norm, margin):
-    """The function of singular values that quintics are, on M / (margin |M|)."""
+def polynomial(triples, norm):
+    """The function of singular values that quintics are, on M / |M|."""
     order = {"frobenius": 2, "schatten4": 4}[norm]
-    return lambda s: composed(s, triples, margin * np.linalg.norm(s, order))
+    return lambda s: composed(s, triples, np.linalg.norm(s, order))
 
 
 def with_spectrum(rng, m, n, singular_values):

@@ -37,15 +37,16 @@ def distance_to_one(triples, lower):
     return np.abs(oracles.composed(x, triples, norm=1) - 1).max()
 
 
-def slowed(triples):
-    """All but the last divided by 1.01, 1.01^3, 1.01^5."""
-    powers = 1.01 ** np.array([1, 3, 5])
-    return (*(tuple(np.array(triple) / powers) for triple in triples[:-1]), triples[-1])
+def slowed(triples, safety=1.01):
+    """All but the last divided by 1.01, 1.01^3, 1.01^5; the first once more, for its norm."""
+    times = np.r_[np.ones(len(triples) - 1), 0]
+    times[0] += 1
+    return np.array(triples) / safety ** np.outer(times, [1, 3, 5])
 
 
 def test_polar_express_is_the_published_table_to_6_digits():
     # The last published triple is nearest to the limit that all further steps take.
-    np.testing.assert_allclose(polar_express(7, 1e-3), PUBLISHED, rtol=1e-6)
+    np.testing.assert_allclose(polar_express(7, 1e-3, safety=1), PUBLISHED, rtol=1e-6)
 
 
 def test_polar_express_ends_in_the_taylor_quintic():
@@ -53,7 +54,8 @@ def test_polar_express_ends_in_the_taylor_quintic():
 
 
 def test_a_longer_polar_express_starts_as_a_shorter_one():
-    assert polar_express(9)[:5] == polar_express(5)
+    assert polar_express(9)[:4] == polar_express(5)[:4]
+    assert polar_express(9, safety=1)[:5] == polar_express(5, safety=1)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_polar_express_converges_for_any_lower_bound(lower):
     # Each step multiplies the lowest value by nearly 4 or more until the interval is short; then
     # some steps of an iteration of order 3 reach the rounding of float64.
     steps = math.ceil(math.log(1 / lower, 3.9)) + 6
-    errors = [distance_to_one(polar_express(n, lower), lower) for n in range(1, steps + 1)]
+    errors = [distance_to_one(polar_express(n, lower, 1), lower) for n in range(1, steps + 1)]
     assert all(later <= earlier + 1e-12 for earlier, later in zip(errors, errors[1:], strict=False))
     assert errors[-1] < 1e-12
 
@@ -72,7 +74,7 @@ def test_polar_express_converges_for_any_lower_bound(lower):
 def test_first_quintic_is_the_best_by_equioscillation(lower):
     """Four extrema of equal size and alternating sign: no odd quintic is nearer to 1."""
     x = np.linspace(lower, 1, 200_001)
-    error = oracles.composed(x, polar_express(1, lower), norm=1) - 1
+    error = oracles.composed(x, polar_express(1, lower, safety=1), norm=1) - 1
     inner = np.flatnonzero(np.diff(np.sign(np.diff(error)))) + 1
     extrema = error[[0, *inner, -1]]
     assert len(extrema) == 4
@@ -93,27 +95,47 @@ def test_polar_express_refuses_lower_bounds(lower):
         polar_express(5, lower)
 
 
+@pytest.mark.parametrize("safety", [0.99, 0, -1, math.inf, math.nan, True])
+def test_polar_express_refuses_safety_factors(safety):
+    with pytest.raises(
+        ValueError, match=r"`polar_express\(safety=.*\)`: safety should be a number"
+    ):
+        polar_express(5, 1e-3, safety)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8, 12])
+@pytest.mark.parametrize("safety", [1.01, 1.1])
+def test_safety_divides_what_each_quintic_but_the_last_sees_and_the_norm(steps, safety):
+    raw = polar_express(steps, safety=1)
+    np.testing.assert_allclose(polar_express(steps, safety=safety), slowed(raw, safety), rtol=1e-12)
+
+
 def test_polar_express_method_is_the_paper_s():
     """5 steps for 1e-3, the safety factor once, on M / (1.01 |M|_F)."""
     method = resolve("polar_express")
     np.testing.assert_allclose(method.coefficients, slowed(PUBLISHED[:5]), rtol=1e-6)
-    assert (method.norm, method.margin) == ("frobenius", 1.01)
+    assert method.norm == "frobenius"
+    divided = [np.array(t) / 1.01 ** np.array([1, 3, 5]) for t in PUBLISHED[:4]]
+    x = np.linspace(0, 1, 101)
+    expected = oracles.composed(x, [*divided, PUBLISHED[4]], norm=1.01)
+    np.testing.assert_allclose(oracles.composed(x, method.coefficients, norm=1), expected, 1e-5)
 
 
 def test_schatten_is_4_steps_for_5e_3_from_a_schatten_4_start():
     method = resolve("schatten")
-    np.testing.assert_allclose(method.coefficients, slowed(polar_express(4, 5e-3)), rtol=1e-12)
-    assert (method.norm, method.margin) == ("schatten4", 1.01)
+    raw = polar_express(4, 5e-3, safety=1)
+    np.testing.assert_allclose(method.coefficients, slowed(raw), rtol=1e-12)
+    assert method.norm == "schatten4"
 
 
 def test_jordan_is_the_published_table_on_the_plain_frobenius_norm():
-    assert resolve("jordan") == (JORDAN, "frobenius", 1.0)
+    assert resolve("jordan") == (JORDAN, "frobenius")
 
 
 def test_you_is_the_published_table_over_1024():
-    triples, norm, margin = resolve("you")
+    triples, norm = resolve("you")
     np.testing.assert_allclose(triples, np.array(YOU) / 1024, rtol=1e-15)
-    assert (norm, margin) == ("frobenius", 1.0)
+    assert norm == "frobenius"
 
 
 def test_svd_is_no_polynomial():
@@ -132,11 +154,11 @@ def test_polar_express_of_5_steps_is_the_method_polar_express():
     assert resolve(polar_express(5)) == resolve("polar_express")
 
 
-@pytest.mark.parametrize("steps", [1, 2, 8, 12])
-def test_polar_express_of_any_length_gets_the_safety_factor(steps):
-    method = resolve(polar_express(steps))
-    np.testing.assert_allclose(method.coefficients, slowed(polar_express(steps)), rtol=1e-12)
-    assert (method.norm, method.margin) == ("frobenius", 1.01)
+@pytest.mark.parametrize("safety", [1, 1.01])
+def test_triples_are_used_as_they_are_given(safety):
+    """Also those that rounding makes diverge: what is safe is said by `safety` alone."""
+    triples = polar_express(10, 1e-6, safety)
+    assert resolve(triples) == (triples, "frobenius")
 
 
 def test_arrays_of_triples_are_a_method_too():

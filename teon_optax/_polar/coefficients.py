@@ -25,24 +25,18 @@ _YOU: tuple[Triple, ...] = tuple(
     )
 )
 
-# arXiv 2505.16932: what every step but the last is slowed down by, so that rounding cannot push a
-# singular value out of the interval on which the next quintic converges.
-_SAFETY = 1.01
 # arXiv 2505.16932, reference implementation: a quintic is never fitted below this share of the
 # upper bound; a lower one would let the polynomial come near zero inside the interval.
 _CUSHION = 0.02407327424182761
-# A singular value that a converging composition never reaches.
-_DIVERGED = 2.0
 # Relative width of the interval from which the Taylor quintic is exact in float64.
 _CONVERGED = 5e-6
 
 
 class Method(NamedTuple):
-    """Quintics in the order of use, and what the matrix is divided by first."""
+    """Quintics in the order of use, and the norm that the matrix is divided by first."""
 
     coefficients: tuple[Triple, ...]
     norm: str = "frobenius"  # or "schatten4"
-    margin: float = 1.0  # the norm is multiplied by it
 
 
 def _best_quintic(lower: float, upper: float) -> Triple:
@@ -69,25 +63,39 @@ def _quintic(triple: Triple, x: Any) -> Any:
     return a * x + b * x**3 + c * x**5
 
 
-def polar_express(steps: int = 5, lower: float = 1e-3) -> tuple[Triple, ...]:
+def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> tuple[Triple, ...]:
     """Coefficients of the Polar Express, the optimal composition of odd quintics.
 
     Step t maps the singular values by p_t(x) = a x + b x^3 + c x^5, where p_t is the quintic
-    nearest to 1 on the interval that step t - 1 left. Raw coefficients, without the safety factor
-    that `method="polar_express"` applies.
+    nearest to 1 on the interval that step t - 1 left. It grows steeply beyond that interval: of a
+    small `lower`, a singular value that rounding lifts above the interval by 1e-7 is 1e-6 above the
+    next one, and infinite some steps later. Hence the safety factor s, which makes of p_t
+
+        p_t(x / s)      and of the first, whose matrix was divided by a rounded norm, p_1(x / s^2)
+
+    The last quintic is not followed by another and does without, but for the norm's s where it is
+    the first too. With s = 1.01, the default and the paper's, no finite matrix gives an infinite
+    result, for any `steps` and `lower`. s = 1 is the published table, for those who apply a safety
+    factor of their own, or none: `polar_express(10, 1e-6, 1)` overflows in float32 on matrices with
+    a singular value that it maps to the end of an interval.
 
     Args:
       steps: Number of quintics.
       lower: Smallest singular value, relative to the largest, that the composition is made for.
+      safety: The factor s, 1 or more.
 
     Returns:
-      `steps` triples (a, b, c).
+      `steps` triples (a, b, c), for a matrix that was divided by its norm. A method takes them as
+      they are: `method=polar_express(5)` is `method="polar_express"`.
 
     Raises:
-      ValueError: If `steps` is not a positive integer or `lower` is not between 0 and 1.
+      ValueError: If `steps` is not a positive integer, `lower` is not between 0 and 1, or `safety`
+        is not a finite number from 1 on.
 
     Examples:
       >>> [round(a, 4) for a, b, c in polar_express(3)]
+      [8.124, 4.0664, 3.9487]
+      >>> [round(a, 4) for a, b, c in polar_express(3, safety=1)]
       [8.2872, 4.1071, 3.9487]
 
     References:
@@ -97,6 +105,11 @@ def polar_express(steps: int = 5, lower: float = 1e-3) -> tuple[Triple, ...]:
         raise ValueError(f"`polar_express(steps={steps!r})`: steps should be a positive integer.")
     if not 0 < lower < 1:
         raise ValueError(f"`polar_express(lower={lower!r})`: lower should be between 0 and 1.")
+    if isinstance(safety, bool) or not 1 <= safety < math.inf:
+        raise ValueError(
+            f"`polar_express(safety={safety!r})`: safety should be a number from 1 on, such as "
+            "1.01, or 1 for the published table."
+        )
     upper, triples = 1.0, []
     for _ in range(steps):
         a, b, c = _best_quintic(max(lower, _CUSHION * upper), upper)
@@ -107,29 +120,22 @@ def polar_express(steps: int = 5, lower: float = 1e-3) -> tuple[Triple, ...]:
         triples.append((a, b, c))
         lower = _quintic((a, b, c), lower)
         upper = 2 - lower
-    return tuple(triples)
+    triples = [*(_of_quotient(triple, safety) for triple in triples[:-1]), triples[-1]]
+    return (_of_quotient(triples[0], safety), *triples[1:])
 
 
-def _safe(triples: tuple[Triple, ...]) -> tuple[Triple, ...]:
-    """Every step but the last sees singular values divided by the safety factor."""
-    slowed = tuple((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in triples[:-1])
-    return slowed + triples[-1:]
-
-
-def _tolerates_rounding(triples: tuple[Triple, ...]) -> bool:
-    """Whether singular values that come out 1 % too large in every step stay bounded."""
-    x = np.linspace(0, 1, 1001)
-    for triple in triples:
-        x = np.clip(_quintic(triple, _SAFETY * x), -_DIVERGED, _DIVERGED)
-    return bool(np.abs(x).max() < _DIVERGED)
+def _of_quotient(triple: Triple, divisor: float) -> Triple:
+    """The quintic of x / divisor."""
+    a, b, c = triple
+    return a / divisor, b / divisor**3, c / divisor**5
 
 
 _METHODS: dict[str, Method | None] = {
     # arXiv 2601.23261: 5 steps, lower bound 1e-3, X0 = M / (1.01 |M|_F).
-    "polar_express": Method(_safe(polar_express(5, 1e-3)), margin=_SAFETY),
+    "polar_express": Method(polar_express(5, 1e-3)),
     # The Schatten-4 norm is 3 to 4 times tighter than Frobenius on a Gaussian spectrum, so 4 steps
     # made for a larger lower bound are as accurate.
-    "schatten": Method(_safe(polar_express(4, 5e-3)), norm="schatten4", margin=_SAFETY),
+    "schatten": Method(polar_express(4, 5e-3), norm="schatten4"),
     "jordan": Method(_JORDAN),
     "you": Method(_YOU),
     "svd": None,
@@ -139,9 +145,7 @@ _METHODS: dict[str, Method | None] = {
 def resolve(method: MethodLike) -> Method | None:
     """The method behind a name or a sequence of triples; None is the exact factor by SVD.
 
-    Triples are used as they stand, on M / |M|_F, if rounding cannot make them diverge (as Jordan's
-    and You's); others (as Polar Express's) get the safety factor, so that `polar_express(5)` is
-    "polar_express".
+    Triples are used as they are given, on M / |M|_F.
     """
     names = ", ".join(map(repr, _METHODS))
     if isinstance(method, str):
@@ -160,5 +164,4 @@ def resolve(method: MethodLike) -> Method | None:
             f"`method={method!r}` should be a name ({names}) or a "
             "non-empty tuple of triples (a, b, c) of finite numbers, one per step."
         )
-    safe = Method(_safe(triples), margin=_SAFETY)
-    return Method(triples) if _tolerates_rounding(triples) else safe
+    return Method(triples)

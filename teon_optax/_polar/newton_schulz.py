@@ -1,6 +1,7 @@
-"""Every product of the library: polar factors of batches of matrices, by way of Gram matrices.
+"""Every product of the library: polar factors of batches of matrices, by Newton-Schulz iteration.
 
-The Gram matrix of an m x n matrix is d x d, d = min(m, n); equal d share one polynomial.
+Each step is an odd quintic of the matrix, p(M) = a M + b (M M^T) M + c (M M^T)^2 M. Steps run on
+Gram matrices, which are d x d of an m x n matrix, d = min(m, n); equal d share one polynomial.
 """
 
 import functools
@@ -12,38 +13,32 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import (
-    Numerics,
-    chunk_bytes,
-    chunk_size,
-    is_exact,
-    shrinkage,
-)
+from teon_optax._polar.precision import Numerics, chunk_bytes, chunk_size, is_exact
 
 
 def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
-    """M M^H, or M^H M of a matrix that is not wider than high: [d, d]."""
+    """M M^T, or M^T M of a matrix that is not wider than high: [d, d]."""
     m, n = M.shape
-    left, right = (M, M.conj().T) if m < n else (M.conj().T, M)
+    left, right = (M, M.T) if m < n else (M.T, M)
     return jnp.matmul(left, right, precision=precision)
 
 
 def _apply(precision: jax.lax.PrecisionLike, P: jax.Array, M: jax.Array) -> jax.Array:
-    """M P, or P^H M of a matrix that is wider than high: [m, n].
+    """M P, or P^T M of a matrix that is wider than high: [m, n].
 
-    Rounding leaves P = Q_1 Q_2 .. not quite Hermitian, and on the left too Q_1 comes first: P M
-    would not be the matrix whose Gram matrix the segment ended with (with bf16 products it reached
-    1e13).
+    Once rounded, P = Q_1 Q_2 .. is not quite symmetric, and Q_1 must act first: on the left that is
+    P^T. P M would not be the matrix whose Gram matrix the segment ended with, and with bf16
+    products it reached 1e13.
     """
     m, n = M.shape
-    left, right = (P.conj().T, M) if m < n else (M, P)
+    left, right = (P.T, M) if m < n else (M, P)
     return jnp.matmul(left, right, precision=precision)
 
 
 def _scaled(
     M: jax.Array, largest: Callable[[jax.Array], jax.Array] = lambda peak: peak
 ) -> jax.Array:
-    """M by its largest magnitude, in float32 at least: its squares are in range.
+    """M divided by its largest magnitude, in float32 at least: its squares are in range.
 
     `largest` is that of the magnitudes that several devices found, each in its columns of M.
     """
@@ -51,16 +46,14 @@ def _scaled(
     # The polar factor does not depend on the length of M, so neither does its derivative. `pmax`,
     # which finds the largest of several devices, has no derivative in jax.
     peak = largest(jax.lax.stop_gradient(jnp.max(jnp.abs(M))))
-    peak = jnp.where(peak == 0, 1, peak)
-    # A quotient of complex numbers would square the peak.
-    return jax.lax.complex(M.real / peak, M.imag / peak) if jnp.iscomplexobj(M) else M / peak
+    return M / jnp.where(peak == 0, 1, peak)
 
 
 def _norm(G: jax.Array, method: Method) -> jax.Array:
     """What M is divided by, from its Gram matrix; 1 for zero."""
     frobenius = method.norm == "frobenius"
-    square = jnp.trace(G).real if frobenius else jnp.sqrt(jnp.sum(G * G.conj()).real)
-    return jnp.where(square == 0, 1, method.margin * jnp.sqrt(square)).astype(G.dtype)
+    square = jnp.trace(G) if frobenius else jnp.sqrt(jnp.sum(jnp.square(G)))
+    return jnp.where(square == 0, 1, jnp.sqrt(square))
 
 
 def _factor(
@@ -76,7 +69,7 @@ def _factor(
         P <- P Q_j = P Z + a P          G <- Q_j G Q_j = Z W + a W,  W = G Z + a G
 
     The identity is never rounded: it is no part of an operand. G and, of one-pass products, W are
-    made Hermitian, which takes a third off the errors of three steps. With `normalization`, G is
+    made symmetric, which takes a third off the errors of three steps. With `normalization`, G is
     divided by the square of the method's norm first and P by the norm last, which costs nothing.
     """
     multiply = functools.partial(jnp.matmul, precision=precision)
@@ -84,9 +77,9 @@ def _factor(
 
     def next_gram(G: jax.Array, Z: jax.Array, a: jax.typing.ArrayLike) -> jax.Array:
         GZ = multiply(G, Z)
-        W = (GZ if is_exact(precision) else (GZ + GZ.conj().T) / 2) + a * G
+        W = (GZ if is_exact(precision) else (GZ + GZ.T) / 2) + a * G
         G = multiply(Z, W) + a * W
-        return (G + G.conj().T) / 2
+        return (G + G.T) / 2
 
     def step(carry: tuple[jax.Array, jax.Array], triple: jax.Array) -> tuple[Any, None]:
         P, G = carry
@@ -137,13 +130,11 @@ def orthogonalize_together(
     gram, apply = functools.partial(_gram, precision), functools.partial(_apply, precision)
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
     for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
-        triples = method.coefficients[stop - steps : stop]
+        triples = numerics.triples()[stop - steps : stop]
         factor = functools.partial(_factor, precision, triples, method if stop == steps else None)
         grams = jnp.concatenate([jax.vmap(gram)(batch) for batch in batches])
         factors = jnp.split(jax.vmap(factor)(grams), ends)
-        if stop < len(method.coefficients):
-            factors = [P / shrinkage(steps, precision) for P in factors]
-        else:
+        if stop == len(method.coefficients):
             factors = [scale * P for scale, P in zip(scales, factors, strict=True)]
         batches = [jax.vmap(apply)(P, batch) for P, batch in zip(factors, batches, strict=True)]
     return batches
@@ -235,7 +226,7 @@ def orthogonalize_columns(
     Args:
       M: [d, columns], of a matrix that is not higher than wide.
       scale: Factor of the result.
-      total: Sum over the devices of a Hermitian matrix.
+      total: Sum over the devices of a symmetric matrix.
       largest: Maximum over the devices of a number.
       numerics: With a precision, and no SVD. A segment costs one `total`. One step alone multiplies
         the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
@@ -247,18 +238,16 @@ def orthogonalize_columns(
     multiply = functools.partial(jnp.matmul, precision=precision)
     M = _scaled(M, largest)
     for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
-        triples = method.coefficients[stop - steps : stop]
+        triples = numerics.triples()[stop - steps : stop]
         first = method if stop == steps else None
-        G = total(multiply(M, M.conj().T))
+        G = total(multiply(M, M.T))
         if steps == 1 and N < d:
             norm = 1 if first is None else _norm(G, first)
             a, b, c = triples[0]
             M, G = M / norm, G / jnp.square(norm)
             M = a * M + multiply(G, b * M + c * multiply(G, M))
         else:
-            M = multiply(_factor(precision, triples, first, G).conj().T, M)  # as `_apply`
-        if stop < len(method.coefficients):
-            M = M / shrinkage(steps, precision)
+            M = multiply(_factor(precision, triples, first, G).T, M)  # as `_apply`
     return jnp.asarray(scale, M.dtype) * M
 
 

@@ -1,27 +1,30 @@
 """How a polar factor is computed here: precision of products, restarts, chunks."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._polar.coefficients import Method
+from teon_optax._polar.coefficients import Method, Triple
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
-# Steps that one segment holds in float32 on any input, rank-deficient included: rounding makes
-# eigenvalues of a Gram matrix slightly negative, and each further step multiplies them by a^2.
-_LONGEST_SEGMENT = 5
+# How much a segment of exact products may enlarge a small singular value: see `restarts`.
+_LARGEST_GROWTH = 256
+_LARGEST_GROWTH_OF_THE_LAST = 1100
 # Joint length over d below which matrices in every step (4 S + S (2 r - 3) products of d x d) cost
 # less than Gram matrices throughout.
 _DIRECT_BELOW = 1.5
-# Joint length over d up to which a segment more (2 r - 3 products) costs one product at most.
+# Joint length over d up to which a segment more (2 r - 3 products) costs one product at most, and d
+# below which products do not fill an accelerator, so that nothing is saved by a segment less.
 _ODD_STEP_ALONE_UP_TO = 2
-# A quintic made for singular values up to u reaches far beyond 1 a little above u: 7 % above, Polar
-# Express in its last two steps ends at 1e3. The safety factor of its coefficients, 1.01, is for the
-# errors of one step; those of several steps between two Gram matrices came to 1.3 %.
-_SHRINKAGE = 1.03
+_ODD_STEP_ALONE_BELOW = 128
+# How much the last three steps of one-pass products may enlarge a small singular value.
+_LARGEST_GROWTH_OF_THREE = 32
+# What singular values are divided by after each step of one-pass products but the last.
+_SLOWED_BY = 1.05
 # Bytes of matrices that are worked on at a time. A CPU wants them in its cache; an accelerator
 # wants enough to fill it, and gains nothing from more.
 _CHUNK_BYTES = {"cpu": 2**20}
@@ -34,42 +37,83 @@ def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
     One pass is bf16 on TPU and TF32 on GPU. At HIGHEST a product costs six passes on a TPU, and the
     restarts below make one pass accurate enough.
     """
-    is_float32 = backend == "cpu" or jnp.finfo(dtype).dtype == jnp.float64
+    is_float32 = backend == "cpu" or dtype == jnp.float64
     return _HIGHEST if is_float32 else jax.lax.Precision.DEFAULT
 
 
-def restarts(steps: int, ratio: float, precision: jax.lax.PrecisionLike) -> tuple[int, ...]:
+def restarts(
+    triples: Sequence[Triple], shape: Sequence[int], precision: jax.lax.PrecisionLike
+) -> tuple[int, ...]:
     """How many steps follow each start from the matrices themselves.
 
-    | products | ratio   | segments                | for 5 steps | for 4 |
-    |----------|---------|-------------------------|-------------|-------|
-    | any      | < 1.5   | 1+1+...                 | 1+1+1+1+1   |       |
-    | exact    | >= 1.5  | equal, of at most 5     | 5           | 4     |
-    | one-pass | to 2    | of 2, an odd one second | 2+1+2       | 2+2   |
-    | one-pass | above   | of 2, the last of 3     | 2+3         | 2+2   |
+    | products | ratio   | d      | segments                      | for 5 steps | for 4   |
+    |----------|---------|--------|-------------------------------|-------------|---------|
+    | any      | < 1.5   |        | 1+1+...                       | 1+1+1+1+1   | 1+1+1+1 |
+    | exact    | >= 1.5  |        | as few as growth allows       | 5           | 4       |
+    | one-pass | to 2    |        | of 2, an odd one second       | 2+1+2       | 2+2     |
+    | one-pass | above 2 | < 128  | of 2, an odd one second       | 2+1+2       | 2+2     |
+    | one-pass | above 2 | >= 128 | of 2, the last of 3 if odd    | 2+3         | 2+2     |
 
-    A segment iterates on Gram matrices alone and keeps the rounding errors of its products; the
-    next one starts from the matrices themselves and corrects them, if their singular values are
-    where its quintics converge. Under bf16 products and on any input, 2+1+2 leaves singular values
-    in .80 to 1.16 and 2+3 in .80 to 1.27; 3+2 reaches 1e7 where few coordinates carry the gradient,
-    since its first three steps enlarge the errors 134 times.
+    A segment knows its matrices by their Gram matrix G alone, and keeps the rounding errors of its
+    products. The next one starts from the matrices themselves and corrects what is left, if all
+    singular values are where its quintics converge.
+
+    *Exact products.* Rounding moves the eigenvalues of G, squares of singular values s, by E of
+    about eps |G|. The steps multiply a small s by their a; the growth g is the product of these.
+    Where G has s^2 - E, steps are chosen for a smaller s than there is, and s comes out too large
+    by the share E / (2 s^2). That is worst where s reaches the upper end u of an interval, at
+    s = u / g, and it is eps g^2 / 2 there, since |G| is at most u^2. Quintics that follow bear 1 %,
+    the safety factor, so g should be below 1 / sqrt(50 eps) = 410; we take 256. After the last
+    segment nothing can diverge: 1100, for which eps g^2 / 2 is 7 %. A search over spectra of few
+    levels, d of 8 to 1024, up to 2048 columns, found singular values .05 % too large at g = 70,
+    .6 % at 290, 2 % at 970 (Polar Express in one segment of 5), 9 % at 1200 and twice as large at
+    5000, which the next segment makes infinite.
+
+    *One-pass products.* Of bf16 a segment of two steps is too long for such a bound, and yet they
+    hold, since operands are rounded before they are squared: no eigenvalue becomes negative. What
+    a search over spectra of few levels found is the measure (docs/decisions/0002). 3+2 reaches 1e7
+    where few coordinates carry the gradient, since its first three steps enlarge errors 134 times.
 
     Args:
-      steps: Number of quintic steps.
-      ratio: Joint length of a group divided by d.
+      triples: Coefficients of the steps.
+      shape: Of the matrices, m x n; the ratio is that of the longer side to d, the shorter one.
       precision: Of the products.
     """
+    d, steps, ratio = min(shape), len(triples), max(shape) / min(shape)
     if ratio < _DIRECT_BELOW:
         return (1,) * steps
     if is_exact(precision):
-        count = -(-steps // _LONGEST_SEGMENT)
-        return tuple(steps // count + (i < steps % count) for i in range(count))
+        splits = (_equal_parts(steps, count) for count in range(1, steps + 1))
+        return next((split for split in splits if _is_stable(triples, split)), (1,) * steps)
     pairs = (2,) * (steps // 2)
     if steps % 2 == 0:
         return pairs
-    if ratio > _ODD_STEP_ALONE_UP_TO and steps > 3:
+    fills_the_device = ratio > _ODD_STEP_ALONE_UP_TO and d >= _ODD_STEP_ALONE_BELOW
+    if fills_the_device and steps > 3 and _growth(triples[-3:]) < _LARGEST_GROWTH_OF_THREE:
         return (*pairs[:-1], 3)
     return (*pairs[:1], 1, *pairs[1:])
+
+
+def _equal_parts(steps: int, count: int) -> tuple[int, ...]:
+    """So many numbers whose sum is `steps`, longer ones first."""
+    return tuple(steps // count + (i < steps % count) for i in range(count))
+
+
+def _is_stable(triples: Sequence[Triple], lengths: tuple[int, ...]) -> bool:
+    """Whether no segment of so many steps grows beyond what float32 products allow."""
+    ends = np.cumsum(lengths)
+    *others, last = [
+        _growth(triples[end - length : end]) for end, length in zip(ends, lengths, strict=True)
+    ]
+    return max(others, default=0) <= _LARGEST_GROWTH and last <= _LARGEST_GROWTH_OF_THE_LAST
+
+
+def _growth(triples: Sequence[Triple]) -> float:
+    """How much an error that enters at any of these steps is enlarged by those that follow."""
+    growth = 1.0
+    for a, _, _ in triples:
+        growth = max(growth, 1) * abs(a)
+    return growth
 
 
 class Numerics(NamedTuple):
@@ -87,12 +131,21 @@ class Numerics(NamedTuple):
         """How many steps follow each start, for m x n matrices; none for the SVD."""
         if self.method is None:
             return ()
-        return restarts(len(self.method.coefficients), max(m, n) / min(m, n), self.precision)
+        return restarts(self.method.coefficients, (m, n), self.precision)
 
+    def triples(self) -> tuple[Triple, ...]:
+        """The method's quintics, of one-pass products all but the last of them slowed.
 
-def shrinkage(steps: int, precision: jax.lax.PrecisionLike) -> float:
-    """What matrices are divided by between a segment of so many steps and the next."""
-    return 1 if steps == 1 or is_exact(precision) else _SHRINKAGE
+        A quintic that is made for singular values up to u reaches far beyond 1 a little above u:
+        7 % above, Polar Express in its last two steps ends at 1e3. Its safety factor is for the
+        errors of float32; those of a bf16 product come to some percent.
+        """
+        if self.method is None:
+            return ()
+        *others, last = self.method.coefficients
+        if not is_exact(self.precision):
+            others = [(a / _SLOWED_BY, b / _SLOWED_BY, c / _SLOWED_BY) for a, b, c in others]
+        return (*others, last)
 
 
 def is_exact(precision: jax.lax.PrecisionLike) -> bool:
