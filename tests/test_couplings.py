@@ -205,7 +205,7 @@ def test_the_table_and_the_dict_show_k_and_the_mode():
     planned = plan(named(gaussian(), whole), [Rule(f"{LAYER}/{SLICE}", stack=2, mode=2)])
     lines = str(planned).split("\n")
     assert re.split("  +", lines[1]) == ["block_*/query", "9-10", "12 x 16", "6", "2", "12", "1"]
-    assert re.split("  +", lines[2]) == ["block_*/query", "11", "12 x 16", "3", "2", "12", "1"]
+    assert re.split("  +", lines[2]) == ["block_11/query", "11", "12 x 16", "3", "2", "12", "1"]
     assert [group["mode"] for group in planned.as_dict()["groups"]] == [2, 2]
 
 

@@ -1,5 +1,6 @@
 """`orthogonalize_slices`: transforms along the stacks of coupled matrices."""
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -90,6 +91,7 @@ def orthogonalize_slices(
         stacks = [stack for series in planned.series for stack in _stacks(leaves, series)]
         results = _orthogonalized(stacks, transform, numerics, scale_function, located)
         for leaf, update in _to_leaves(results, planned.series).items():
+            update = update.astype(leaves[leaf].dtype)
             leaves[leaf] = update if located is None else located.returned(leaf, update)
         return structure.unflatten(leaves), state
 
@@ -137,7 +139,8 @@ def _stacks(leaves: Sequence[jax.Array], series: Series) -> Iterator[_Stack]:
         return to_parts(leaf, layout)[series.part].transpose(coupled + kept)
 
     own = [members(leaves[leaf]) for leaf in series.leaves]
-    own = [placed_like(array, own[0]) for array in own]
+    dtype = functools.reduce(np.promote_types, (array.dtype for array in own))
+    own = [placed_like(array.astype(dtype), own[0]) for array in own]
     # Siblings come after the axis of layers, if there is one, and before parts and heads.
     layers = [
         jnp.stack(own[start : start + series.siblings], axis=len(layout.layer))

@@ -151,6 +151,20 @@ def test_each_leaf_keeps_its_dtype():
     assert_near(result, wide, 1e-2)
 
 
+def test_updates_of_one_group_may_have_unlike_dtypes():
+    params = {str(i): jnp.asarray(M[0, 0]) for i, M in enumerate(gaussian())}
+    updates = params | {"1": params["1"].astype("bfloat16")}
+    transform = contrib.orthogonalize_slices([Rule(r"(?P<layer>\d)", 3)], "dct")
+    result, _ = transform.update(updates, transform.init(params), params)
+    assert {name: leaf.dtype.name for name, leaf in result.items()} == {
+        "0": "float32",
+        "1": "bfloat16",
+        "2": "float32",
+    }
+    wide = jax.tree.map(lambda leaf: leaf.astype("float32"), updates)
+    assert_near(result, transform.update(wide, optax.EmptyState())[0], 1e-2)
+
+
 def test_a_number_for_scale_is_the_root_mean_square_of_every_group():
     holdings = ["siblings of layers", "heads of parts"]
     result = compiled(holdings, "dft", method="svd", scale=0.2)(tree_of(holdings))
