@@ -1,5 +1,6 @@
 """Leaves become batches of joint matrices, and batches become leaves."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,10 +149,18 @@ def pieces_by_batch(
                 K, first = layers * series.coupled, series.leaves[0]
                 # A single matrix has no other layer to share an axis with: modes 1 and 2 agree.
                 mode = 1 if K == 1 and series.rule.mode == 2 else series.rule.mode
-                key = BatchKey(K, series.alone, *series.matrix, mode, leaves[first].dtype)
+                dtype = _common_dtype([leaves[leaf].dtype for leaf in series.leaves])
+                key = BatchKey(K, series.alone, *series.matrix, mode, dtype)
                 key = key._replace(axes=axes[first]) if axes else key
                 found.setdefault(key, []).extend(pieces_of(series, start, stop))
     return found
+
+
+def _common_dtype(dtypes: Sequence[Any]) -> Any:
+    """That of all; where updates differ, although their params do not, float32 at least."""
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    return functools.reduce(np.promote_types, dtypes, np.dtype("float32"))
 
 
 def pieces_of(series: Series, start: int, stop: int) -> Iterator[Piece]:
@@ -171,7 +180,7 @@ def _gather(
 ) -> jax.Array:
     """Joint matrices of all groups of a batch: [groups, m, n]."""
     arrays = [matrices[piece.leaf][piece.part][piece.start : piece.stop] for piece in pieces]
-    rows = _concatenate([array.reshape(-1, key.fan_out) for array in arrays])
+    rows = _concatenate([array.reshape(-1, key.fan_out).astype(key.dtype) for array in arrays])
     return unfold(rows.reshape(key.stacks), key.mode)
 
 

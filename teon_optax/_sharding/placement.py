@@ -50,31 +50,9 @@ class Located(NamedTuple):
         """The leaf, where it was."""
         return self._placed(leaf, self.specs[index])
 
-    def derived(
-        self,
-        arrays: Sequence[jax.Array],
-        sources: Sequence[tuple[int, Sequence[int | None]]],
-    ) -> "Located":
-        """Where arrays lie that were made of leaves.
-
-        Args:
-          arrays: The leaves of the tree that is located.
-          sources: For each the position of a leaf that it was made of, and the axis of that leaf
-            that each of its axes was, None for one that no mesh cuts.
-        """
-        if self.typed:
-            specs = {index: jax.typeof(array).sharding.spec for index, array in enumerate(arrays)}
-            return self._replace(specs=specs)
-        specs = {}
-        for index, (array, (leaf, axes)) in enumerate(zip(arrays, sources, strict=True)):
-            cuts: dict[int | None, Any] = dict(enumerate(self.specs[leaf] or ()))
-            names = [cuts.get(axis) for axis in axes]
-            even = [
-                each if length % _pieces(each, self.mesh) == 0 else None
-                for each, length in zip(names, array.shape, strict=True)
-            ]
-            specs[index] = None if self.specs[leaf] is None else PartitionSpec(*even)
-        return self._replace(specs=specs)
+    def everywhere(self, count: int) -> "Located":
+        """So many other arrays on this mesh, each whole on every device."""
+        return self._replace(specs=dict.fromkeys(range(count), PartitionSpec()))
 
     def _placed(self, leaf: jax.Array, spec: PartitionSpec | None) -> jax.Array:
         place = jax.sharding.reshard if self.typed else jax.lax.with_sharding_constraint
