@@ -184,8 +184,8 @@ def test_a_group_of_one_is_that_of_orthogonalize_and_other_leaves_pass(dtype):
     expected, _ = orthogonalize(rules).update(tree, None)
     assert result["bias"] is tree["bias"] and result["frozen"] is None
     assert result["block_9"]["value"] is tree["block_9"]["value"]
-    # The scale is multiplied to another operand.
-    assert_near(result, expected, float(jnp.finfo(dtype).eps))
+    # The scale is multiplied to another operand, which rounds two products differently.
+    assert_near(result, expected, 4 * float(jnp.finfo(dtype).eps))
 
 
 def test_without_rules_it_takes_those_that_default_rules_finds():
