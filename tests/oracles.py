@@ -44,10 +44,10 @@ def polynomial(triples, norm):
 
 
 def with_spectrum(rng, m, n, singular_values):
-    """U diag(s) V^T with random orthonormal columns, m x n."""
-    rank = len(singular_values)
-    U, V = (np.linalg.qr(rng.normal(size=(size, rank)))[0] for size in (m, n))
-    return (U * np.asarray(singular_values)) @ V.T
+    """U diag(s) V^T with random orthonormal columns, m x n; leading axes of s are a batch."""
+    *batch, rank = np.shape(singular_values)
+    U, V = (np.linalg.qr(rng.normal(size=(*batch, size, rank)))[0] for size in (m, n))
+    return (U * np.asarray(singular_values)[..., None, :]) @ np.swapaxes(V, -1, -2)
 
 
 def rounding(singular_values, squared=True, eps=EPS):

@@ -73,6 +73,57 @@ HARD = {
     **{f"rank {rank}": np.ones(rank) for rank in (1, 5, 16)},
     **{f"rank {rank}, condition 1e3": np.geomspace(1, 1e-3, rank) for rank in (5, 16)},
 }
+
+
+def at_ends_of_intervals(triples):
+    """Singular values that some step maps to the end of the next step's interval."""
+    x = np.geomspace(1e-13, 1, 20_001)
+    found, y = [[1.0]], x
+    for triple in triples[:-1]:
+        y = oracles.composed(y, [triple], norm=1)
+        found.append(x[1:-1][(y[1:-1] >= y[:-2]) & (y[1:-1] >= y[2:])])
+    return np.concatenate(found)
+
+
+def searched(rng, d, triples):
+    """[spectra, d], of Frobenius norm 1: powers, levels, and ends of intervals beside the rest."""
+    spectra = [np.geomspace(1, 10.0**-e, d) for e in np.arange(3, 12, 0.25)]
+    for _ in range(60):
+        levels = np.r_[1, 10.0 ** rng.uniform(-6, 0, 2)]
+        spectra.append(levels[np.sort(rng.integers(0, 3, d))] * (np.arange(d) < rng.integers(1, d)))
+    for value in at_ends_of_intervals(triples):
+        copies = rng.integers(1, 4)
+        rest = np.r_[np.full(copies, value), rng.choice([0, 1e-6, 1e-4]), np.zeros(d)][: d - 1]
+        spectra.append(np.r_[np.sqrt(max(1 - np.sum(rest**2), 0.01)), rest])
+    spectra = np.array([s if s.any() else np.eye(d)[0] for s in spectra])
+    return spectra / np.linalg.norm(spectra, axis=1, keepdims=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(8, 8), (8, 12), (16, 256)], ids=str)
+@pytest.mark.parametrize(
+    ("steps", "lower"),
+    [(7, 1e-4), (12, 1e-3), (10, 1e-6), (20, 1e-6), (15, 1e-8), (6, 1e-12), (30, 1e-12)],
+)
+def test_no_spectrum_makes_any_polar_express_diverge(steps, lower, shape):
+    """Rounding lifts singular values above intervals on which the next quintic converges."""
+    rng, triples = np.random.default_rng(0), polar_express(steps, lower)
+    spectra = searched(rng, min(shape), triples)
+    matrices = oracles.with_spectrum(rng, *shape, spectra)
+    results = np.asarray(polar(jnp.float32(matrices), triples), np.float64)
+    exact = oracles.composed(np.geomspace(1e-13, 1, 20_001), triples, norm=1).max()
+    assert np.linalg.norm(results, 2, axis=(1, 2)).max() < 1.1 * exact
+
+
+@pytest.mark.parametrize("peak", [1e-44, 1e-38, 1e-30, 1e30, 3.4e38])
+def test_one_entry_beyond_all_others_leaves_no_polar_express_infinite(peak):
+    M = np.random.default_rng(0).normal(size=(4, 8, 12)).astype(np.float32)
+    M[:, 3, 5] = peak
+    for method in (polar_express(20, 1e-8), "schatten"):
+        results = np.asarray(polar(jnp.asarray(M), method), np.float64)
+        assert np.linalg.norm(results, 2, axis=(1, 2)).max() < 1.1
+
+
 # One is worked off in the direct form, the other in segments of Gram matrices.
 FORMS = {"direct": (32, 32), "segments": (32, 64)}
 

@@ -119,7 +119,7 @@ def test_no_segment_of_any_polar_express_grows_beyond_its_bound(steps, exponent)
         (11, (2, 1, 2, 2, 2, 2)),
     ],
 )
-@pytest.mark.parametrize("shape", [(256, 512), (64, 256)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 512), (255, 1024)], ids=str)
 def test_one_pass_products_restart_after_two_steps_where_a_segment_more_costs_little(
     shape, steps, segments
 ):
@@ -129,11 +129,11 @@ def test_one_pass_products_restart_after_two_steps_where_a_segment_more_costs_li
 @pytest.mark.parametrize(("steps", "segments"), [(3, (2, 1)), (4, (2, 2)), (5, (2, 3))])
 def test_one_pass_products_of_longer_matrices_join_an_odd_step_to_the_last(steps, segments):
     """There a segment more costs more than the accuracy that it brings."""
-    assert restarts(polar_express(steps), (128, 512), DEFAULT) == segments
+    assert restarts(polar_express(steps), (256, 1024), DEFAULT) == segments
 
 
 def test_one_pass_products_join_no_step_where_the_last_three_grow_too_much():
-    assert restarts(polar_express(5, 1e-6), (128, 512), DEFAULT) == (2, 1, 2)
+    assert restarts(polar_express(5, 1e-6), (256, 1024), DEFAULT) == (2, 1, 2)
 
 
 def test_quintics_of_one_pass_products_are_slowed_but_for_the_last():

@@ -18,9 +18,9 @@ _LARGEST_GROWTH_OF_THE_LAST = 1100
 # less than Gram matrices throughout.
 _DIRECT_BELOW = 1.5
 # Joint length over d up to which a segment more (2 r - 3 products) costs one product at most, and d
-# below which products do not fill an accelerator, so that nothing is saved by a segment less.
+# below which the errors of three steps average out too little, and products are cheap.
 _ODD_STEP_ALONE_UP_TO = 2
-_ODD_STEP_ALONE_BELOW = 128
+_ODD_STEP_ALONE_BELOW = 256
 # How much the last three steps of one-pass products may enlarge a small singular value.
 _LARGEST_GROWTH_OF_THREE = 32
 # What singular values are divided by after each step of one-pass products but the last.
@@ -51,8 +51,8 @@ def restarts(
     | any      | < 1.5   |        | 1+1+...                       | 1+1+1+1+1   | 1+1+1+1 |
     | exact    | >= 1.5  |        | as few as growth allows       | 5           | 4       |
     | one-pass | to 2    |        | of 2, an odd one second       | 2+1+2       | 2+2     |
-    | one-pass | above 2 | < 128  | of 2, an odd one second       | 2+1+2       | 2+2     |
-    | one-pass | above 2 | >= 128 | of 2, the last of 3 if odd    | 2+3         | 2+2     |
+    | one-pass | above 2 | < 256  | of 2, an odd one second       | 2+1+2       | 2+2     |
+    | one-pass | above 2 | >= 256 | of 2, the last of 3 if odd    | 2+3         | 2+2     |
 
     A segment knows its matrices by their Gram matrix G alone, and keeps the rounding errors of its
     products. The next one starts from the matrices themselves and corrects what is left, if all
