@@ -235,7 +235,8 @@ def test_a_folder_named_like_a_shard_is_none(tmp_path):
     (tmp_path / "train.bin").mkdir()
     write_texts(tmp_path, {"a": "one", "train.bin/b": "two"})
     assert not shards.is_shards(tmp_path)
-    assert sorted(words(data.load(tmp_path, "byte", 256).training)) == [b"one"]
+    corpus = data.load(tmp_path, "byte", 256)
+    assert sorted(words([*corpus.training, *corpus.validation])) == [b"one", b"two"]
 
 
 def test_a_shard_without_tokens_is_refused(tmp_path):
