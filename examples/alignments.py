@@ -8,10 +8,9 @@ import numpy as np
 import optax
 
 import teon_optax
-from examples import metrics
+from examples import metrics, run_folder
 from examples.program import TrainState
 
-PLOT = "alignment.png"
 # In the order of the figures that `measure` gives for a group.
 FIGURES = ("overlap of left vectors", "overlap of right vectors", "r of mode 1", "r of mode 2")
 
@@ -49,7 +48,7 @@ def plot(out: Path, title: str) -> None:
         axes.set(xlabel="step")
     panels[0, 0].legend(fontsize="small")
     figure.suptitle(title)
-    metrics.save_figure(figure, out / PLOT)
+    metrics.save_figure(figure, out / run_folder.ALIGNMENT)
 
 
 def _kind(path: str) -> str:

@@ -20,6 +20,7 @@ from examples.run_folder import read_json, write_atomically
 
 KEPT = 3
 CHECKSUMS = "sha256.json"
+ADVICE = "without that folder --resume goes on from an earlier checkpoint, if there is one"
 
 
 @contextlib.contextmanager
@@ -76,7 +77,9 @@ def restore(manager: ocp.CheckpointManager, shapes: Any) -> tuple[int, Any] | No
     try:
         return step, manager.restore(step, args=ocp.args.StandardRestore(target))
     except Exception as error:  # Orbax and TensorStore raise many types
-        raise UserError(f"{folder} is not a checkpoint of this model: {_reason(error)}") from error
+        raise UserError(
+            f"{folder} is not a checkpoint of this model: {_reason(error)}; {ADVICE}"
+        ) from error
 
 
 def _reason(error: Exception) -> str:
@@ -92,10 +95,7 @@ def _check(folder: Path) -> None:
     except (OSError, ValueError):
         saved = None
     if saved != _checksums(folder):
-        raise UserError(
-            f"{folder} is damaged: its files are not what was saved; "
-            "without that folder --resume goes on from an earlier checkpoint"
-        )
+        raise UserError(f"{folder} is damaged: its files are not what was saved; {ADVICE}")
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.add_argument("runs", nargs="+", type=path, help="folders that train_gpt wrote")
         parser.add_argument("--out", type=path, required=True, help="the PNG file to write")
         arguments = parser.parse_args(argv)
+        if arguments.out.is_dir():
+            raise UserError(f"--out {arguments.out} is a folder: write the name of a PNG file")
         curves = [read(run) for run in arguments.runs]
         plot(curves, arguments.out)
         print(table(curves))
@@ -67,9 +69,11 @@ def table(curves: Sequence[Curve]) -> str:
     rows += ["|---|---|---|---|---|---|"]
     for curve in curves:
         step, loss = curve.validation[-1]
+        with np.errstate(over="ignore"):
+            perplexity = np.exp(loss)
         rows.append(
             f"| {curve.optimizer} | {curve.seed} | {curve.learning_rate:g} | {step:.0f} "
-            f"| {loss:.4f} | {np.exp(loss):.3f} |"
+            f"| {loss:.4f} | {perplexity:.3f} |"
         )
     return "\n".join(rows)
 

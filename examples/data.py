@@ -67,6 +67,8 @@ def load(
         training_texts, validation_texts, description = read_texts(data)
     except OSError as error:
         raise UserError(f"cannot read the corpus: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"{data} does not fit into memory: FineWeb shards are mapped") from error
     if tokenizer == "byte":
         training_tokens, validation_tokens = map(byte_tokens, (training_texts, validation_texts))
         return Corpus([training_tokens], [validation_tokens], 256, description)

@@ -84,7 +84,8 @@ def _check_checkpoints(out: Path, checkpoints: Path, every: int) -> None:
     records = metrics.read(out)
     if checkpoints.exists() and not checkpoints.is_dir():
         raise UserError(f"{checkpoints} is no folder: move it away, or choose another --out")
-    if checkpoints.is_dir() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
+    saved = checkpoints.iterdir() if checkpoints.is_dir() else ()
+    if any(path.name.isdecimal() and path.is_dir() for path in saved):
         return
     went_on = bool(records) and (records[-1]["step"] > every or not checkpoints.exists())
     if went_on or (out / run_folder.PLOT).exists():

@@ -1,7 +1,6 @@
 """The metrics of a run: a line of JSON for every step, flushed before its checkpoint is saved."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -9,9 +8,10 @@ from typing import Any, TextIO
 import numpy as np
 
 from examples.errors import UserError
-from examples.run_folder import METRICS, PLOT, read_json, write_atomically
+from examples.run_folder import METRICS, PLOT, read_json, replacing, write_atomically
 
 BEGINNING = '{"step": '
+LARGEST = float(np.finfo(np.float32).max)
 FIGURES_OF_A_GROUP = 4  # of `alignments.measure`
 
 
@@ -100,8 +100,8 @@ def _is_alignment(value: object) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number, and not a boolean."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    """Whether it is a number that float32 holds, and not a boolean."""
+    return type(value) in (int, float) and abs(value) <= LARGEST
 
 
 def opened(out: Path, records: Sequence[dict[str, Any]]) -> TextIO:
@@ -140,6 +140,5 @@ def plot(out: Path, title: str) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Writes the whole PNG or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

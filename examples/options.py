@@ -147,9 +147,10 @@ def resolve_resumed(stored: object, given: dict[str, Any]) -> Options:
                 f"{_shown(value)}: the checkpoint is of another run; choose another --out"
             )
     _check_given(options, given)
-    return dataclasses.replace(
-        options, **{name: given[name] for name in CHANGEABLE if name in given}
-    )
+    changed = {name: given[name] for name in CHANGEABLE if name in given}
+    options = dataclasses.replace(options, **changed)
+    _check_together(options)
+    return options
 
 
 def _check_given(options: Options, given: dict[str, Any]) -> None:
@@ -176,6 +177,8 @@ def _check_together(options: Options) -> None:
             f"--batch-size {batch} and --context {context} make a batch of more than "
             f"{MOST_TOKENS:,} tokens"
         )
+    if options.alignment_every is not None and options.depth == 1:
+        raise UserError("--alignment-every compares neighbouring blocks: --depth 1 has none")
     for text in options.rules or ():
         rule_texts.read(text)
 

@@ -1,4 +1,4 @@
-"""The folder of a run: `config.json`, `tokenizer.json`, `metrics.jsonl` and `loss.png`.
+"""The folder of a run: its configuration, tokenizer, metrics and figures.
 
 The checkpoints beside them are Orbax's (see `checkpoints.py`). `lock` is held by the process that
 trains, and by none once it ended, however it did.
@@ -19,7 +19,9 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-CONFIG, TOKENIZER, METRICS, PLOT = "config.json", "tokenizer.json", "metrics.jsonl", "loss.png"
+CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
+PLOT, ALIGNMENT = "loss.png", "alignment.png"
+FILES = (CONFIG, TOKENIZER, METRICS, PLOT, ALIGNMENT)
 CHECKPOINTS, LOCK = "checkpoints", "lock"
 
 
@@ -86,10 +88,15 @@ def check(out: Path, resume: bool) -> None:
         raise UserError(
             f"{out} holds a run ({CONFIG}): go on with it by --resume, or choose another --out"
         )
-    for name in (CONFIG, TOKENIZER, METRICS, PLOT, CHECKPOINTS):
+    for name in (*FILES, CHECKPOINTS):
         if not resume and os.path.lexists(out / name):
             raise UserError(
                 f"{out} has {name} already, which a new run would write over: choose another --out"
+            )
+        if resume and name in FILES and (out / name).is_dir():
+            raise UserError(
+                f"{out / name} is a folder, where the run has a file: move it away, or choose "
+                "another --out"
             )
 
 
@@ -140,13 +147,19 @@ def read_tokenizer(out: Path) -> str:
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes the whole file or nothing, whenever the process ends."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of that of `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
         temporary.replace(path)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -84,8 +84,11 @@ def check_processes(options: argparse.Namespace) -> None:
         raise UserError("--coordinator, --processes and --process go together")
     if options.distributed:
         raise UserError("--distributed finds what --coordinator, --processes and --process say")
-    if not re.fullmatch(r".+:[0-9]{1,5}", options.coordinator):
-        raise UserError(f"--coordinator {options.coordinator!r} is not HOST:PORT")
+    address = re.fullmatch(r"\S+:([0-9]{1,5})", options.coordinator)
+    if address is None or not 0 < int(address[1]) < 2**16:
+        raise UserError(
+            f"--coordinator {options.coordinator!r} is not HOST:PORT, with a port below 65536"
+        )
     if options.process >= options.processes:
         raise UserError(
             f"--process {options.process} is not one of --processes {options.processes}, which "

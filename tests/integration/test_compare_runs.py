@@ -69,8 +69,18 @@ def test_a_damaged_run_is_refused_in_one_line(file, content, run, tmp_path, caps
 
 def test_a_plot_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
-    for out in (tmp_path / "file" / "losses.png", tmp_path, "/proc/losses.png"):
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "file" / "losses.png", "/proc/losses.png"):
         refused(capsys, run, "--out", out)
+    for out in (tmp_path, ".", "..", "/"):
+        assert "is a folder: write the name of a PNG file" in refused(capsys, run, "--out", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_losses_as_large_as_float32_are_drawn(run, tmp_path, capsys):
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3e38, "val_loss": 3e38}\n')
+    assert compare_runs.main([str(run), "--out", str(tmp_path / "losses.png")]) == 0
+    assert " inf |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["run"], ["a\0b", "--out", "x"], ["run", "--out", ""]])

@@ -132,6 +132,16 @@ def test_a_folder_that_cannot_be_read_is_refused_not_left_out(tmp_path, monkeypa
         data.load(tmp_path, "byte", 256)
 
 
+def test_a_text_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    def fail(_):
+        raise MemoryError
+
+    (tmp_path / "text").write_text("much")
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match="text does not fit into memory"):
+        data.load(tmp_path / "text", "byte", 256)
+
+
 def test_a_part_shorter_than_a_sequence_and_its_target_is_refused(tmp_path):
     corpus = data.load(write_texts(tmp_path, {"a": "x" * 500, "b": "y" * 19}), "byte", 256)
     data.check_length(corpus, 19)

@@ -83,6 +83,7 @@ finally:
         (["--optimizer", "muon", "--rules", "x:stack=1"], "--rules means nothing to"),
         (["--optimizer", "adamw", "--adam-learning-rate", "1"], "--adam-learning-rate means"),
         (["--batch-size", "6", "--microbatches", "4"], "--microbatches 4 does not divide"),
+        (["--depth", "1", "--alignment-every", "1"], "--depth 1 has none"),
         (["--batch-size", "2000000000"], "make a batch of more than 2,147,483,647 tokens"),
         (["--rules", "x"], "--rules 'x' is not REGEX:stack=K"),
         (["--rules", ":stack=1"], "is not REGEX:stack=K"),
@@ -308,6 +309,10 @@ def test_an_error_is_one_line_of_what_a_terminal_shows(capsys):
         (
             ["--coordinator", "here", "--processes", "2", "--process", "0"],
             "--coordinator 'here' is not HOST:PORT",
+        ),
+        (
+            ["--coordinator", "here:65536", "--processes", "2", "--process", "0"],
+            "--coordinator 'here:65536' is not HOST:PORT, with a port below 65536",
         ),
         (
             ["--coordinator", "a:1", "--processes", "1", "--process", "0", "--distributed"],

@@ -80,9 +80,13 @@ def test_resume_refuses_a_damaged_config(config, tmp_path, capsys):
     assert "config.json is damaged" in refused(capsys, "--resume", "--out", tmp_path)
 
 
-def test_resume_refuses_a_config_that_is_a_folder(tmp_path, capsys):
-    (tmp_path / "config.json").mkdir()
-    assert "config.json is damaged" in refused(capsys, "--resume", "--out", tmp_path)
+@pytest.mark.parametrize("name", run_folder.FILES)
+def test_resume_refuses_a_folder_where_a_file_should_be(name, tmp_path, capsys):
+    (tmp_path / "config.json").touch()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    line = refused(capsys, "--resume", "--out", tmp_path)
+    assert f"{name} is a folder, where the run has a file" in line
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_metrics_drop_steps_after_the_checkpoint_and_a_line_cut_off(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(LINES)
 
 
-@pytest.mark.parametrize("content", ["folder", "empty folder", "file", "nothing"])
+@pytest.mark.parametrize("content", ["folder", "empty folder", "folder of files", "file", "no"])
 def test_resume_refuses_to_begin_again_where_checkpoints_are_gone(
     content, copied, unchanged, capsys
 ):
@@ -209,9 +213,11 @@ def test_resume_refuses_to_begin_again_where_checkpoints_are_gone(
     if content == "folder":
         (copied / "checkpoints" / "7.orbax-checkpoint-tmp").mkdir()
         (copied / "loss.png").unlink()
+    if content == "folder of files":
+        (copied / "checkpoints" / "6").touch()
     if content == "file":
         (copied / "checkpoints").write_text("mine")
-    if content == "nothing":
+    if content == "no":
         (copied / "loss.png").unlink()
     unchanged()
     line = refused(capsys, "--resume", "--out", copied)
