@@ -5,6 +5,7 @@ The order is that of what the answer costs: flags, the folder, the corpus.
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +50,19 @@ def claimed(command: Command) -> Iterator[Job]:
 def check(command: Command) -> None:
     """Raises UserError for flags that contradict each other, or a folder for something else."""
     if not command.resume:
-        resolve(command.given)
+        _check_apart(resolve(command.given), command.out)
     run_folder.check(command.out, command.resume)
+
+
+def _check_apart(options: Options, out: Path) -> None:
+    """Raises UserError where the run would write texts into its corpus, which --resume refuses."""
+    if options.data is None or options.tokenizer == "shards":
+        return
+    folder = Path(os.path.realpath(out))
+    if folder.is_relative_to(options.data):
+        hidden = any(name[0] == "." for name in folder.relative_to(options.data).parts)
+        if not hidden:
+            raise UserError(f"--out {out} is in --data, so it would be read: choose another --out")
 
 
 def read(command: Command, checkpoints: Path) -> Job:

@@ -137,6 +137,16 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused(tmp_path, capsys, monkeypat
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_in_the_corpus_is_refused_unless_hidden(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert "--out runs/tiny-teon is in --data" in refused(capsys, "--data", ".")
+    assert "is in --data" in refused(capsys, "--data", tmp_path, "--out", ".")
+    for out in (".runs/a", "../other"):
+        flags = ["--data", tmp_path, "--out", out, "--context", "1000"]
+        assert "the corpus is too small" in refused(capsys, *flags)
+
+
 def test_a_path_in_circles_is_refused(tmp_path, capsys):
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     line = refused(capsys, "--data", tmp_path / "circle", "--out", tmp_path / "run")
