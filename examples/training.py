@@ -85,7 +85,8 @@ def train(job: Job, compiled: Program, stop: threading.Event) -> int:
         file = stack.enter_context(metrics.opened(out, metrics.read_until(out, step)))
         run_folder.write_config(out, job.config)
         bar = stack.enter_context(progress_bar(options, step))
-        bar.set_postfix_str("compiling the first step")
+        if step < options.steps:
+            bar.set_postfix_str("compiling the first step")
         validation_loss = None
         while step < options.steps and not requested(stop):
             batch = data.training_batch(
