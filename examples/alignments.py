@@ -1,6 +1,5 @@
 """How alike the momenta of neighbouring blocks are in the course of a run (`--alignment-every`)."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,9 @@ import numpy as np
 import optax
 
 import teon_optax
-from examples import run_folder
+from examples import metrics, run_folder
 from examples.program import TrainState
 
-PLOT = "alignment.png"
 # In the order of the figures that `measure` gives for a group.
 FIGURES = ("overlap of left vectors", "overlap of right vectors", "r of mode 1", "r of mode 2")
 
@@ -32,11 +30,12 @@ def measure(state: TrainState) -> dict[str, list[float]]:
 
 
 def plot(out: Path, title: str) -> None:
-    """Draws the mean over pairs, for each type of matrix, from the metrics of a run."""
-    from matplotlib.figure import Figure  # as in `run_folder`: late
+    """Draws the mean over pairs, for each type of matrix, if the metrics of a run have any."""
+    from matplotlib.figure import Figure  # as in `metrics`: late
 
-    lines = (out / run_folder.METRICS).read_text().splitlines()
-    records = [record for record in map(json.loads, lines) if "alignment" in record]
+    records = [record for record in metrics.read(out) if "alignment" in record]
+    if not records:
+        return
     figure = Figure(figsize=(10, 7), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
     for number, (axes, name) in enumerate(zip(panels.flat, FIGURES, strict=True)):
@@ -49,7 +48,7 @@ def plot(out: Path, title: str) -> None:
         axes.set(xlabel="step")
     panels[0, 0].legend(fontsize="small")
     figure.suptitle(title)
-    run_folder.save_figure(figure, out / PLOT)
+    metrics.save_figure(figure, out / run_folder.ALIGNMENT)
 
 
 def _kind(path: str) -> str:

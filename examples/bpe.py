@@ -32,16 +32,22 @@ def load(serialized: str) -> tuple[int, Callable[[Sequence[bytes]], np.ndarray]]
         tokenizer = Tokenizer.from_str(serialized)
     except Exception as error:  # tokenizers raises bare Exceptions for what it cannot parse
         raise UserError(f"the run's tokenizer.json is damaged: {error}") from error
+    size = tokenizer.get_vocab_size()
+    if set(tokenizer.get_vocab().values()) != set(range(size)):
+        raise UserError("the run's tokenizer.json is damaged: its tokens are not numbered in a row")
 
     def encode(texts: Sequence[bytes]) -> np.ndarray:
         pieces = [piece for text in texts for piece in _pieces(_decode(text))]
         tokens = [np.zeros(0, np.uint16)]
         for start in range(0, len(pieces), PIECES_AT_ONCE):
-            encodings = tokenizer.encode_batch_fast(pieces[start : start + PIECES_AT_ONCE])
+            try:
+                encodings = tokenizer.encode_batch_fast(pieces[start : start + PIECES_AT_ONCE])
+            except Exception as error:  # as above: of a tokenizer that lacks what it refers to
+                raise UserError(f"the run's tokenizer.json is damaged: {error}") from error
             tokens += [np.array(encoding.ids, np.uint16) for encoding in encodings]
         return np.concatenate(tokens)
 
-    return tokenizer.get_vocab_size(), encode
+    return size, encode
 
 
 def _decode(text: bytes) -> str:

@@ -16,10 +16,11 @@ import jax
 import orbax.checkpoint as ocp
 
 from examples.errors import UserError
-from examples.run_folder import write_atomically
+from examples.run_folder import read_json, write_atomically
 
 KEPT = 3
 CHECKSUMS = "sha256.json"
+ADVICE = "without that folder --resume goes on from an earlier checkpoint, if there is one"
 
 
 @contextlib.contextmanager
@@ -36,8 +37,14 @@ def opened(folder: Path) -> Iterator[ocp.CheckpointManager]:
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Saves the state after `step` steps."""
-    manager.save(step, args=ocp.args.StandardSave(state), force=True)
+    """Saves the state after `step` steps; raises UserError where that fails."""
+    try:
+        manager.save(step, args=ocp.args.StandardSave(state), force=True)
+    except Exception as error:  # Orbax and TensorStore raise many types
+        raise UserError(
+            f"cannot save step {step} in {manager.directory}: {_reason(error)}; once it can be "
+            "written, --resume goes on from the checkpoint before"
+        ) from error
     if jax.process_index() == 0:
         folder = Path(manager.directory, str(step))
         write_atomically(folder / CHECKSUMS, json.dumps(_checksums(folder), indent=1))
@@ -70,23 +77,25 @@ def restore(manager: ocp.CheckpointManager, shapes: Any) -> tuple[int, Any] | No
     try:
         return step, manager.restore(step, args=ocp.args.StandardRestore(target))
     except Exception as error:  # Orbax and TensorStore raise many types
-        reason = str(error).strip().split("\n")[0][:200]
-        raise UserError(f"{folder} is not a checkpoint of this model: {reason}") from error
+        raise UserError(
+            f"{folder} is not a checkpoint of this model: {_reason(error)}; {ADVICE}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 def _check(folder: Path) -> None:
     """Raises UserError where a file is not what was saved."""
     try:
-        saved = json.loads((folder / CHECKSUMS).read_text())
+        saved = read_json((folder / CHECKSUMS).read_text("utf-8"))
     except FileNotFoundError:
         return  # Killed between the save, which is then complete, and its checksums.
-    except ValueError:
+    except (OSError, ValueError):
         saved = None
     if saved != _checksums(folder):
-        raise UserError(
-            f"{folder} is damaged: its files are not what was saved; "
-            "without that folder --resume goes on from an earlier checkpoint"
-        )
+        raise UserError(f"{folder} is damaged: its files are not what was saved; {ADVICE}")
 
 
 def _checksums(folder: Path) -> dict[str, str]:

@@ -3,17 +3,15 @@
 python -m examples.compare_runs runs/tiny-teon runs/tiny-muon runs/tiny-adamw --out losses.png
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from examples import run_folder
+from examples import metrics, run_folder
+from examples.command_line import Parser, exit_code, path
 from examples.errors import UserError
 
 
@@ -29,24 +27,29 @@ class Curve(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="folders that train_gpt wrote")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG file to write")
-    arguments = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
+        parser = Parser(prog="python -m examples.compare_runs", description=__doc__)
+        parser.add_argument("runs", nargs="+", type=path, help="folders that train_gpt wrote")
+        parser.add_argument("--out", type=path, required=True, help="the PNG file to write")
+        arguments = parser.parse_args(argv)
+        if arguments.out.is_dir():
+            raise UserError(f"--out {arguments.out} is a folder: write the name of a PNG file")
         curves = [read(run) for run in arguments.runs]
-    except (UserError, OSError) as error:
-        print("compare_runs: error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    print(table(curves))
-    plot(curves, arguments.out)
-    return 0
+        plot(curves, arguments.out)
+        print(table(curves))
+        return 0
+
+    return exit_code("compare_runs", run)
 
 
 def read(run: Path) -> Curve:
     """The curve of one run folder."""
     options = run_folder.read_config(run)["options"]
-    records = [json.loads(line) for line in (run / run_folder.METRICS).read_text().splitlines()]
+    for name, wanted in (("optimizer", str), ("seed", int), ("learning_rate", float)):
+        if not isinstance(options, dict) or type(options.get(name)) is not wanted:
+            raise UserError(f"{run / run_folder.CONFIG} is damaged: it has no {name}")
+    records = metrics.read(run)
     evaluated = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
     if not evaluated:
         raise UserError(f"{run} has no validation loss yet")
@@ -66,15 +69,19 @@ def table(curves: Sequence[Curve]) -> str:
     rows += ["|---|---|---|---|---|---|"]
     for curve in curves:
         step, loss = curve.validation[-1]
+        with np.errstate(over="ignore"):
+            perplexity = np.exp(loss)
         rows.append(
             f"| {curve.optimizer} | {curve.seed} | {curve.learning_rate:g} | {step:.0f} "
-            f"| {loss:.4f} | {np.exp(loss):.3f} |"
+            f"| {loss:.4f} | {perplexity:.3f} |"
         )
     return "\n".join(rows)
 
 
-def plot(curves: Sequence[Curve], path: Path) -> None:
+def plot(curves: Sequence[Curve], out: Path) -> None:
     """Training losses, smoothed, as lines and validation losses as points."""
+    from matplotlib.figure import Figure  # as in `metrics`: late
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(c.optimizer for c in curves))}
@@ -94,8 +101,8 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token); points: held-out files")
     axes.legend()
     axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=120)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    metrics.save_figure(figure, out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import sysconfig
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -66,6 +67,8 @@ def load(
         training_texts, validation_texts, description = read_texts(data)
     except OSError as error:
         raise UserError(f"cannot read the corpus: {error}") from error
+    except MemoryError as error:
+        raise UserError(f"{data} does not fit into memory: FineWeb shards are mapped") from error
     if tokenizer == "byte":
         training_tokens, validation_tokens = map(byte_tokens, (training_texts, validation_texts))
         return Corpus([training_tokens], [validation_tokens], 256, description)
@@ -85,8 +88,8 @@ def read_texts(data: Path | None) -> tuple[list[bytes], list[bytes], str]:
     """Training texts, validation texts, and a line that says what they are."""
     if data is not None and data.is_file():
         text = data.read_bytes()
-        if not text:
-            raise UserError(f"{data} is empty")
+        if not _is_text(text):
+            raise UserError(f"{data} is " + ("no text: it has zero bytes" if text else "empty"))
         cut = int(len(text) * (1 - VALIDATION_SHARE))
         split = "one file: the first 90 % are for training, the last 10 % for validation"
         return [text[:cut]], [text[cut:]], f"{data}: {split}"
@@ -122,21 +125,31 @@ def held_out_files(sizes: dict[str, int]) -> set[str]:
         return set()
     budget = sum(sizes.values()) * VALIDATION_SHARE
     held_out: set[str] = set()
-    for file in sorted(sizes, key=lambda name: hashlib.sha256(name.encode()).digest()):
+    for file in sorted(sizes, key=_hash):
         if sizes[file] <= budget:
             held_out.add(file)
             budget -= sizes[file]
     return held_out or {min(sizes, key=lambda name: (sizes[name], name))}
 
 
+def _hash(name: str) -> bytes:
+    """Of the name's bytes, which need not be UTF-8."""
+    return hashlib.sha256(os.fsencode(name)).digest()
+
+
 def _files(folder: Path, skip: frozenset[str] = frozenset(), suffix: str = "") -> Iterator[str]:
     """Paths relative to the folder, without hidden ones, in an order that no file system sets."""
-    for where, folders, names in os.walk(folder):
+    for where, folders, names in os.walk(folder, onerror=_refuse):
         folders[:] = sorted(name for name in folders if name not in skip and name[0] != ".")
         for name in sorted(names):
             path = Path(where, name)
             if name[0] != "." and name.endswith(suffix) and path.is_file():
                 yield path.relative_to(folder).as_posix()
+
+
+def _refuse(error: OSError) -> NoReturn:
+    """A folder that cannot be read makes another corpus, not a smaller one."""
+    raise error
 
 
 def _is_text(data: bytes) -> bool:

@@ -5,6 +5,7 @@ All share the clipping, the schedule's shape, and weight decay on the blocks' ma
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import optax
 from optax import contrib
 
 import teon_optax
+from examples import rule_texts
 from examples.errors import UserError
 from examples.options import Options
 
@@ -78,14 +80,70 @@ def parse_rules(texts: Sequence[str] | None) -> list[teon_optax.Rule] | None:
 
 def parse_rule(text: str) -> teon_optax.Rule:
     """A rule from `REGEX:stack=K[,mode=M][,split=N]`; raises UserError for anything else."""
-    pattern, _, settings = text.rpartition(":")
-    if not re.fullmatch(r"stack=\d+(,(mode|split)=\d+)*", settings) or not pattern:
-        raise UserError(f"--rules {text!r} is not REGEX:stack=K[,mode=M][,split=N]")
-    numbers: Any = {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", settings)}
+    pattern, stack, mode, split = rule_texts.read(text)
     try:
-        return teon_optax.Rule(pattern, **numbers)
-    except (ValueError, re.error) as error:
+        return teon_optax.Rule(pattern, stack, mode, split=split)
+    except ValueError as error:
         raise UserError(f"--rules {text!r}: {error}") from error
+
+
+def check_rules(texts: Sequence[str] | None, params: Any) -> None:
+    """Raises UserError where rules do not fit the parameters, or some take none of them."""
+    try:
+        plan = teon_optax.plan(params, parse_rules(texts))
+    except ValueError as error:
+        raise UserError(f"--rules: {error}") from error
+    if unused := [text for text in texts or () if parse_rule(text) in plan.unused]:
+        matrices = [_collapsed(path) for path, leaf in _with_paths(params) if leaf.ndim > 1]
+        raise UserError(
+            f"--rules {' '.join(map(repr, unused))}: no matrix is left for that; write a REGEX "
+            f"found in one of {', '.join(dict.fromkeys(matrices))}, and a rule that "
+            "takes few matrices before one that takes many"
+        )
+    if not plan.groups:
+        raise UserError("--rules leave every parameter to AdamW: that is --optimizer adamw")
+
+
+def describe(options: Options, params: Any) -> str:
+    """What the optimizer does to each parameter: for TEON the plan of its groups.
+
+    Args:
+        options: Of the run.
+        params: The parameters, or their shapes.
+    """
+    if options.optimizer == "teon":
+        return str(teon_optax.plan(params, parse_rules(options.rules)))
+    rate, decay = f"at {options.learning_rate:g}", f"weight decay {options.weight_decay:g}"
+    if options.optimizer == "muon":
+        treatment = {
+            True: f"Muon {rate}, {decay}",
+            False: f"AdamW at {options.adam_learning_rate:g}",
+        }
+    else:
+        treatment = {True: f"AdamW {rate}, {decay}", False: f"AdamW {rate}"}
+    rows = Counter(
+        (_collapsed(path), " x ".join(map(str, leaf.shape)), treatment[in_block])
+        for (path, leaf), in_block in zip(
+            _with_paths(params), jax.tree.leaves(_block_matrices(params)), strict=True
+        )
+    )
+    table = [("parameter", "shape", "leaves", "optimizer")]
+    table += [(path, shape, str(count), words) for (path, shape, words), count in rows.items()]
+    path_width, shape_width = (max(len(row[column]) for row in table) for column in (0, 1))
+    return "\n".join(
+        f"{path:{path_width}}  {shape:>{shape_width}}  {count:>6}  {words}"
+        for path, shape, count, words in table
+    )
+
+
+def _with_paths(params: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return [(jax.tree_util.keystr(keys, simple=True, separator="/"), leaf) for keys, leaf in leaves]
+
+
+def _collapsed(path: str) -> str:
+    """The path without the numbers of blocks."""
+    return re.sub(r"\d+", "*", path)
 
 
 def _block_matrices(params: Any) -> Any:

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from examples import optimizers
-from examples.errors import UserError
 from examples.model import GPT, MODELS
 from examples.options import Options
 
@@ -61,8 +60,10 @@ def build(options: Options, vocab_size: int, place: Callable[[Any], Any] | None 
     def init_params(key: jax.Array) -> Any:
         return model.init(key, jnp.zeros((1, options.context), jnp.int32))["params"]
 
-    placed = place and place(jax.eval_shape(init_params, jax.random.key(0)))
-    optimizer = optimizers.build(options, placed)
+    params = jax.eval_shape(init_params, jax.random.key(0))
+    if options.optimizer == "teon":
+        optimizers.check_rules(options.rules, params)
+    optimizer = optimizers.build(options, place and place(params))
 
     def init(key: jax.Array) -> TrainState:
         params = init_params(key)
@@ -72,17 +73,24 @@ def build(options: Options, vocab_size: int, place: Callable[[Any], Any] | None 
         logits: Any = model.apply({"params": params}, batch[:, :-1])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
 
+    def parts(batch: jax.Array) -> jax.Array:
+        return batch.reshape(options.microbatches, -1, batch.shape[1])
+
+    def mean_loss(params: Any, batch: jax.Array) -> jax.Array:
+        if options.microbatches == 1:
+            return loss(params, batch)
+        return jax.lax.map(lambda part: loss(params, part), parts(batch)).mean()
+
     def mean_gradients(params: Any, batch: jax.Array) -> tuple[jax.Array, Any]:
         if options.microbatches == 1:
             return jax.value_and_grad(loss)(params, batch)
-        parts = batch.reshape(options.microbatches, -1, batch.shape[1])
         sums, _ = jax.lax.scan(
             lambda sums, part: (
                 jax.tree.map(jnp.add, sums, jax.value_and_grad(loss)(params, part)),
                 None,
             ),
             (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
-            parts,
+            parts(batch),
         )
         return jax.tree.map(lambda total: total / options.microbatches, sums)
 
@@ -91,14 +99,11 @@ def build(options: Options, vocab_size: int, place: Callable[[Any], Any] | None 
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         return TrainState(optax.apply_updates(state.params, updates), opt_state), value
 
-    try:
-        shapes = jax.eval_shape(init, jax.random.key(0))
-    except ValueError as error:
-        if options.rules is None:
-            raise
-        raise UserError(f"--rules: {error}") from error
+    shapes = jax.eval_shape(init, jax.random.key(0))
     if place is None:
-        return Program(jax.jit(init), jax.jit(train_step, donate_argnums=0), jax.jit(loss), shapes)
+        return Program(
+            jax.jit(init), jax.jit(train_step, donate_argnums=0), jax.jit(mean_loss), shapes
+        )
     # A compiled `init` cannot see where moments should lie, and a step should not move the state.
     state = place(shapes)
     shapes = jax.tree.map(
@@ -107,6 +112,6 @@ def build(options: Options, vocab_size: int, place: Callable[[Any], Any] | None 
     return Program(
         jax.jit(init, out_shardings=state),
         jax.jit(train_step, donate_argnums=0, out_shardings=(state, None)),
-        jax.jit(loss),
+        jax.jit(mean_loss),
         shapes,
     )

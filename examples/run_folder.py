@@ -1,125 +1,165 @@
-"""The folder of a run: `config.json`, `tokenizer.json`, `metrics.jsonl` and `loss.png`.
+"""The folder of a run: its configuration, tokenizer, metrics and figures.
 
-The checkpoints beside them are Orbax's (see `checkpoints.py`).
+The checkpoints beside them are Orbax's (see `checkpoints.py`). `lock` is held by the process that
+trains, and by none once it ended, however it did.
 """
 
+import contextlib
 import json
-import math
 import os
-import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from examples.errors import UserError
 
-CONFIG, TOKENIZER, METRICS, PLOT = "config.json", "tokenizer.json", "metrics.jsonl", "loss.png"
-CHECKPOINTS = "checkpoints"
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+CONFIG, TOKENIZER, METRICS = "config.json", "tokenizer.json", "metrics.jsonl"
+PLOT, ALIGNMENT = "loss.png", "alignment.png"
+FILES = (CONFIG, TOKENIZER, METRICS, PLOT, ALIGNMENT)
+CHECKPOINTS, LOCK = "checkpoints", "lock"
 
 
-def refuse_occupied(out: Path) -> None:
-    """Raises UserError where a new run would write over something."""
-    for name in (CONFIG, TOKENIZER, METRICS, PLOT, CHECKPOINTS):
-        if (out / name).exists():
+@contextlib.contextmanager
+def claimed(out: Path, resume: bool) -> Iterator[None]:
+    """Holds the folder for this process: a new one, or with `resume` that of a run.
+
+    Raises:
+        UserError: If another process holds it, it cannot be written, it has no run to resume, or a
+            new run would write over something.
+    """
+    check(out, resume)
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / LOCK, "a")
+    except OSError as error:
+        _remove(made)
+        reason = "not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(f"cannot write into --out {out}: {reason}") from error
+    with file:
+        _lock(file, out)
+        try:
+            check(out, resume)  # Again: another process may have been here since.
+            yield
+        finally:
+            # A run that was refused before it began leaves no trace.
+            if not (out / CONFIG).exists():
+                (out / LOCK).unlink(missing_ok=True)
+                _remove(made)
+
+
+def _lock(file: TextIO, out: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        # Of the open file: the system ends it with the process, after a kill too.
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is training in {out}: wait until it ends, or choose another --out"
+        ) from None
+    except OSError as error:
+        print(
+            f"{file.name} cannot be locked here ({error.strerror}): start no other run in this "
+            "folder until this one ends",
+            file=sys.stderr,
+        )
+
+
+def _remove(folders: list[Path]) -> None:
+    """Removes folders, the innermost first, that hold nothing else."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def check(out: Path, resume: bool) -> None:
+    """Raises UserError where there is no run to resume, or a new one would write over something."""
+    is_run = (out / CONFIG).exists()
+    if resume and not is_run:
+        raise UserError(f"nothing to --resume: {out} holds no run (no {CONFIG})")
+    if not resume and is_run:
+        raise UserError(
+            f"{out} holds a run ({CONFIG}): go on with it by --resume, or choose another --out"
+        )
+    for name in (*FILES, CHECKPOINTS):
+        if not resume and os.path.lexists(out / name):
             raise UserError(
-                f"{out} holds a run ({name}): go on with it by --resume, or choose another --out"
+                f"{out} has {name} already, which a new run would write over: choose another --out"
+            )
+        if resume and name in FILES and (out / name).is_dir():
+            raise UserError(
+                f"{out / name} is a folder, where the run has a file: move it away, or choose "
+                "another --out"
             )
 
 
 def create(out: Path, config: dict[str, Any], tokenizer: str | None) -> None:
-    """Makes the folder with all that --resume needs, or leaves no trace."""
-    existed = out.exists()
+    """Writes all that --resume needs, last what tells that there is a run."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if tokenizer is not None:
             write_atomically(out / TOKENIZER, tokenizer)
         write_config(out, config)
     except OSError as error:
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
-        reason = "not a folder" if isinstance(error, FileExistsError) else error.strerror
-        raise UserError(f"cannot write into --out {out}: {reason}") from error
+        (out / TOKENIZER).unlink(missing_ok=True)
+        raise UserError(f"cannot write into --out {out}: {error.strerror}") from error
 
 
 def write_config(out: Path, config: dict[str, Any]) -> None:
-    """Replaces the run's configuration."""
+    """Writes the run's configuration."""
     write_atomically(out / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def read_config(out: Path) -> dict[str, Any]:
     """The run's configuration; raises UserError where there is none."""
     try:
-        config = json.loads((out / CONFIG).read_text())
+        config = read_json((out / CONFIG).read_text("utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"nothing to --resume: {out} holds no run (no {CONFIG})") from None
-    except ValueError as error:
+        raise UserError(f"{out} holds no run (no {CONFIG})") from None
+    except (OSError, ValueError) as error:
         raise UserError(f"{out / CONFIG} is damaged: {error}") from error
     if not isinstance(config, dict) or set(config) != {"options", "corpus"}:
         raise UserError(f"{out / CONFIG} is damaged: expected `options` and `corpus`")
     return config
 
 
+def read_json(text: str) -> Any:
+    """What the text says; raises ValueError for whatever is no JSON."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_tokenizer(out: Path) -> str:
     """The BPE tokenizer that the run was started with."""
     try:
-        return (out / TOKENIZER).read_text()
-    except (FileNotFoundError, ValueError) as error:
+        return (out / TOKENIZER).read_text("utf-8")
+    except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer of the run cannot be read: {error}") from error
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Writes the whole file or nothing, whenever the process ends."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
 
 
-def open_metrics(out: Path, step: int) -> TextIO:
-    """Opens the metrics for the steps after `step`, and drops those that a kill left behind."""
-    path = out / METRICS
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [line for line in lines if _step_of(line) <= step]
-    write_atomically(path, "".join(line + "\n" for line in kept))
-    return open(path, "a")
-
-
-def write_metrics(file: TextIO, record: dict[str, float]) -> None:
-    """Appends one step; it survives a kill of the process from here on."""
-    file.write(json.dumps(record) + "\n")
-    file.flush()
-
-
-def _step_of(line: str) -> float:
-    """The step of a line, or infinity where the line was cut off."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-def plot(out: Path, title: str) -> None:
-    """Draws training and validation loss."""
-    # Its first import builds a font cache, and says so on stderr: not where an error is reported.
-    from matplotlib.figure import Figure
-
-    records = [json.loads(line) for line in (out / METRICS).read_text().splitlines()]
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for key, style in (("loss", "-"), ("val_loss", "o-")):
-        points = [(record["step"], record[key]) for record in records if key in record]
-        axes.plot(*np.reshape(points, (-1, 2)).T, style, label=key, linewidth=1)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
-    axes.legend()
-    axes.grid(alpha=0.3)
-    save_figure(figure, out / PLOT)
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes the whole PNG or nothing."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which then takes the place of that of `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

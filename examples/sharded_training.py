@@ -14,37 +14,17 @@ writes.
 """
 
 import argparse
-import contextlib
 import functools
-import os
 import re
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-from examples import program, run_folder
+from examples import jobs
+from examples.command_line import Parser, exit_code, whole
 from examples.errors import UserError
-from examples.options import Command, Options, parse
-from examples.train_gpt import exit_code, resume, start
+from examples.options import parse
 
-BATCH_AXES = ("replica", "data")
-AXES = (*BATCH_AXES, "model")
-# What is found in a path first says along which axes of the mesh the leaf's axes are cut. Matrices
-# that write to the residual stream are cut the other way round than those that read from it. The
-# path of a moment ends as that of its parameter does.
-SHARDING_RULES = (
-    (r"attn/(query|key|value)/kernel$|mlp/(gate|up)/kernel$", ("data", "model")),
-    (r"attn/out/kernel$|mlp/down/kernel$", ("model", "data")),
-    (r"(embed|positions)/embedding$", ("model", "data")),
-    (r"lm_head/kernel$", ("data", "model")),
-)
+AXES = ("replica", "data", "model")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,19 +32,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         options, others = parser().parse_known_args(argv)
+        sizes = None if options.mesh is None else axis_sizes(options.mesh)
+        check_processes(options)
         command = parse(others)
-        connect(options)
-        mesh = make_mesh(options.mesh)
-        with own_folder(command) as own:
-            begin = resume if command.resume else start
-            return begin(own, functools.partial(build, mesh), command.out / run_folder.CHECKPOINTS)
+        jobs.check(command)
+        # As in `train_gpt`: after all that is quick to refuse.
+        from examples import mesh, processes, training
+
+        processes.connect(options)
+        devices = mesh.make(sizes)
+        with processes.claimed(command) as job:
+            return training.run(job, functools.partial(mesh.build, devices))
 
     return exit_code("sharded_training", run)
 
 
 def parser() -> argparse.ArgumentParser:
     """The flags that `train_gpt` does not have."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "examples.sharded_training",
         description=__doc__,
         epilog="And all flags of examples.train_gpt.",
@@ -75,95 +60,40 @@ def parser() -> argparse.ArgumentParser:
     add("--mesh", metavar="AXIS=SIZE,..", help="default: data=DEVICES")
     add("--distributed", action="store_true", help="find the other processes by the cluster")
     add("--coordinator", metavar="HOST:PORT", help="of the first process")
-    add("--processes", type=int, metavar="N", help="how many there are")
-    add("--process", type=int, metavar="I", help="which one this is, from 0")
+    add("--processes", type=whole(1), metavar="N", help="how many there are")
+    add("--process", type=whole(0), metavar="I", help="which one this is, from 0")
     return parser
 
 
-def connect(options: argparse.Namespace) -> None:
-    """Makes the devices of all processes known to each, before JAX looks for its own."""
-    given = options.coordinator, options.processes, options.process
-    if None not in given:
-        jax.distributed.initialize(*given)
-    elif given != (None, None, None):
-        raise UserError("--coordinator, --processes and --process go together")
-    elif options.distributed:
-        jax.distributed.initialize()
-
-
-def make_mesh(text: str | None) -> Mesh:
-    """The mesh of `--mesh`, over all devices of all processes."""
-    count = jax.device_count()
-    text = f"data={count}" if text is None else text
-    if not re.fullmatch(r"[a-z]+=[1-9]\d*(,[a-z]+=[1-9]\d*)*", text):
-        raise UserError(f"--mesh {text!r} is not AXIS=SIZE,AXIS=SIZE")
+def axis_sizes(text: str) -> dict[str, int]:
+    """The sizes of `--mesh` by their axes."""
+    if not re.fullmatch(r"[a-z]+=[1-9][0-9]{0,8}(,[a-z]+=[1-9][0-9]{0,8})*", text):
+        raise UserError(f"--mesh {text!r} is not AXIS=SIZE,AXIS=SIZE, as in data=4,model=2")
     sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
     if not set(sizes) <= set(AXES) or len(sizes) <= text.count(","):
         raise UserError(f"--mesh {text}: axes are {', '.join(AXES)}, each once")
-    if np.prod(list(sizes.values())) != count:
-        raise UserError(f"--mesh {text} is not made of {count} devices, which is what there is")
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    return sizes
 
 
-@contextlib.contextmanager
-def own_folder(command: Command) -> Iterator[Command]:
-    """The command with the folder that this process writes to; all but the first forget theirs."""
-    if jax.process_index() == 0:
-        yield command
+def check_processes(options: argparse.Namespace) -> None:
+    """Raises UserError for flags that do not say which processes there are."""
+    given = options.coordinator, options.processes, options.process
+    if given == (None, None, None):
         return
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-    ):
-        out = Path(folder, "run")
-        if command.resume:
-            run_folder.read_config(command.out)
-            shutil.copytree(
-                command.out, out, ignore=shutil.ignore_patterns(run_folder.CHECKPOINTS, ".*")
-            )
-        yield Command(out, command.resume, command.given)
-
-
-def build(mesh: Mesh, options: Options, vocab_size: int) -> program.Program:
-    """The program of `train_gpt` with its state and its batches on the mesh."""
-    along = tuple(name for name in BATCH_AXES if name in mesh.shape)
-    pieces = int(np.prod([mesh.shape[name] for name in along]))
-    if options.batch_size % pieces:
+    if None in given:
+        raise UserError("--coordinator, --processes and --process go together")
+    if options.distributed:
+        raise UserError("--distributed finds what --coordinator, --processes and --process say")
+    address = re.fullmatch(r"\S+:([0-9]{1,5})", options.coordinator)
+    if address is None or not 0 < int(address[1]) < 2**16:
         raise UserError(
-            f"--batch-size {options.batch_size} cannot be cut for {pieces} devices of the axes "
-            f"{', '.join(along)}"
+            f"--coordinator {options.coordinator!r} is not HOST:PORT, with a port below 65536"
         )
-    single = program.build(options, vocab_size, functools.partial(place, mesh))
-    on_mesh = NamedSharding(mesh, PartitionSpec(along or None))
-
-    def with_batch(function: Callable[[Any, Any], Any]) -> Callable[[Any, np.ndarray], Any]:
-        """Every process has the whole batch, and gives its devices their part."""
-        return lambda state, batch: function(
-            state, jax.make_array_from_callback(batch.shape, on_mesh, batch.__getitem__)
+    if options.process >= options.processes:
+        raise UserError(
+            f"--process {options.process} is not one of --processes {options.processes}, which "
+            "are counted from 0"
         )
-
-    return single._replace(
-        train_step=with_batch(single.train_step), eval_step=with_batch(single.eval_step)
-    )
-
-
-def place(mesh: Mesh, tree: Any) -> Any:
-    """Shardings by the rules above; an axis that does not divide evenly stays whole."""
-
-    def of_leaf(keys: Any, leaf: Any) -> NamedSharding:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        names = next((names for pattern, names in SHARDING_RULES if re.search(pattern, path)), ())
-        sizes = [mesh.shape.get(name, 0) for name in names]
-        cut = [
-            name if size and length % size == 0 else None
-            for name, size, length in zip(names, sizes, leaf.shape, strict=False)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*cut))
-
-    return jax.tree_util.tree_map_with_path(of_leaf, tree)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,11 @@ def is_shards(data: Path | None) -> bool:
     """Whether this is a shard, or a folder with shards in it."""
     if data is None:
         return False
-    return next(data.rglob("*.bin"), None) is not None if data.is_dir() else data.suffix == ".bin"
+    return next(_shards(data), None) is not None if data.is_dir() else data.suffix == ".bin"
+
+
+def _shards(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*.bin") if path.is_file())
 
 
 def load(
@@ -44,7 +48,7 @@ def load(
     """
     if not data.exists():
         raise UserError(f"no such file or folder: {data}")
-    paths = [data] if data.is_file() else sorted(data.rglob("*.bin"))
+    paths = sorted(_shards(data)) if data.is_dir() else [data]
     arrays = {path: read(path, vocab_size) for path in paths}
     if len(arrays) == 1:
         (tokens,) = arrays.values()

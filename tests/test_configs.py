@@ -132,10 +132,39 @@ def test_shards_hold_tokens_whatever_the_file_says(toml, tmp_path):
     [
         ("step = 3", "step: no such setting"),
         ('out = "x"', "out: no such setting"),
+        ("resume = true", "resume: no such setting"),
+        ('"" = 1', ": no such setting"),
         ("steps = 0", "--steps: 0 is not a whole number"),
-        ("adam_b1 = 1.0", "--adam-b1: 1.0 is not zero or a positive number below 1"),
         ("steps = ", "config.toml: "),
-        ("batch_size = 6\nmicrobatches = 4", "--microbatches does not divide"),
+        ("steps = [1, 2]", r"--steps: \[1, 2\] is not a whole number"),
+        ("steps = 7.0", "--steps: 7.0 is not a whole number"),
+        ('steps = "7"', "--steps: '7' is not a whole number"),
+        ("steps = true", "--steps: True is not a whole number"),
+        ("steps = 2020-01-01", "--steps: .* is not a whole number"),
+        ("[steps]\na = 1", "--steps: {'a': 1} is not a whole number"),
+        ("[[steps]]\na = 1", "--steps: .* is not a whole number"),
+        ("steps = 0x" + "f" * 5000, "config.toml: "),
+        ("steps = " + "9" * 5000, "config.toml: "),
+        ("steps = " + "[" * 100_000, "config.toml: "),
+        ("seed = []", r"--seed: \[\] is not a whole number"),
+        ("batch-size = 1\nbatch_size = 2", "batch_size and batch-size are one setting: write it o"),
+        ("batch-size = 1\nbatch-size = 2", "config.toml: "),
+        ("adam_b1 = 1.0", "--adam-b1: 1.0 is not zero or a positive number below 1"),
+        ("learning_rate = nan", "--learning-rate: nan is not a positive number"),
+        ("learning_rate = inf", "--learning-rate: inf is not a positive number"),
+        ("learning_rate = [0.1]", r"--learning-rate: \[0.1\] is not a number"),
+        ("learning_rate = false", "--learning-rate: False is not a number"),
+        ('learning_rate = "0.1"', "--learning-rate: '0.1' is not a number"),
+        ("model = 3", "--model: 3 is not a string"),
+        ('model = ["tiny"]', r"--model: \['tiny'\] is not a string"),
+        ('data = "a\\u0000b"', r"--data: 'a\\x00b' has a NUL character"),
+        ('data = ""', "--data: an empty path"),
+        ("data = 1", "--data: 1 is not a string"),
+        ("rules = []", r"--rules: \[\] is not a string or a list of strings"),
+        ("rules = [1]", r"--rules: \[1\] is not a string or a list of strings"),
+        ('rules = [["x:stack=1"]]', "is not a string or a list of strings"),
+        ('rules = ["x"]', "--rules 'x' is not REGEX"),
+        ("batch_size = 6\nmicrobatches = 4", "--microbatches 4 does not divide --batch-size 6"),
     ],
 )
 def test_a_file_that_makes_no_sense_is_refused(toml, text, message):
@@ -143,9 +172,18 @@ def test_a_file_that_makes_no_sense_is_refused(toml, text, message):
         resolve(parse(toml(text)).given)
 
 
-def test_a_missing_file_is_refused():
-    with pytest.raises(UserError, match="--config /nowhere.toml"):
-        parse(["--config", "/nowhere.toml"])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "latin.toml").write_bytes(b'data = "caf\xe9"')
+    for path in ("/nowhere.toml", str(tmp_path), str(tmp_path / "latin.toml")):
+        with pytest.raises(UserError, match=f"--config {path}: "):
+            parse(["--config", path])
+
+
+def test_a_file_may_write_hyphens_whole_numbers_and_one_rule(toml):
+    text = 'batch-size = 3\nlearning_rate = 1\nrules = "block_:stack=1"'
+    options = resolve(parse(toml(text)).given)
+    assert (options.batch_size, options.learning_rate) == (3, 1.0)
+    assert options.rules == ("block_:stack=1",)
 
 
 @pytest.mark.slow

@@ -1,8 +1,11 @@
 """Whole programs run as users run them, under JAX's default arithmetic."""
 
+import dataclasses
 import random
 
 import pytest
+
+from examples.model_sizes import MODELS
 
 
 @pytest.fixture(autouse=True)
@@ -18,3 +21,12 @@ def corpus(tmp_path_factory):
         text = " ".join(words.choice(["def", "return", "x", "y = 1\n"]) for _ in range(300))
         (folder / f"{number}.py").write_text(text)
     return folder
+
+
+@pytest.fixture(scope="module")
+def small_model(quick_compilation):
+    """A tiny model that compiles in a second or two."""
+    small = dataclasses.replace(MODELS["tiny"], width=16, depth=2, heads=2, hidden=24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, "tiny", small)
+        yield

@@ -35,6 +35,54 @@ def test_a_run_that_was_not_evaluated_yet_is_refused_in_one_line(run, tmp_path, 
     assert not (tmp_path / "losses.png").exists()
 
 
+def refused(capsys, *flags):
+    assert compare_runs.main([str(flag) for flag in flags]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n")) == ("", 1)
+    assert captured.err.startswith("compare_runs: error: ")
+    return captured.err
+
+
 def test_a_folder_without_a_run_is_refused_in_one_line(tmp_path, capsys):
-    assert compare_runs.main([str(tmp_path), "--out", str(tmp_path / "losses.png")]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "holds no run" in refused(capsys, tmp_path, "--out", tmp_path / "losses.png")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"\xff"),
+        ("config.json", b"[" * 100_000),
+        ("config.json", b'{"options": [], "corpus": ""}'),
+        ("config.json", b'{"options": {"optimizer": "teon", "seed": 3}, "corpus": ""}'),
+        ("metrics.jsonl", b"\xff"),
+        ("metrics.jsonl", b"[]\n"),
+        ("metrics.jsonl", b'{"step": 1, "val_loss": 1.0}\n'),
+        ("metrics.jsonl", b'{"step": 1, "loss": NaN, "val_loss": 1.0}\n'),
+        ("metrics.jsonl", b'{"step": 1, "loss": 1.0, "val_loss": "x"}\n'),
+    ],
+)
+def test_a_damaged_run_is_refused_in_one_line(file, content, run, tmp_path, capsys):
+    (run / file).write_bytes(content)
+    assert f"{file} is damaged" in refused(capsys, run, "--out", tmp_path / "losses.png")
+    assert not (tmp_path / "losses.png").exists()
+
+
+def test_a_plot_that_cannot_be_written_is_one_line(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "file" / "losses.png", "/proc/losses.png"):
+        refused(capsys, run, "--out", out)
+    for out in (tmp_path, ".", "..", "/"):
+        assert "is a folder: write the name of a PNG file" in refused(capsys, run, "--out", out)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_losses_as_large_as_float32_are_drawn(run, tmp_path, capsys):
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 3e38, "val_loss": 3e38}\n')
+    assert compare_runs.main([str(run), "--out", str(tmp_path / "losses.png")]) == 0
+    assert " inf |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["run"], ["a\0b", "--out", "x"], ["run", "--out", ""]])
+def test_wrong_flags_are_one_line(flags, capsys):
+    refused(capsys, *flags)

@@ -1,5 +1,6 @@
 """The example's corpora: what is read, how it is divided, and what a batch is."""
 
+import os
 import re
 from pathlib import Path
 
@@ -102,12 +103,43 @@ def test_a_single_file_is_cut_and_says_so(tmp_path):
         ({"a": ""}, "", "no text in"),
         ({"a": ""}, "a", "is empty"),
         ({"a.png": b"\0"}, "", "no text in"),
+        ({"a.png": b"\x89PNG\0\0"}, "a.png", "is no text: it has zero bytes"),
     ],
 )
 def test_a_corpus_without_text_is_refused(tmp_path, texts, name, message):
     write_texts(tmp_path, texts)
     with pytest.raises(UserError, match=message):
         data.load(tmp_path / name, "byte", 256)
+
+
+def test_files_whose_names_are_not_utf_8_are_read(tmp_path):
+    names = [os.fsdecode(name) for name in (b"caf\xe9", b"\xff\xfe", b"c")]
+    corpus = data.load(write_texts(tmp_path, dict.fromkeys(names, "text")), "byte", 256)
+    assert words([*corpus.training, *corpus.validation]) == [b"text"] * 3
+
+
+def test_a_folder_that_cannot_be_read_is_refused_not_left_out(tmp_path, monkeypatch):
+    write_texts(tmp_path, {"a/x": "one", "b/x": "two"})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match="cannot read the corpus: .* Permission denied"):
+        data.load(tmp_path, "byte", 256)
+
+
+def test_a_text_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
+    def fail(_):
+        raise MemoryError
+
+    (tmp_path / "text").write_text("much")
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match="text does not fit into memory"):
+        data.load(tmp_path / "text", "byte", 256)
 
 
 def test_a_part_shorter_than_a_sequence_and_its_target_is_refused(tmp_path):
@@ -156,6 +188,18 @@ def test_a_damaged_tokenizer_is_refused():
         bpe.load("{")
 
 
+def test_a_tokenizer_with_tokens_outside_its_vocabulary_is_refused():
+    saved = bpe.train([b"zzzz"], 258).replace('"a":', '"a": 70000, "unused":', 1)
+    with pytest.raises(UserError, match="damaged: its tokens are not numbered in a row"):
+        bpe.load(saved)
+
+
+def test_a_tokenizer_without_what_it_refers_to_is_refused():
+    _, encode = bpe.load('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}')
+    with pytest.raises(UserError, match="tokenizer.json is damaged: .*b"):
+        encode([b"other words"])
+
+
 def test_shards_are_mapped_and_divided_by_name(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [7, 8, 9])
     write_shard(tmp_path / "fineweb_train_000002.bin", [4, 5, 50256])
@@ -195,6 +239,14 @@ def test_a_shard_of_text_or_nothing_is_refused(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="no FineWeb shard"):
             shards.read(path, 10)
+
+
+def test_a_folder_named_like_a_shard_is_none(tmp_path):
+    (tmp_path / "train.bin").mkdir()
+    write_texts(tmp_path, {"a": "one", "train.bin/b": "two"})
+    assert not shards.is_shards(tmp_path)
+    corpus = data.load(tmp_path, "byte", 256)
+    assert sorted(words([*corpus.training, *corpus.validation])) == [b"one", b"two"]
 
 
 def test_a_shard_without_tokens_is_refused(tmp_path):

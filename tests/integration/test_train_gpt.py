@@ -1,10 +1,7 @@
 """The main job, run as a user runs it: trains, stops, resumes, refuses."""
 
-import dataclasses
-import json
 import math
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from commands import SMALL, metrics
 
 import teon_optax
-from examples import optimizers, options, run_folder
+from examples import metrics as metrics_file
+from examples import optimizers, options, program, training
 from examples.errors import UserError
-from examples.model import MODELS
-from examples.train_gpt import check_finite, main
+from examples.train_gpt import main
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--batch-size", "2", "--context", "16", "--seed", "7"]
 
 
 @pytest.fixture(scope="module")
@@ -42,29 +39,11 @@ def start_command(corpus, out, *flags):
     return [sys.executable, "-m", "examples.train_gpt", *map(str, flags)]
 
 
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
 def final_state(out):
     manager = ocp.CheckpointManager((out / "checkpoints").absolute())
     state = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore())
     manager.close()
     return jax.tree.map(np.asarray, state)
-
-
-def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(capsys, *flags):
-    """The one line of an error, without the program's name."""
-    assert main([str(flag) for flag in flags]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("train_gpt: error: ")
-    assert captured.err.count("\n") == 1
-    return captured.err.removeprefix("train_gpt: error: ")
 
 
 def test_a_run_leaves_a_metric_for_every_step(finished):
@@ -87,6 +66,10 @@ def test_a_run_begins_with_its_plan(finished):
     output = finished[1].stdout
     assert re.search(r"block_\*/attn/query/kernel +0-3 +128 x 128 +2 +1", output)
     assert "4 files for training, 1 held out for validation" in output
+
+
+def test_a_run_says_that_it_compiles(finished):
+    assert "compiling the first step" in finished[1].stderr
 
 
 def test_a_run_shows_loss_and_tokens_per_second(finished):
@@ -128,13 +111,6 @@ def test_a_kill_in_the_middle_of_a_save_changes_nothing(corpus, finished, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, final_state(out), final_state(finished[0]))
 
 
-@pytest.fixture
-def small_model(monkeypatch):
-    """A tiny model that compiles in a second or two."""
-    small = dataclasses.replace(MODELS["tiny"], width=16, depth=2, heads=2, hidden=24)
-    monkeypatch.setitem(MODELS, "tiny", small)
-
-
 def write_shard(path, tokens):
     header = np.zeros(256, np.int32)
     header[:3] = 20250401, 1, len(tokens)
@@ -142,7 +118,7 @@ def write_shard(path, tokens):
 
 
 def test_muon_learns_from_shards(tmp_path, small_model):
-    tokens = np.random.default_rng(0).integers(300, size=500)
+    tokens = np.minimum(np.random.default_rng(0).geometric(0.1, size=500), 299)
     write_shard(tmp_path / "fineweb_train_000001.bin", tokens)
     write_shard(tmp_path / "fineweb_val_000000.bin", tokens[:100])
     flags = ["--optimizer", "muon", "--vocab-size", "300", "--steps", "2", *SMALL]
@@ -158,19 +134,49 @@ def test_ctrl_c_saves_and_resume_ends_the_same(corpus, tmp_path, small_model, ca
     assert main([*flags, "--out", str(whole)]) == 0
 
     def write_and_stop(file, record):
-        write_metrics(file, record)
+        write(file, record)
         if record["step"] == 2:
             signal.raise_signal(signal.SIGINT)
 
-    write_metrics = run_folder.write_metrics
+    write = metrics_file.write
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_metrics", write_and_stop)
+        patch.setattr(metrics_file, "write", write_and_stop)
         assert main([*flags, "--out", str(stopped)]) == 130
     assert f"python -m examples.train_gpt --resume --out '{stopped}'" in capsys.readouterr().out
     assert [record["step"] for record in metrics(stopped)] == [1, 2]
     assert main(["--resume", "--out", str(stopped)]) == 0
     assert metrics(stopped) == metrics(whole)
     jax.tree.map(np.testing.assert_array_equal, final_state(stopped), final_state(whole))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "matrices", "others"),
+    [
+        ("muon", "Muon at 0.02, weight decay 0.1", "AdamW at 0.01"),
+        ("adamw", "AdamW at 0.0015, weight decay 0.1", "AdamW at 0.0015"),
+    ],
+)
+def test_muon_and_adamw_say_what_they_do_to_each_parameter(
+    optimizer, matrices, others, small_model
+):
+    given = options.resolve({"optimizer": optimizer})
+    text = optimizers.describe(given, program.build(given, 256).shapes.params)
+    heading, *rows = (re.split("  +", line) for line in text.splitlines())
+    assert heading == ["parameter", "shape", "leaves", "optimizer"]
+    treated = {path: row for path, *row in rows}
+    assert len(rows) == len(treated) == 11
+    assert treated["block_*/mlp/up/kernel"] == ["16 x 24", "2", matrices]
+    assert treated["block_*/attn_norm/scale"] == ["16", "2", others]
+    assert treated["embed/embedding"] == ["256 x 16", "1", others]
+
+
+def test_what_muon_does_is_printed_before_the_first_step(
+    corpus, tmp_path, small_model, capsys, monkeypatch
+):
+    monkeypatch.setattr(training, "train", lambda *_: 0)
+    flags = ["--data", str(corpus), "--out", str(tmp_path / "run"), "--optimizer", "muon", *SMALL]
+    assert main(flags) == 0
+    assert "Muon at 0.02, weight decay 0.1\n" in capsys.readouterr().out
 
 
 def test_rules_method_and_dtype_reach_the_run(corpus, tmp_path, small_model, capsys):
@@ -184,170 +190,31 @@ def test_rules_method_and_dtype_reach_the_run(corpus, tmp_path, small_model, cap
 
 
 def test_a_loss_that_is_no_number_ends_the_run():
-    check_finite({"step": 3, "loss": 1.0})
+    training.check_learning({"step": 3, "loss": 1.0}, 9, 256)
     for value in (math.nan, math.inf):
-        with pytest.raises(UserError, match="diverged"):
-            check_finite({"step": 3, "loss": 1.0, "val_loss": value})
+        with pytest.raises(UserError, match="diverged .* try a lower --learning-rate"):
+            training.check_learning({"step": 3, "loss": 1.0, "val_loss": value}, 9, 256)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--steps", "0"], "--steps: 0 is not a whole number from 1"),
-        (["--steps", "-3"], "--steps: -3 is not a whole number"),
-        (["--batch-size", "2.5"], "--batch-size: 2.5 is not a whole number"),
-        (["--context", "no"], "--context: no is not a whole number"),
-        (["--seed", "-1"], "--seed: -1 is not a whole number from 0"),
-        (["--eval-every", "0"], "--eval-every: 0 is not"),
-        (["--checkpoint-every", "0"], "--checkpoint-every: 0 is not"),
-        (["--learning-rate", "nan"], "--learning-rate: nan is not a positive number"),
-        (["--learning-rate", "0"], "--learning-rate: 0 is not a positive number"),
-        (["--weight-decay", "-1"], "--weight-decay: -1 is not zero or a positive number"),
-        (["--model", "huge"], "--model: invalid choice: 'huge'"),
-        (["--method", "qr"], "--method: invalid choice: 'qr'"),
-        (["--step", "3"], "unrecognized arguments: --step 3"),
-        (["--data", ""], "--data: an empty path"),
-        (["--data", "/nowhere"], "no file or folder: /nowhere"),
-        (["--vocab-size", "300"], "--vocab-size means nothing to --tokenizer byte"),
-        (["--tokenizer", "shards"], "--tokenizer shards does not fit --data"),
-        (["--optimizer", "muon", "--rules", "x:stack=1"], "--rules means nothing to"),
-        (["--optimizer", "adamw", "--adam-learning-rate", "1"], "--adam-learning-rate means"),
-        (["--rules", "x"], "--rules 'x' is not REGEX:stack=K"),
-        (["--rules", ":stack=1"], "is not REGEX:stack=K"),
-        (["--rules", "x:stack=one"], "is not REGEX:stack=K"),
-        (["--rules", "x:stack=1,depth=3"], "is not REGEX:stack=K"),
-        (["--rules", "(:stack=1"], "'(:stack=1': "),
-        (["--rules", "x:stack=2"], "cannot tell which layer"),
-        (["--rules", "x:stack=1,mode=4"], "mode"),
-        (["--rules", "query:stack=1,split=7"], "--rules: "),
-    ],
-)
-def test_a_flag_that_makes_no_sense_is_refused(flags, message, tmp_path, capsys):
+@pytest.mark.parametrize(("step", "steps"), [(9, 9), (21, 100), (101, 1000)])
+def test_a_model_that_does_no_better_than_a_guess_ends_the_run(step, steps):
+    guess = math.log(256)
+    training.check_learning({"step": step, "loss": 9.0, "val_loss": guess - 0.01}, steps, 256)
+    for loss in (guess - 1e-5, guess, 6.0, 1e9):
+        with pytest.raises(UserError, match=r"5\.5452 for a guess among 256 tokens: try a lower"):
+            training.check_learning({"step": step, "loss": 1.0, "val_loss": loss}, steps, 256)
+    # In the warm-up, whichever the schedule.
+    early = {"step": max(20, steps // 10), "loss": 1.0, "val_loss": 6.0}
+    training.check_learning(early, max(steps, 30), 256)
+
+
+def test_a_rate_that_is_too_high_ends_with_an_error(corpus, tmp_path, small_model, capsys):
     out = tmp_path / "run"
-    assert message in refused(capsys, "--out", out, *flags)
-    assert not out.exists()
-
-
-def test_a_corpus_that_is_too_small_is_refused(corpus, tmp_path, capsys):
-    line = refused(capsys, "--data", corpus, "--context", "100000", "--out", tmp_path / "run")
-    assert "the corpus is too small" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_wrong_shard_is_refused(tmp_path, capsys):
-    path = tmp_path / "train.bin"
-    path.write_bytes(b"text" * 1000)
-    assert "is no FineWeb shard" in refused(capsys, "--data", path, "--out", tmp_path / "run")
-    assert "does not fit" in refused(
-        capsys, "--data", path, "--tokenizer", "bpe", "--out", tmp_path / "run"
-    )
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("out", ["file", "file/run", "/proc/run"])
-def test_a_folder_that_cannot_be_written_is_refused(out, corpus, tmp_path, capsys):
-    (tmp_path / "file").write_text("mine")
-    assert main(["--data", str(corpus), "--out", str(tmp_path / out), *SMALL]) == 2
-    assert capsys.readouterr().err.startswith("train_gpt: error: cannot write into --out")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_second_run_into_a_folder_is_refused(corpus, finished, capsys):
-    out, before = finished[0], contents(finished[0])
-    assert "holds a run (config.json)" in refused(capsys, "--data", corpus, "--out", out)
-    assert contents(out) == before
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model", "gpt-small"], "cannot change --model from tiny to gpt-small"),
-        (["--optimizer", "adamw"], "cannot change --optimizer"),
-        (["--seed", "8"], "cannot change --seed from 7 to 8"),
-        (["--rules", "x:stack=1"], "cannot change --rules from its default"),
-        (["--data", "/nowhere"], "cannot change --data"),
-        (["--steps", "0"], "--steps: 0 is not"),
-    ],
-)
-def test_resume_refuses_flags_of_another_run(flags, message, finished, capsys):
-    out, before = finished[0], contents(finished[0])
-    assert message in refused(capsys, "--resume", "--out", out, *flags)
-    assert contents(out) == before
-
-
-def test_resume_refuses_a_folder_without_a_run(tmp_path, capsys):
-    assert "nothing to --resume" in refused(capsys, "--resume", "--out", tmp_path)
-    assert "nothing to --resume" in refused(capsys, "--resume", "--out", tmp_path / "no")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("config", ["", "{", "[]", "{}", '{"options": {}, "corpus": ""}'])
-def test_resume_refuses_a_damaged_config(config, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(config)
-    assert "damaged" in refused(capsys, "--resume", "--out", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"), [("steps", None), ("steps", -1), ("model", "huge"), ("batch_size", "x")]
-)
-def test_resume_refuses_a_config_with_a_wrong_value(name, value, finished, tmp_path, capsys):
-    config = json.loads((finished[0] / "config.json").read_text())
-    config["options"][name] = value
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert "config.json is damaged" in refused(capsys, "--resume", "--out", tmp_path)
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
-
-
-def last_line(capsys, out, *flags):
-    """The error of a resume that has announced itself on stdout already."""
-    assert main(["--resume", "--out", str(out), *flags]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def test_resume_refuses_a_damaged_checkpoint(copied, capsys):
-    largest = max((copied / "checkpoints/6").rglob("*"), key=lambda path: path.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    before = contents(copied)
-    assert "checkpoints/6 is damaged" in last_line(capsys, copied)
-    assert contents(copied) == before
-
-
-def test_resume_refuses_a_checkpoint_of_another_optimizer(copied, capsys):
-    config = json.loads((copied / "config.json").read_text())
-    config["options"]["optimizer"] = "adamw"
-    (copied / "config.json").write_text(json.dumps(config))
-    before = contents(copied)
-    assert "is not a checkpoint of this model" in last_line(capsys, copied)
-    assert contents(copied) == before
-
-
-def test_resume_refuses_fewer_steps_than_are_done(copied, capsys):
-    before = contents(copied)
-    assert "has a checkpoint at step 6 already" in last_line(capsys, copied, "--steps", "5")
-    assert contents(copied) == before
-
-
-def test_resume_refuses_another_corpus(copied, corpus, tmp_path, capsys):
-    config = json.loads((copied / "config.json").read_text())
-    changed = Path(shutil.copytree(corpus, tmp_path / "changed"))
-    (changed / "0.py").write_text((changed / "0.py").read_text().replace("x", "z"))
-    config["options"]["data"] = str(changed)
-    (copied / "config.json").write_text(json.dumps(config))
-    assert "not the corpus that this run began with" in refused(capsys, "--resume", "--out", copied)
-
-
-def test_metrics_drop_steps_after_the_checkpoint_and_a_line_cut_off(tmp_path):
-    lines = [json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
-    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 4, "lo')
-    run_folder.open_metrics(tmp_path, 2).close()
-    assert (tmp_path / "metrics.jsonl").read_text() == "".join(lines[:2])
+    flags = ["--data", str(corpus), "--out", str(out), "--learning-rate", "50", *SMALL]
+    assert main([*flags, "--steps", "30", "--checkpoint-every", "15"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "the training has diverged: the validation loss is 5.5452 after step 30" in error
+    assert not (out / "checkpoints/30").exists()
 
 
 def test_the_default_folder_names_model_and_optimizer():
