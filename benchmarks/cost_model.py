@@ -103,7 +103,11 @@ def products(d: int, columns: float, steps: int, exact: bool) -> float:
     """FLOPs of a device that has so many columns of a group."""
     if columns < d:
         return 6 * steps * d**2 * columns
-    return 2 * d**3 * (4 * steps + segments(d, columns, steps, exact) * (2 * columns / d - 3))
+    # Of one-pass products, a last segment of three steps takes one product more.
+    more = not exact and columns > 2 * d and steps % 2 == 1
+    return (
+        2 * d**3 * (4 * steps + segments(d, columns, steps, exact) * (2 * columns / d - 3) + more)
+    )
 
 
 @functools.cache

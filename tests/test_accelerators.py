@@ -168,27 +168,20 @@ def worst_of_a_search(run, d, N, count=300, rounds=3):
     [
         ("polar_express", (1, 1, 1, 1, 1), 1.2),
         ("polar_express", (2, 1, 2), 1.2),
-        ("polar_express", (2, 3), 1.35),
+        ("polar_express", (2, 3), 1.3),
         ("schatten", (2, 2), 1.15),
     ],
 )
-@pytest.mark.parametrize(("d", "N"), [(8, 32), (12, 26)])
+@pytest.mark.parametrize(("d", "N"), [(8, 32), (12, 26), (64, 135)])
 def test_no_spectrum_of_few_levels_leaves_the_band(method, restarts, most, one_pass, d, N):
-    """Random spectra do not find the worst ones. 2+3 is for d from 256 on, where it is better."""
+    """Random spectra do not find the worst ones."""
     numerics = Numerics(resolve(method), jax.lax.Precision.DEFAULT)
 
     def together(batch):
         return orthogonalize_together([batch], [1.0], numerics, restarts)[0]
 
-    assert worst_of_a_search(jax.jit(with_products_in(one_pass, together)), d, N) <= most
-
-
-def test_no_spectrum_of_few_levels_leaves_the_band_of_long_segments_where_they_are_used():
-    numerics = Numerics(resolve("polar_express"), jax.lax.Precision.DEFAULT)
-    assert numerics.restarts(256, 538) == (2, 3)
-    with on("tpu"):
-        run = jax.jit(with_products_in("bf16", polar))
-        assert worst_of_a_search(run, 256, 538, count=15, rounds=1) <= 1.3
+    run = jax.jit(with_products_in(one_pass, together))
+    assert worst_of_a_search(run, d, N, count=300 if d < 64 else 45) <= most
 
 
 @pytest.mark.parametrize(("d", "N"), [(8, 8), (8, 18), (8, 64)])

@@ -57,7 +57,7 @@ def test_narrow_dtypes_are_computed_as_float32(dtype):
 @pytest.mark.parametrize("shape", [(4, 10), (10, 4)], ids=str)
 def test_numerics_restart_their_polynomial_by_shape_and_not_the_svd(shape):
     polynomial = resolve(NEWTON_SCHULZ)
-    assert Numerics(polynomial, DEFAULT).restarts(*shape) == (2, 1, 2)
+    assert Numerics(polynomial, DEFAULT).restarts(*shape) == (2, 3)
     assert Numerics(polynomial, HIGHEST).restarts(*shape) == (5,)
     assert Numerics(None, HIGHEST).restarts(*shape) == ()
 
@@ -119,7 +119,7 @@ def test_no_segment_of_any_polar_express_grows_beyond_its_bound(steps, exponent)
         (11, (2, 1, 2, 2, 2, 2)),
     ],
 )
-@pytest.mark.parametrize("shape", [(256, 512), (255, 1024)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 12), (256, 512)], ids=str)
 def test_one_pass_products_restart_after_two_steps_where_a_segment_more_costs_little(
     shape, steps, segments
 ):
@@ -129,11 +129,11 @@ def test_one_pass_products_restart_after_two_steps_where_a_segment_more_costs_li
 @pytest.mark.parametrize(("steps", "segments"), [(3, (2, 1)), (4, (2, 2)), (5, (2, 3))])
 def test_one_pass_products_of_longer_matrices_join_an_odd_step_to_the_last(steps, segments):
     """There a segment more costs more than the accuracy that it brings."""
-    assert restarts(polar_express(steps), (256, 1024), DEFAULT) == segments
+    assert restarts(polar_express(steps), (64, 256), DEFAULT) == segments
 
 
 def test_one_pass_products_join_no_step_where_the_last_three_grow_too_much():
-    assert restarts(polar_express(5, 1e-6), (256, 1024), DEFAULT) == (2, 1, 2)
+    assert restarts(polar_express(5, 1e-6), (64, 256), DEFAULT) == (2, 1, 2)
 
 
 def test_quintics_of_one_pass_products_are_slowed_but_for_the_last():

@@ -188,7 +188,7 @@ def _flops(groups: Sequence[Any]) -> tuple[int, int]:
 
     def products(shape: tuple[int, int], restarts: tuple[int, ...]) -> float:
         d, ratio = min(shape), max(shape) / min(shape)
-        return 2 * d**3 * product_count(restarts, ratio)
+        return 2 * d**3 * product_count(restarts, ratio, numerics.precision)
 
     ours = muon = 0.0
     for group in groups:

@@ -17,10 +17,9 @@ _LARGEST_GROWTH_OF_THE_LAST = 1100
 # Joint length over d below which matrices in every step (4 S + S (2 r - 3) products of d x d) cost
 # less than Gram matrices throughout.
 _DIRECT_BELOW = 1.5
-# Joint length over d up to which a segment more (2 r - 3 products) costs one product at most, and d
-# below which the errors of three steps average out too little, and products are cheap.
+# Joint length over d up to which a segment more (2 r - 3 products) costs no more than three steps in
+# one segment, which take one product more.
 _ODD_STEP_ALONE_UP_TO = 2
-_ODD_STEP_ALONE_BELOW = 256
 # How much the last three steps of one-pass products may enlarge a small singular value.
 _LARGEST_GROWTH_OF_THREE = 32
 # What singular values are divided by after each step of one-pass products but the last.
@@ -46,13 +45,12 @@ def restarts(
 ) -> tuple[int, ...]:
     """How many steps follow each start from the matrices themselves.
 
-    | products | ratio   | d      | segments                      | for 5 steps | for 4   |
-    |----------|---------|--------|-------------------------------|-------------|---------|
-    | any      | < 1.5   |        | 1+1+...                       | 1+1+1+1+1   | 1+1+1+1 |
-    | exact    | >= 1.5  |        | as few as growth allows       | 5           | 4       |
-    | one-pass | to 2    |        | of 2, an odd one second       | 2+1+2       | 2+2     |
-    | one-pass | above 2 | < 256  | of 2, an odd one second       | 2+1+2       | 2+2     |
-    | one-pass | above 2 | >= 256 | of 2, the last of 3 if odd    | 2+3         | 2+2     |
+    | products | ratio   | segments                   | for 5 steps | for 4   |
+    |----------|---------|----------------------------|-------------|---------|
+    | any      | < 1.5   | 1+1+...                    | 1+1+1+1+1   | 1+1+1+1 |
+    | exact    | >= 1.5  | as few as growth allows    | 5           | 4       |
+    | one-pass | to 2    | of 2, an odd one second    | 2+1+2       | 2+2     |
+    | one-pass | above 2 | of 2, the last of 3 if odd | 2+3         | 2+2     |
 
     A segment knows its matrices by their Gram matrix G alone, and keeps the rounding errors of its
     products. The next one starts from the matrices themselves and corrects what is left, if all
@@ -71,15 +69,16 @@ def restarts(
 
     *One-pass products.* Of bf16 a segment of two steps is too long for such a bound, and yet they
     hold, since operands are rounded before they are squared: no eigenvalue becomes negative. What
-    a search over spectra of few levels found is the measure (docs/decisions/0002). 3+2 reaches 1e7
-    where few coordinates carry the gradient, since its first three steps enlarge errors 134 times.
+    a search over spectra of few levels finds is the measure: singular values of at most 1.16 for
+    2+1+2 and 1.22 for 2+3 (docs/decisions/0002). 3+2 reaches 1e7 where few coordinates carry the
+    gradient, since its first three steps enlarge errors 134 times.
 
     Args:
       triples: Coefficients of the steps.
       shape: Of the matrices, m x n; the ratio is that of the longer side to d, the shorter one.
       precision: Of the products.
     """
-    d, steps, ratio = min(shape), len(triples), max(shape) / min(shape)
+    steps, ratio = len(triples), max(shape) / min(shape)
     if ratio < _DIRECT_BELOW:
         return (1,) * steps
     if is_exact(precision):
@@ -88,8 +87,8 @@ def restarts(
     pairs = (2,) * (steps // 2)
     if steps % 2 == 0:
         return pairs
-    fills_the_device = ratio > _ODD_STEP_ALONE_UP_TO and d >= _ODD_STEP_ALONE_BELOW
-    if fills_the_device and steps > 3 and _growth(triples[-3:]) < _LARGEST_GROWTH_OF_THREE:
+    joined = ratio > _ODD_STEP_ALONE_UP_TO and _growth(triples[-3:]) < _LARGEST_GROWTH_OF_THREE
+    if joined and steps > 3:
         return (*pairs[:-1], 3)
     return (*pairs[:1], 1, *pairs[1:])
 
@@ -153,18 +152,27 @@ def is_exact(precision: jax.lax.PrecisionLike) -> bool:
     return precision in (_HIGHEST, "highest", "float32")
 
 
-def product_count(restarts: tuple[int, ...], ratio: float) -> float:
+def takes_one_more(steps: int, precision: jax.lax.PrecisionLike) -> bool:
+    """Whether a segment of so many steps takes a product more, for the sake of accuracy."""
+    return steps > 2 and not is_exact(precision)
+
+
+def product_count(
+    restarts: tuple[int, ...], ratio: float, precision: jax.lax.PrecisionLike
+) -> float:
     """Products of d x d matrices that one group takes, with these restarts.
 
     Args:
       restarts: Steps after each start.
       ratio: Columns that a device holds of a joint matrix, divided by d; below 1 if it shares the
         matrix with others.
+      precision: Of the products.
     """
     steps = sum(restarts)
     if len(restarts) == steps and ratio < 1:
         return 3 * ratio * steps
-    return 4 * steps + len(restarts) * (2 * ratio - 3)
+    more = sum(takes_one_more(length, precision) for length in restarts)
+    return 4 * steps + len(restarts) * (2 * ratio - 3) + more
 
 
 def chunk_bytes(backend: str) -> int:

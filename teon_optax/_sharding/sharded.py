@@ -177,7 +177,7 @@ def _cost(numerics: Numerics, d: int, N: int, devices_per_group: int) -> float:
     if numerics.method is None:
         return N / d if devices_per_group == 1 else float("inf")
     columns = -(-N // devices_per_group)
-    return product_count(numerics.restarts(d, max(d, columns)), columns / d)
+    return product_count(numerics.restarts(d, max(d, columns)), columns / d, numerics.precision)
 
 
 def _of_owner(
