@@ -78,7 +78,7 @@ HARD = {
 def at_ends_of_intervals(triples):
     """Singular values that some step maps to the end of the next step's interval."""
     x = np.geomspace(1e-13, 1, 20_001)
-    found, y = [[1.0]], x
+    found, y = [np.ones(1)], x
     for triple in triples[:-1]:
         y = oracles.composed(y, [triple], norm=1)
         found.append(x[1:-1][(y[1:-1] >= y[:-2]) & (y[1:-1] >= y[2:])])

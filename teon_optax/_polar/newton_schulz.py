@@ -77,8 +77,9 @@ def _factor(
     The identity is never rounded: it is no part of an operand. G and, of one-pass products, W are
     made symmetric, which takes a third off the errors of three steps. P begins as a I + Z with Z as
     it is, and the first G Z is to agree with that: of three steps or more, its Z is taken in two
-    parts, a product more, without which some singular values come out at 1.4. With `normalization`, G is
-    divided by the square of the method's norm first and P by the norm last, which costs nothing.
+    parts, a product more, without which some singular values come out at 1.4. With `normalization`,
+    G is divided by the square of the method's norm first and P by the norm last, which costs
+    nothing.
     """
     multiply = functools.partial(jnp.matmul, precision=precision)
     norm = 1 if normalization is None else _norm(G, normalization)

@@ -17,8 +17,8 @@ _LARGEST_GROWTH_OF_THE_LAST = 1100
 # Joint length over d below which matrices in every step (4 S + S (2 r - 3) products of d x d) cost
 # less than Gram matrices throughout.
 _DIRECT_BELOW = 1.5
-# Joint length over d up to which a segment more (2 r - 3 products) costs no more than three steps in
-# one segment, which take one product more.
+# Joint length over d up to which a segment more (2 r - 3 products) costs no more than three steps
+# in one segment, which take one product more.
 _ODD_STEP_ALONE_UP_TO = 2
 # How much the last three steps of one-pass products may enlarge a small singular value.
 _LARGEST_GROWTH_OF_THREE = 32
