@@ -11,18 +11,13 @@ from jax.core import Tracer
 INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
 
 
-def check_number(name: str, value: Any, end: float = math.inf) -> None:
-    """Raises unless the argument is a number, at least 0 and less than `end` in float32.
+def check_number(name: str, value: Any, start: float = 0, end: float = math.inf) -> None:
+    """Raises unless the argument is a number, at least `start` and less than `end` in float32.
 
     Traced numbers are taken as they are: what they are is not known.
     """
-    if callable(value):
-        raise ValueError(
-            f"`{name}={value!r}` is a function, perhaps a schedule: "
-            f"`optax.inject_hyperparams(teon)(learning_rate, {name}=schedule)` calls it in each "
-            "step."
-        )
-    if is_number(value) and (not is_known(value) or 0 <= np.float32(value) < end):
+    refuse_schedule(name, value)
+    if is_number(value, start, end):
         return
     remedy = ""
     if isinstance(value, jax.Array):
@@ -30,26 +25,38 @@ def check_number(name: str, value: Any, end: float = math.inf) -> None:
             ". `optax.inject_hyperparams` rounds numbers to the dtype of params, unless it gets "
             "`hyperparam_dtype=jnp.float32`"
         )
-    elif is_number(value) and 0 <= value < end:
+    elif isinstance(value, float) and start <= value < end < math.inf:
         remedy = f", also in float32, where it is {np.float32(value)}"
-    raise ValueError(
-        f"`{name}={value!r}` should be a number, at least 0 and less than {end}{remedy}."
-    )
+    bounds = f", at least {start} and less than {end}" if start > -math.inf else ""
+    raise ValueError(f"`{name}={value!r}` should be a number{bounds}{remedy}.")
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a real number, alone: a Python number, or an array without axes."""
-    if isinstance(value, (bool, np.bool_)):
-        return False
-    if isinstance(value, (int, float)):
-        return abs(value) <= float(jnp.finfo(jnp.float32).max)
-    is_array = isinstance(value, (jax.Array, np.ndarray, np.number)) and jnp.ndim(value) == 0
-    return is_array and not jnp.issubdtype(value.dtype, jnp.bool_) and not jnp.iscomplexobj(value)
+def refuse_schedule(name: str, value: Any) -> None:
+    """Raises if an argument that takes no schedule is one, and says who calls it."""
+    if callable(value):
+        raise ValueError(
+            f"`{name}={value!r}` is a function, perhaps a schedule: "
+            f"`optax.inject_hyperparams(teon)(learning_rate, {name}=schedule)` calls it in each "
+            "step."
+        )
 
 
-def is_known(value: Any) -> bool:
-    """Whether a number is known now, and not traced."""
-    return not isinstance(value, Tracer)
+def is_number(value: Any, start: float, end: float) -> bool:
+    """Whether it is one real number, in float32 at least `start` and less than `end`.
+
+    That is a Python number or an array without axes. How large a traced one is cannot be known.
+    """
+    if isinstance(value, (jax.Array, np.ndarray, np.generic)):
+        is_real = any(jnp.issubdtype(value.dtype, of) for of in (jnp.floating, jnp.integer))
+        if jnp.ndim(value) or not is_real:
+            return False
+        if isinstance(value, Tracer):
+            return True
+        value = float(value)
+    is_python = isinstance(value, (int, float)) and not isinstance(value, bool)
+    # NumPy warns of larger numbers.
+    in_range = is_python and abs(value) <= float(jnp.finfo(jnp.float32).max)
+    return in_range and bool(start <= np.float32(value) < end)
 
 
 def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:

@@ -10,6 +10,7 @@ import optax
 from teon_optax._groups.batching import in_batches, scaled_polar_factors
 from teon_optax._groups.plan import Plan, plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
+from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.newton_schulz import check_precision
 from teon_optax._polar.precision import Numerics
 from teon_optax._rules.rule import Rule, checked_rules
@@ -104,12 +105,12 @@ def orthogonalize_updates(
       located: Where the plan's leaves lie on a mesh, if that is known.
     """
     leaves, structure = jax.tree.flatten(updates)
-    taken = {leaf: leaves[leaf] for leaf in plan.taken}
+    taken = {leaf: on_device(leaves[leaf]) for leaf in plan.taken}
     if located is None:
         factors = functools.partial(scaled_polar_factors, numerics=numerics, scale=scale)
         orthogonalized = in_batches(taken, plan.series, factors)
     else:
         orthogonalized = orthogonalize_sharded(taken, plan.series, located, numerics, scale)
     for leaf, update in orthogonalized.items():
-        leaves[leaf] = update
+        leaves[leaf] = kept_beside(update, leaves[leaf])
     return structure.unflatten(leaves)

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from teon_optax._arguments import is_known, is_number
+from teon_optax._arguments import is_number, refuse_schedule
 
 ScaleLike = str | jax.typing.ArrayLike
 # (fan_in, fan_out, K, rank) of a group -> factor of its orthogonalized update.
@@ -38,8 +39,9 @@ def scaling(scale: ScaleLike) -> ScaleFunction:
     """
     if isinstance(scale, str) and scale in _SCALES:
         return _SCALES[scale]
-    number: Any = scale
-    if not is_number(number) or (is_known(number) and not number > 0):
+    refuse_schedule("scale", scale)
+    # A smaller number would be zero on devices that have no denormal ones.
+    if not is_number(scale, float(jnp.finfo(jnp.float32).tiny), math.inf):
         raise ValueError(
             f"`scale={scale!r}` should be 'spectral' (sqrt(fan_out / fan_in), the paper's), 'muon' "
             "(sqrt(max(1, fan_out / fan_in))) or a positive number, the update's root mean square."

@@ -1,5 +1,6 @@
 """`teon`, the optimizer that users switch to, and `scale_by_teon`, its momentum and its heart."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -9,14 +10,15 @@ import numpy as np
 import optax
 
 from teon_optax._arguments import INJECTED, check_number, checked_mu_dtype
-from teon_optax._groups.plan import plan
+from teon_optax._groups.plan import plan_of_updates
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._polar.coefficients import MethodLike
+from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._rules.default import default_rules
-from teon_optax._rules.paths import leaf_paths
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike
 from teon_optax._sharding.placement import as_shardings
+from teon_optax._state import check_restored, kept_as, with_stable_state
 
 
 class TeonState(NamedTuple):
@@ -92,6 +94,9 @@ def teon(
     """
     rules = checked_rules(rules)
     mu_dtype = checked_mu_dtype(mu_dtype)
+    for name, number in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not callable(number):
+            check_number(name, number, start=-math.inf)
     if isinstance(weight_decay_mask, (bool, np.ndarray, jax.Array)):
         raise ValueError(
             f"`weight_decay_mask={weight_decay_mask!r}` should be a tree of booleans or a function "
@@ -105,7 +110,7 @@ def teon(
     if fallback is None:
         adam = optax.scale_by_adam(0.9, 0.95, mu_dtype=mu_dtype)
         descent = optax.scale_by_learning_rate(learning_rate)
-        fallback = _with_stable_state(optax.chain(adam, decay, descent))
+        fallback = with_stable_state(optax.chain(adam, decay, descent))
     elif not isinstance(fallback, optax.GradientTransformation):
         raise ValueError(
             f"`fallback={fallback!r}` should be an optimizer, such as `optax.adamw(1e-3)`."
@@ -131,10 +136,10 @@ def teon(
 
     transform(rules)  # for its checks of the arguments, before any tree is seen
 
-    def partitioned(tree: Any) -> optax.GradientTransformationExtraArgs:
+    def partitioned(tree: Any, params: Any) -> optax.GradientTransformationExtraArgs:
         # Default rules need the whole tree: what is an embedding tells what is a head.
         tree_rules = default_rules(tree) if rules is None else rules
-        taken = plan(tree, tree_rules).taken
+        taken = plan_of_updates(tree, params, tree_rules).taken
         leaves, structure = jax.tree.flatten(tree)
         labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]
         # A function: Optax would call labels that are callable, as Equinox's models are.
@@ -144,12 +149,12 @@ def teon(
         )
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        return partitioned(params).init(params)
+        return partitioned(params, params).init(params)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        return partitioned(updates).update(updates, state, params, **extra_args)
+        return partitioned(updates, params).update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -157,22 +162,6 @@ def teon(
 def _is_zero(weight_decay: Any) -> bool:
     """Whether it is the number 0, and no array or schedule that may become another."""
     return isinstance(weight_decay, (int, float)) and weight_decay == 0
-
-
-def _with_stable_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, with a state that keeps its dtypes.
-
-    Optax's first moment takes the dtype of the gradients at the first update, where params have
-    another; `jax.lax.scan` and `optax.apply_if_finite` then raise.
-    """
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        updates, new_state = optimizer.update(updates, state, params)
-        return updates, optax.tree.cast_like(new_state, state)
-
-    return optax.GradientTransformation(optimizer.init, update_fn)
 
 
 def scale_by_teon(
@@ -227,15 +216,17 @@ def scale_by_teon(
 
     def init_fn(params: optax.Params) -> TeonState:
         transform.init(params)  # for its checks
-        return TeonState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
+        zeros = optax.tree.zeros_like(jax.tree.map(on_device, params), dtype=mu_dtype)
+        mu = jax.tree.map(kept_beside, zeros, params)
+        return TeonState(jnp.zeros([], jnp.int32), mu)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, TeonState]:
-        _check_momentum(state.mu, updates)
-        count = optax.safe_increment(state.count)
-        decay = beta if isinstance(beta, (int, float)) else _upcast(jnp.asarray(beta))
-        wide, mu = (jax.tree.map(_upcast, tree) for tree in (updates, state.mu))
+        check_restored(state, updates)
+        count = optax.safe_increment(on_device(state.count))
+        decay = _decay(beta)
+        wide, mu = (jax.tree.map(_computable, tree) for tree in (updates, state.mu))
         # As `optax.tree.update_moment`, in fewer operations per leaf.
         mu = optax.tree.add_scale(mu, 1 - decay, optax.tree.sub(wide, mu))
         if nesterov:
@@ -250,31 +241,35 @@ def scale_by_teon(
         if params is None:
             params = updates if mu_dtype else state.mu
         orthogonalized, _ = transform.update(momentum, optax.EmptyState(), params)
-        mu = optax.tree.cast_like(mu, state.mu)
-        return optax.tree.cast_like(orthogonalized, updates), TeonState(count, mu)
+        return kept_as(updates, orthogonalized), kept_as(state, TeonState(count, mu))
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _correction(decay: jax.typing.ArrayLike, count: jax.typing.ArrayLike) -> jax.Array:
-    """1 - decay^count, by which an exponential average is divided; 1 where rounding left zero."""
-    with jax.numpy_dtype_promotion("standard"):  # A float to the power of a count.
-        correction = jnp.asarray(1 - decay**count)
-    return jnp.where(correction == 0, jnp.ones_like(correction), correction)
+def _decay(beta: jax.typing.ArrayLike) -> float | jax.Array:
+    """The decay of the momentum, in float32 at least and below 1.
+
+    `optax.inject_hyperparams` rounds .999 to 1 where params are in bfloat16.
+    """
+    if not isinstance(beta, jax.Array):
+        return np.asarray(beta).item()
+    is_float = jnp.issubdtype(beta.dtype, jnp.floating)
+    decay = beta.astype(np.promote_types(beta.dtype, np.float32) if is_float else np.float32)
+    return jnp.minimum(decay, 1 - jnp.finfo(decay.dtype).epsneg)
 
 
-def _check_momentum(mu: Any, updates: Any) -> None:
-    """Raises if a restored momentum has not the shapes of the updates."""
-    for (path, update), kept in zip(leaf_paths(updates), jax.tree.leaves(mu), strict=False):
-        if jnp.shape(kept) != jnp.shape(update):
-            raise ValueError(
-                f"the momentum `mu` of {path!r} has shape {jnp.shape(kept)}, but its update has "
-                f"shape {jnp.shape(update)}: this is the state of another model. Make a new one by "
-                "`init(params)`, or restore the state of this model."
-            )
+def _correction(decay: float | jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
+    """1 - decay^count, by which an exponential average is divided, also where it is tiny."""
+    if isinstance(decay, jax.Array):
+        logarithm = jnp.log(decay)
+    else:
+        logarithm = math.log(decay) if decay else -math.inf
+    with jax.numpy_dtype_promotion("standard"):  # A float times a count.
+        return -jnp.expm1(logarithm * jnp.asarray(count))
 
 
-def _upcast(leaf: jax.Array) -> jax.Array:
-    """In float32 at least: bias correction takes the first float16 gradients out of range."""
+def _computable(leaf: jax.typing.ArrayLike) -> jax.Array:
+    """On the device, in float32 at least: float16 gradients may leave its range when corrected."""
+    leaf = jnp.asarray(on_device(leaf))
     wide = jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf

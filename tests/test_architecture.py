@@ -22,6 +22,7 @@ ROOMS = {
     "_groups": {"_polar", "_rules", "_scaling"},
     "_alignment": {"_groups", "_rules"},
     "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
+    "_state": {"_polar", "_rules"},
     "_orthogonalize": {"_groups", "_polar", "_rules", "_scaling", "_sharding"},
     "_teon": {
         "_arguments",
@@ -31,6 +32,7 @@ ROOMS = {
         "_rules",
         "_scaling",
         "_sharding",
+        "_state",
     },
     "rules": {"_groups", "_rules"},
     "contrib": {

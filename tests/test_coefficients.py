@@ -2,11 +2,13 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
-from teon_optax import polar_express
+from teon_optax import polar, polar_express
 from teon_optax._polar.coefficients import resolve
 
 # arXiv 2505.16932, for lower bound 1e-3.
@@ -197,3 +199,13 @@ def test_what_is_no_tuple_of_triples_is_refused(method):
     ) as error:
         resolve(method)
     assert NAMES in str(error.value)
+
+
+def test_traced_coefficients_are_told_what_to_name():
+    """`optax.inject_hyperparams` makes arrays of what is one, traced ones under `jax.jit`."""
+    triples = np.array(polar_express(2))
+    words = "coefficients are constants of the program: under `optax.inject_hyperparams`, which"
+    with pytest.raises(ValueError, match=words):
+        jax.jit(lambda triples: polar(jnp.eye(2), triples))(triples)
+    constant = jnp.asarray(triples)
+    jax.jit(lambda: polar(jnp.eye(2), constant)).lower()

@@ -2,13 +2,16 @@
 
 import re
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import Rule
+from teon_optax import Rule, orthogonalize, polar_express
 from teon_optax._groups.layout import layout_of, to_leaf, to_matrices
 
 D = MuonDimensionNumbers
@@ -177,3 +180,19 @@ def test_matrices_are_layers_batch_fan_in_fan_out(leaf, rule, expected):
 def test_a_rule_that_does_not_fit_the_shape_is_refused(shape, rule, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         layout_of(shape, rule)
+
+
+def program_length(params, rules):
+    """Lines of the compiled update."""
+    update = orthogonalize(rules, method=polar_express(1)).update
+    compiled = jax.jit(lambda tree: update(tree, optax.EmptyState(), tree)[0]).lower(params)
+    return compiled.compile().as_text().count("\n")
+
+
+@pytest.mark.parametrize("join", [(), "parts"], ids=str)
+def test_a_program_does_not_grow_with_equal_parts(join):
+    params = {f"block_{i}": jax.ShapeDtypeStruct((8, 64), jnp.float32) for i in range(4)}
+    pattern = r"block_(?P<layer>\d+)"
+    whole = program_length(params, [Rule(pattern, stack=2)])
+    parts = program_length(params, [Rule(pattern, stack=2, split=32, join=join)])
+    assert parts < 1.5 * whole

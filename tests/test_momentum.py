@@ -258,6 +258,30 @@ def test_absent_leaves_stay_absent():
     chex.assert_trees_all_equal_structs(updates, tree, state.mu, after.mu)
 
 
+def test_numbers_of_python_are_leaves_too():
+    transform = scale_by_teon(RULES, method=QUICK)
+    like = {"up": params()["up"], "temperature": 2.0}
+    updates, state = transform.update(like, transform.init(like))
+    np.testing.assert_allclose(state.mu["temperature"], 0.05 * 2, rtol=1e-6)
+    assert updates["temperature"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("beta", [0.9999999, jnp.float32(0.9999999)], ids=str)
+def test_the_bias_of_a_slow_momentum_is_corrected_to_the_last_digits(beta):
+    """1 - beta^t loses these in float32; a constant gradient is its own average."""
+    transform = scale_by_teon([], beta=beta, nesterov=False)
+    updates, _ = transform.update(ones := {"bias": jnp.ones(6)}, transform.init(ones))
+    np.testing.assert_allclose(updates["bias"], 1, rtol=4 * oracles.EPS)
+
+
+def test_a_traced_beta_that_was_rounded_to_one_averages_all_gradients():
+    """In bfloat16 .999 is 1, which a compiled update cannot refuse."""
+    like = {"w": jnp.ones((4, 4), jnp.bfloat16)}
+    rounded = optax.inject_hyperparams(scale_by_teon)([], beta=0.999, nesterov=False)
+    updates, _ = jax.jit(lambda tree: rounded.update(tree, rounded.init(tree)))(like)
+    np.testing.assert_allclose(np.float64(updates["w"]), 1, rtol=2.0**-7)
+
+
 def test_leaves_that_masked_takes_out_are_neither_grouped_nor_changed():
     mask = jax.tree.map(lambda _: True, params()) | {"block_1": {"query": False}}
     transform = optax.masked(scale_by_teon(RULES, method=QUICK), mask)

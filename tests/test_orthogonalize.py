@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,12 +11,13 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracles
 import pytest
 from absl.testing import parameterized
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import Rule, orthogonalize, polar_express
+from teon_optax import Rule, orthogonalize, plan, polar_express, scale_by_teon, teon
 from teon_optax._polar.coefficients import resolve
 
 D = MuonDimensionNumbers
@@ -319,3 +321,63 @@ def test_each_leaf_keeps_its_dtype_and_only_its_own_dtype_s_accuracy():
 def test_a_tree_without_matrices_comes_back():
     tree = {"bias": jnp.ones(3)}
     assert updates_of(tree, [Rule("")], "polar_express", lambda function: function) == tree
+
+
+def of_dtypes(dtypes, seed):
+    """Four layers, each of its own dtype."""
+    rng = np.random.default_rng(seed)
+    return {
+        f"block_{i}": jnp.asarray(rng.normal(size=(4, 6)), dtype) for i, dtype in enumerate(dtypes)
+    }
+
+
+F, B, H = "float32", "bfloat16", "float16"
+COUPLED = {
+    "orthogonalize": lambda rules: orthogonalize(rules, method="svd"),
+    "scale_by_teon": lambda rules: scale_by_teon(rules, method="svd"),
+    "scale_by_teon in float32": lambda rules: scale_by_teon(rules, method="svd", mu_dtype=F),
+    "teon in bfloat16": lambda rules: teon(-1.0, rules, method="svd", mu_dtype=B),
+}
+
+
+@pytest.mark.promotes_dtypes
+@pytest.mark.parametrize("transform", COUPLED)
+@pytest.mark.parametrize(
+    ("dtypes", "of_gradients"),
+    [((B, F, B, F), (F, F, F, F)), ((F, F, F, F), (B, H, F, B)), ((B, B, H, F), (F, F, B, B))],
+    ids=str,
+)
+def test_layers_are_coupled_as_the_plan_of_params_shows(transform, dtypes, of_gradients):
+    """Layers of unequal dtypes are series of their own, whatever gradients come in."""
+    rules = [Rule(r"block_(?P<layer>\d+)", stack=2)]
+    params, gradients = of_dtypes(dtypes, 0), of_dtypes(of_gradients, 1)
+    optimizer = COUPLED[transform](rules)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    for group in plan(params, rules).groups:
+        expected = oracles.joint([gradients[name] for name in group.members], 1)
+        for name, factor in zip(group.members, expected, strict=True):
+            assert updates[name].dtype == gradients[name].dtype
+            np.testing.assert_allclose(
+                np.float64(updates[name]), math.sqrt(6 / 4) * factor, atol=2.0**-7
+            )
+
+
+@pytest.mark.promotes_dtypes
+def test_momentum_without_params_is_coupled_by_its_own_dtypes():
+    rules = [Rule(r"block_(?P<layer>\d+)", stack=2)]
+    transform = scale_by_teon(rules, method="svd")
+    params, gradients = of_dtypes((B, F, B, F), 0), of_dtypes((F, F, F, F), 1)
+    state = transform.init(params)
+    given, _ = transform.update(gradients, state, params)
+    without, _ = transform.update(gradients, state)
+    chex.assert_trees_all_equal(without, given)
+
+
+def test_params_that_hold_more_than_is_updated_are_found_by_path():
+    """A model of Equinox may be given as params, activation functions and all."""
+    rules = [Rule(r"block_(?P<layer>\d+)", stack=2)]
+    transform = orthogonalize(rules, method="svd")
+    params, gradients = of_dtypes((B, F), 0), of_dtypes((F, F), 1)
+    expected, _ = transform.update(gradients, optax.EmptyState(), params)
+    updates, _ = transform.update(gradients, optax.EmptyState(), params | {"act": jax.nn.relu})
+    chex.assert_trees_all_equal(updates, expected)

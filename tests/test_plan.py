@@ -1,5 +1,6 @@
 """Which matrices go together: types, runs, names, the fallback, errors, and the printed table."""
 
+import itertools
 import json
 import re
 
@@ -341,6 +342,7 @@ def test_of_96_layers_there_is_one_row_per_type():
         ([9, 10, 2], "2, 9-10"),
         ([0, 2, 4, 6], "0, 2, 4, 6"),
         (range(0, 96, 2), "0, 2 .. 94 (48)"),
+        ([10**8, 10**8 + 2, 10**8 + 4, 10**8 + 6], "100000000 .. 100000006 (4)"),
     ],
     ids=str,
 )
@@ -353,6 +355,14 @@ def test_layers_are_shown_as_spans_of_numbers(numbers, text):
 def test_layers_of_several_scans_are_shown_as_pairs():
     rule = Rule(r"block_(?P<layer>\d+)/w", stack=2, layer_axis=0)
     assert " 3-4[0-1] " in str(plan(blocks([3, 4], 2, 4, 6), [rule]))
+    assert " 0[0] .. 58[1] (60) " in str(plan(blocks(range(0, 60, 2), 2, 4, 6), [rule]))
+
+
+def test_layers_may_be_negative():
+    rule = Rule(r"block_(?P<layer>-?\d+)/w", stack=2)
+    planned = plan(blocks([1, -1, -2, -3], 4, 6), [rule])
+    assert layers(planned) == [(-3, -2), (-1, 1)]
+    assert " -3..-1, 1 " in str(planned)
 
 
 def test_layers_with_and_without_a_number_print_in_one_row():
@@ -448,6 +458,32 @@ def test_a_path_too_wide_for_100_columns_goes_on_in_the_next_line():
     first, *rest = lines[1 : lines.index("")]
     assert first.endswith("4 x 6  1     1     4       1")
     assert first.split()[0] + "".join(line.strip() for line in rest) == path
+
+
+@st.composite
+def unequal_scans(draw):
+    """Rules with and without a number that read the same leaves, scanned, fused, or neither."""
+    numbers = draw(st.sets(st.integers(-3, 300), min_size=1, max_size=12))
+    scans = draw(st.lists(st.sampled_from([1, 3, 40]), min_size=1, max_size=3))
+    shapes = itertools.cycle([(scan, *draw(st.permutations([4, 8]))) for scan in scans])
+    name = draw(st.sampled_from(["block_{}", "b1/a_{}", "module/" * 12 + "{}"]))
+    params = {name.format(n): {"w": array(*next(shapes))} for n in numbers}
+    numbered = Rule(r"_(?P<layer>-?\d+)/", stack=draw(st.integers(1, 4)), layer_axis=0)
+    few = "|".join(str(number) for number in sorted(numbers)[:2])
+    split = draw(st.sampled_from([1, 2, (1, 3), (1, 7)]))
+    rest = (
+        Rule(f"({few})/w", stack=2, layer_axis=0) if draw(st.booleans()) else Rule("w", dims=None)
+    )
+    return params, [numbered, rest, Rule("w", stack=2, layer_axis=0, split=split)]
+
+
+@given(unequal_scans())
+def test_a_plan_prints_in_100_columns(example):
+    try:
+        planned = plan(*example)
+    except ValueError:  # Two leaves of one layer, or a split that does not fit.
+        return
+    assert max(map(len, str(planned).split("\n"))) <= 100
 
 
 def test_a_plan_of_nothing_can_be_printed():

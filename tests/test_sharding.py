@@ -16,7 +16,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from benchmarks import communication
 from benchmarks.compiled import COLLECTIVES
-from teon_optax import Rule, orthogonalize, teon
+from teon_optax import Rule, orthogonalize, polar_express, teon
 
 # Many layouts, each compiled for eight devices.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
@@ -26,6 +26,7 @@ RULES = (
     Rule(r"block_(?P<layer>\d+)/(up|down)"),
 )
 D = 16
+QUICK = polar_express(2)
 
 
 def transformer(blocks=2, d=D):
@@ -199,6 +200,32 @@ def test_more_devices_than_groups_share_them():
         tree, mesh_of(), {"block_0": {"up": P("data", None)}}, RULES
     )
     assert len(re.findall(r" all-reduce\(", text)) == 6  # the peak, then one sum for each step
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+def test_gradients_through_an_update_that_devices_share_are_those_of_one_device(kind):
+    """Eight devices have one 16 x 16 kernel between them, so all share its group."""
+    random = np.random.default_rng(0)
+    kernel, weights = (jnp.asarray(random.normal(size=(16, 16)), jnp.float32) for _ in range(2))
+
+    def loss(kernel, scale, shardings):
+        transform = orthogonalize([Rule("w")], method=QUICK, scale=scale, shardings=shardings)
+        updates, _ = transform.update({"w": kernel}, optax.EmptyState())
+        return jnp.sum(weights * updates["w"])
+
+    def derivatives(kernel, shardings):
+        scale, value = jnp.float32(0.3), functools.partial(loss, shardings=shardings)
+        along = jax.jvp(value, (kernel, scale), (kernel + 1, scale))
+        twice = jax.grad(lambda c: jnp.sum(weights * jax.grad(value)(c * kernel + 1, scale)))(scale)
+        return *jax.grad(value, (0, 1))(kernel, scale), *along, twice
+
+    alone = jax.jit(functools.partial(derivatives, shardings=None))(kernel)
+    mesh, spec = mesh_of(kind), P("data", None)
+    shardings = {"w": NamedSharding(mesh, spec)} if kind == AUTO else None
+    with jax.set_mesh(mesh):
+        of_mesh = jax.jit(functools.partial(derivatives, shardings=shardings))
+        shared = of_mesh(jax.device_put(kernel, NamedSharding(mesh, spec)))
+    assert_same(shared, alone)
 
 
 @pytest.mark.parametrize("method", ["svd", "schatten"])

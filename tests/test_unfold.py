@@ -87,7 +87,7 @@ def test_one_layer_in_mode_3_is_its_direction():
     np.testing.assert_allclose(result, T / jnp.linalg.norm(T), atol=oracles.rounding([1] * 7))
 
 
-@pytest.mark.parametrize("mode", [0, 4, -1, "1", None])
+@pytest.mark.parametrize("mode", [0, 4, -1, "1", None, True, 1.0])
 def test_only_modes_1_2_and_3_exist(mode):
     with pytest.raises(
         ValueError, match=r"`mode_orthogonalize\(mode=.*\)`: mode should be 1, 2 or"

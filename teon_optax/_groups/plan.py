@@ -172,12 +172,23 @@ def plan_of_updates(updates: Any, params: Any, rules: Iterable[Rule] | None = No
       rules: As for `plan`.
     """
     structure, types = tree_types(updates)
-    if params is not None and len(own := tree_types(params)[1]) == len(types):
-        pairs = zip(types, own, strict=True)
-        types = tuple(LeafType(of_update.shape, of_param.dtype) for of_update, of_param in pairs)
-    return _plan(
-        structure, types, checked_rules(default_rules(updates) if rules is None else rules)
-    )
+    rules = checked_rules(default_rules(updates) if rules is None else rules)
+    if params is not None:
+        dtypes = _dtypes_of_params(paths_of(structure), types, params)
+        pairs = zip(types, dtypes, strict=True)
+        types = tuple(LeafType(of_update.shape, dtype) for of_update, dtype in pairs)
+    return _plan(structure, types, rules)
+
+
+def _dtypes_of_params(paths: Sequence[str], types: Sequence[LeafType], params: Any) -> list[Any]:
+    """The dtype of the parameter of each update, or of the update where there is none."""
+    structure, of_params = tree_types(params)
+    names = paths_of(structure)
+    if names == paths:  # Two leaves of one path may have different dtypes.
+        return [dtype for _, dtype in of_params]
+    # Models of Equinox hold functions too.
+    dtypes = {path: dtype for path, (_, dtype) in zip(names, of_params, strict=True)}
+    return [dtypes.get(path, own.dtype) for path, own in zip(paths, types, strict=True)]
 
 
 @cached

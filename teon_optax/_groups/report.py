@@ -13,7 +13,8 @@ from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.precision import Numerics, product_count
 
 _WIDTH = 100
-_LEAST = 12  # columns for a path, and at most for layers
+_LEAST = 12  # columns for a path
+_MOST = 24  # columns for layers
 _NUMBER = re.compile(r"\d+")
 _UNITS = (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")
 _STEPS = 5  # of the paper's method, and of Muon
@@ -113,10 +114,12 @@ def _named(path: str, numbers: Sequence[set[int]], common: Sequence[set[int]] | 
         column = next(columns)
         if len(numbers[column]) == 1:
             return number[0]
-        if path[: number.start()].endswith(":"):
-            return spans(numbers[column])
-        is_shared = common is None or numbers[column] == common[column]
-        return "*" if is_shared else f"{{{spans(numbers[column])}}}"
+        before, text = path[: number.start()], spans(numbers[column])
+        if before.endswith(":"):
+            return text
+        if common is None or numbers[column] == common[column]:
+            return "*"
+        return text if before.endswith("[") else f"{{{text}}}"
 
     return _NUMBER.sub(replaced, path)
 
@@ -128,8 +131,9 @@ def spans(layers: Iterable[Any]) -> str:
     """
     layers = set(layers)
     plain = sorted(layer for layer in layers if not isinstance(layer, tuple))
+    pairs = sorted(layer for layer in layers if isinstance(layer, tuple))
     scanned: dict[int, list[int]] = {}
-    for number, index in sorted(layer for layer in layers if isinstance(layer, tuple)):
+    for number, index in pairs:
         scanned.setdefault(number, []).append(index)
     by_indices: dict[str, list[int]] = {}
     for number, indices in scanned.items():
@@ -137,20 +141,28 @@ def spans(layers: Iterable[Any]) -> str:
     texts = _runs(plain)
     texts += [f"{', '.join(_runs(numbers))}[{inside}]" for inside, numbers in by_indices.items()]
     text = ", ".join(texts)
-    if len(text) <= _LEAST or len(texts) < 4:
+    if len(text) <= _LEAST or (len(texts) < 4 and len(text) <= _MOST):
         return text
-    return f"{texts[0]}, {texts[1]} .. {texts[-1]} ({len(layers)})"
+    if len(texts) > 3:
+        text = f"{texts[0]}, {texts[1]} .. {texts[-1]} ({len(layers)})"
+    if len(text) > _MOST:
+        ends = [*map(str, plain), *(f"{number}[{index}]" for number, index in pairs)]
+        text = f"{ends[0]} .. {ends[-1]} ({len(layers)})"
+    return text
 
 
 def _runs(numbers: Sequence[int]) -> list[str]:
-    """Sorted numbers as runs of consecutive ones: `0-3`, `6`."""
+    """Sorted numbers as runs of consecutive ones: `0-3`, `6`, `-2..1`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
         else:
             runs.append([number, number])
-    return [str(first) if first == last else f"{first}-{last}" for first, last in runs]
+    return [
+        str(first) if first == last else f"{first}{'-' if first >= 0 else '..'}{last}"
+        for first, last in runs
+    ]
 
 
 def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.core import Tracer
 
 Triple = tuple[float, float, float]
 MethodLike = str | Sequence[Sequence[float]]
@@ -155,6 +157,13 @@ def resolve(method: MethodLike) -> Method | None:
                 "(a, b, c) triples such as `polar_express(6)`."
             )
         return _METHODS[method]
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(method)):
+        raise ValueError(
+            f"`method={method!r}` is traced, and coefficients are constants of the program: under "
+            "`optax.inject_hyperparams`, which makes arrays of numbers, name it in `static_args`."
+        )
+    if isinstance(method, jax.Array):
+        method = np.asarray(method).tolist()  # Inside `jax.jit`, parts of it would be traced.
     try:
         triples = tuple((float(a), float(b), float(c)) for a, b, c in method)
     except (TypeError, ValueError):

@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from teon_optax._polar.coefficients import MethodLike, resolve
+from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.newton_schulz import orthogonalize_batches
 from teon_optax._polar.precision import Numerics
 
@@ -39,9 +41,9 @@ def polar(matrix: jax.typing.ArrayLike, method: MethodLike = "polar_express") ->
       [[1.0, 0.0], [0.0, -1.0]]
     """
     matrix, resolved = _checked("polar(matrix)", matrix, 2), resolve(method)
-    batch = matrix.reshape(-1, *matrix.shape[-2:])
+    batch = on_device(matrix).reshape(-1, *matrix.shape[-2:])
     (result,) = orthogonalize_batches([batch], [1], Numerics(resolved))
-    return result.reshape(matrix.shape).astype(matrix.dtype)
+    return kept_beside(result.reshape(matrix.shape).astype(matrix.dtype), matrix)
 
 
 def mode_orthogonalize(
@@ -74,7 +76,8 @@ def mode_orthogonalize(
       TEON, arXiv 2601.23261, algorithm 1.
     """
     tensor = _checked("mode_orthogonalize(tensor)", tensor, 3)
-    if mode not in (1, 2, 3):
+    is_integer = isinstance(mode, (int, np.integer)) and not isinstance(mode, bool)
+    if not is_integer or mode not in (1, 2, 3):
         raise ValueError(f"`mode_orthogonalize(mode={mode!r})`: mode should be 1, 2 or 3.")
     first = jnp.moveaxis(tensor, mode - 4, -3)
     unfolded = first.reshape(*first.shape[:-2], -1)

@@ -1,5 +1,6 @@
 """What rules and plans see of a tree: the paths of leaves, their shapes and dtypes."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
@@ -33,17 +34,17 @@ def tree_types(tree: Any) -> tuple[Any, tuple[LeafType, ...]]:
 def cached(function: Callable[..., Result]) -> Callable[..., Result]:
     """Keeps results by structure, types and rules, so that a second trace costs a look-up.
 
-    Nodes of a user's own may hold what cannot be hashed; such trees are read each time.
+    Nodes of a user's own may hold what cannot be hashed, or not be compared with that of another
+    tree, such as NumPy's arrays; such trees are read each time.
     """
     keeping = functools.lru_cache(_CACHE_SIZE)(function)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Result:
-        try:
-            hash(arguments)
-        except TypeError:
-            return function(*arguments)
-        return keeping(*arguments)
+        # An error of the function itself is not kept, and comes again.
+        with contextlib.suppress(Exception):
+            return keeping(*arguments)
+        return function(*arguments)
 
     return call
 

@@ -1,0 +1,85 @@
+"""States that stay what they are: their shapes, their dtypes, and the memory that holds them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from teon_optax._polar.memory import kept_beside, on_device
+from teon_optax._rules.paths import leaf_paths
+
+_REMEDY = (
+    ": this is the state of another model. Make a new one by `init(params)`, or restore that of "
+    "this model."
+)
+
+
+def with_stable_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer, with a state that keeps its dtypes and may be kept in the memory of the host.
+
+    Optax's first moment takes the dtype of the gradients at the first update, where params have
+    another; `jax.lax.scan` and `optax.apply_if_finite` then raise.
+    """
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        state = optimizer.init(jax.tree.map(on_device, params))
+        return optax.tree.map_params(optimizer, kept_beside, state, params)
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        arguments = jax.tree.map(on_device, (updates, state, params))
+        new_updates, new_state = optimizer.update(*arguments)
+        _check_shapes((updates, state), (new_updates, new_state))
+        return jax.tree.map(kept_beside, new_updates, updates), kept_as(state, new_state)
+
+    return optax.GradientTransformation(init_fn, update_fn)
+
+
+def check_restored(state: Any, updates: Any) -> None:
+    """Raises if a state with `count` and `mu`, perhaps restored, is not of such updates."""
+    if problem := _problem(state, leaf_paths(state.mu), leaf_paths(updates)):
+        raise ValueError(f"{problem}{_REMEDY}")
+
+
+def _problem(
+    state: Any, kept: Sequence[tuple[str, Any]], updates: Sequence[tuple[str, Any]]
+) -> str | None:
+    if jnp.ndim(state.count):
+        return f"The state's `count` has shape {jnp.shape(state.count)}, and should be one number"
+    if len(kept) != len(updates):
+        odd = sorted({path for path, _ in kept} ^ {path for path, _ in updates})
+        return (
+            f"The momentum `mu` has {len(kept)} leaves, and updates {len(updates)}; see {odd[:4]}"
+        )
+    for (path, update), (_, mu) in zip(updates, kept, strict=True):
+        if jnp.shape(mu) != jnp.shape(update):
+            return (
+                f"The momentum `mu` of {path!r} has shape {jnp.shape(mu)}, and its update "
+                f"{jnp.shape(update)}"
+            )
+        dtype = jnp.result_type(mu)
+        if _is_floating(jnp.result_type(update)) and not _is_floating(dtype):
+            return f"The momentum `mu` of {path!r} has dtype {dtype}, which is not real floating"
+    return None
+
+
+def _is_floating(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def kept_as(old: Any, new: Any) -> Any:
+    """A new tree in the dtypes and memory of the old one, as `jax.lax.scan` wants a state to be."""
+    return jax.tree.map(kept_beside, optax.tree.cast_like(new, old), old)
+
+
+def _check_shapes(old: Any, new: Any) -> None:
+    """Raises if an update of the fallback changed a shape: NumPy's rules broadcast in silence."""
+    for (path, before), after in zip(leaf_paths(old), jax.tree.leaves(new), strict=True):
+        if jnp.shape(before) != jnp.shape(after):
+            raise ValueError(
+                f"The fallback's {path!r} has shape {jnp.shape(before)} before and "
+                f"{jnp.shape(after)} after an update{_REMEDY}"
+            )
