@@ -268,7 +268,8 @@ def shown(value: float, unit: float) -> str:
 
 def plot(record: dict[str, Any]) -> Figure:
     """Bytes and FLOPs of a device against the number of devices."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    counts = sorted(map(int, record["rows"]))
     titles = {
         "bytes": "MB out of collectives",
         "wire": "MB on the wire",
@@ -277,15 +278,20 @@ def plot(record: dict[str, Any]) -> Figure:
     for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
         for number, layout in enumerate(LAYOUTS):
             for peer, style in ((TEON, "o-"), (MUON, "x:")):
-                points = sorted(
-                    (int(count), found[layout][peer][name] * (1e-9 if name == "flops" else 1e-6))
+                values = {
+                    int(count): found[layout][peer][name] * (1e-9 if name == "flops" else 1e-6)
                     for count, found in record["rows"].items()
-                    if name in found.get(layout, {}).get(peer, {})
-                )
+                    # A logarithmic axis has no place for zero.
+                    if found.get(layout, {}).get(peer, {}).get(name)
+                }
+                at = sorted(values)
                 label = f"{peer}, {layout}"
-                axes.plot(*zip(*points, strict=True), style, color=f"C{number}", label=label)
+                axes.plot(at, [*map(values.get, at)], style, color=f"C{number}", label=label)
         axes.set(xlabel="devices", title=title, xscale="log", yscale="log")
-    axes.legend(fontsize="x-small")
+        axes.set_xticks(counts, labels=map(str, counts))
+        axes.set_xticks([], minor=True)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(LAYOUTS))
     figure.suptitle(record["model"])
     return figure
 

@@ -14,7 +14,8 @@ def add_cautious_weight_decay(
     """Cautious weight decay (arXiv 2510.12402): u <- u + weight_decay I(u x >= 0) x.
 
     Args:
-      weight_decay, mask: As for `optax.add_decayed_weights`.
+      weight_decay: As for `optax.add_decayed_weights`: a number or a schedule.
+      mask: As for `optax.add_decayed_weights`: a tree of booleans, or a function of params.
 
     Returns:
       An `optax.GradientTransformation`, to stand before `optax.scale_by_learning_rate`.
