@@ -87,7 +87,8 @@ def _factor(
     def next_gram(
         G: jax.Array, Z: jax.Array, a: jax.typing.ArrayLike, in_two_parts: bool = False
     ) -> jax.Array:
-        GZ = sum(multiply(G, part) for part in (_two_parts(Z) if in_two_parts else (Z,)))
+        parts = _two_parts(Z) if in_two_parts else (Z,)
+        GZ = functools.reduce(jnp.add, [multiply(G, part) for part in parts])
         W = (GZ if is_exact(precision) else (GZ + GZ.T) / 2) + a * G
         G = multiply(Z, W) + a * W
         return (G + G.T) / 2
