@@ -186,7 +186,8 @@ def scale_by_teon(
       rules: As for `orthogonalize`.
       beta: Decay of the momentum.
       nesterov: Whether to use Nesterov's momentum.
-      mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params.
+      mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params. With
+        it, give `update` the params where layers differ in dtype: they are coupled by that.
       method: As for `orthogonalize`.
       scale: As for `orthogonalize`.
       shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know
