@@ -8,7 +8,7 @@ import numpy as np
 
 STEPS = 10
 SAVED = 5  # the step after which a checkpoint is written
-VOCABULARY = 256
+VOCABULARY = 128  # the source is ASCII
 
 
 def text(rows: int = 16, columns: int = 33) -> np.ndarray:
