@@ -27,8 +27,9 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
 ]
 BLOCK = re.compile(r"^<!-- hidden:\n(.*?)^-->$|^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
-# Lines of a model beside its plan: tests/families builds the models and compares the plans.
-FRAGMENTS = ROOT / "docs" / "families.md"
+# Lines of a model beside its plan: tests/families builds the models and compares the plans; and
+# lines of examples/trainers beside theirs: tests/test_trainers.py compares the lines.
+FRAGMENTS = [ROOT / "docs" / "families.md", ROOT / "docs" / "in_your_trainer.md"]
 PYTHON = ("python", "pycon")
 
 
@@ -47,7 +48,7 @@ def blocks(page):
 
 def programs():
     for page in PAGES:
-        if page != FRAGMENTS and any(language in PYTHON for _, language, _, _ in blocks(page)):
+        if page not in FRAGMENTS and any(language in PYTHON for _, language, _, _ in blocks(page)):
             yield pytest.param(page, id=page.relative_to(ROOT).as_posix())
 
 

@@ -19,8 +19,8 @@ import tempfile
 
 os.environ["KERAS_BACKEND"] = "jax"
 
-import jax  # noqa: E402
-import keras  # noqa: E402
+import jax
+import keras
 import optax
 import orbax.checkpoint as ocp
 from keras import layers

@@ -3,6 +3,7 @@
 # dependencies = [
 #   "teon_optax",
 #   "marin-levanter==0.2.227.dev40316220070",
+#   "jax==0.11.2",
 #   "optax==0.2.8",
 # ]
 #
@@ -15,6 +16,7 @@
 
 import dataclasses
 import tempfile
+from pathlib import Path
 
 import equinox as eqx
 import haliax as hax
@@ -51,7 +53,7 @@ class TeonConfig(OptimizerConfig):
         return teon(schedule, RULES, fallback=optax.adamw(self.adam_learning_rate))
 
 
-BATCH, POSITION, VOCAB = hax.Axis("batch", 16), hax.Axis("position", 33), hax.Axis("vocab", VOCABULARY)
+BATCH, POSITION = hax.Axis("batch", 16), hax.Axis("position", 33)
 MODEL = LlamaConfig(
     max_seq_len=POSITION.size,
     hidden_dim=64,
@@ -63,7 +65,7 @@ MODEL = LlamaConfig(
 
 
 def init():
-    return LlamaLMHeadModel.init(VOCAB, MODEL, key=jax.random.PRNGKey(0))
+    return LlamaLMHeadModel.init(hax.Axis("vocab", VOCABULARY), MODEL, key=jax.random.PRNGKey(0))
 
 
 def loss_of(model, example, *, key=None):
@@ -86,6 +88,7 @@ def train(folder, num_steps, resume):
         checkpointer=checkpointer,
         load_checkpoint=resume,
         require_accelerator=False,
+        log_dir=Path(folder),
     )
     losses = {}  # by step: Levanter calls its hooks again after the last one
     with Trainer(config, TeonConfig(lr_schedule="constant").build(STEPS), loss_of) as trainer:

@@ -41,7 +41,11 @@ SIZES = {
     "num_kv_heads": 2,
 }
 LLAMA_SIZES = SIZES | {"vocab_size": VOCABULARY, "rope_theta": 10_000, "norm_eps": 1e-5}
-GEMMA_SIZES = SIZES | {"num_embed": VOCABULARY, "param_dtype": jnp.float32}
+GEMMA_SIZES = SIZES | {
+    "num_embed": VOCABULARY,
+    "sliding_window_size": 8,
+    "param_dtype": jnp.float32,
+}
 
 
 def llama():
@@ -53,15 +57,13 @@ def qwen():
 
 
 def gemma():
-    return gemma3.Gemma3(gemma3.ModelConfig(**GEMMA_SIZES, sliding_window_size=8), rngs=nnx.Rngs(0))
+    return gemma3.Gemma3(gemma3.ModelConfig(**GEMMA_SIZES), rngs=nnx.Rngs(0))
 
 
 def llama_with_lora():
     model = llama()
     provider = qwix.LoraProvider(module_path=".*(q|k|v|o|gate|up|down)_proj", rank=4, alpha=8.0)
-    return qwix.apply_lora_to_model(
-        model, provider, rngs=nnx.Rngs(1), **model.get_model_input()
-    )
+    return qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(1), **model.get_model_input())
 
 
 # The default rules leave LoRA's factors to the fallback. Those of attention have an axis of heads.
@@ -101,7 +103,8 @@ def train(model, rules, max_steps, folder):
     return trainer.metrics_logger.get_metric_history("", "loss", Mode.TRAIN)
 
 
-for make_model, rules in ((llama, None), (qwen, None), (gemma, None), (llama_with_lora, LORA_RULES)):
+for make_model in (llama, qwen, gemma, llama_with_lora):
+    rules = LORA_RULES if make_model is llama_with_lora else None
     trained = nnx.LoRAParam if rules else nnx.Param
     print(f"\n{make_model.__name__}\n{plan(nnx.state(make_model(), trained), rules)}")
     with tempfile.TemporaryDirectory() as folder:
