@@ -35,8 +35,7 @@ RULES = [Rule(r"(policy|value)/params/hidden_(?P<layer>[1-4])/kernel", stack=2)]
 
 
 def optimizer(learning_rate):
-    tx = teon(learning_rate, RULES, fallback=optax.adam(3e-4))
-    return optax.GradientTransformation(tx.init, lambda g, s, p=None: tx.update(g, s, g))
+    return teon(learning_rate, RULES, fallback=optax.adam(3e-4))
 
 
 # `train` makes `optax.adam(learning_rate)`, and calls `update` without parameters.

@@ -4,7 +4,7 @@
 #   "teon_optax",
 #   "kauldron==1.4.4",
 #   "gemma==4.0.1",
-#   "protobuf>=7.36",
+#   "protobuf==7.36.2",
 #   "jax==0.12.0.1",
 #   "optax==0.2.8",
 # ]
