@@ -158,6 +158,14 @@ def test_costs_in_the_readme_are_those_of_the_committed_benchmark(row, figure, m
     assert f"\n| {row} | {first} | {second} |" in (ROOT / "README.md").read_text("utf-8")
 
 
+def test_products_of_other_models_in_the_readme_are_those_of_the_committed_benchmark():
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    for model, words in (("llama-1b", "LLaMA-1B has {}"), ("experts-256", "256 experts {}")):
+        found = results(f"update_cost-{model}-float32-cpu")["optimizers"]
+        ratio = found["teon polar_express"]["flops"] / found["optax muon"]["flops"]
+        assert words.format(f"{ratio:.3f}".removeprefix("0")) in readme
+
+
 def test_bytes_in_the_readme_are_those_of_the_committed_benchmark():
     rows = results("communication-gpt-4x256")["rows"]["8"]
     ratios = [
