@@ -113,7 +113,7 @@ def teon(
         fallback = with_stable_state(optax.chain(adam, decay, descent))
     elif not isinstance(fallback, optax.GradientTransformation):
         raise ValueError(
-            f"`fallback={fallback!r}` should be an optimizer, such as `optax.adamw(1e-3)`."
+            f"`fallback={fallback!r}` should be an optimizer, such as `optax.adamw(3e-4)`."
         )
 
     placement = as_shardings(shardings)

@@ -9,6 +9,7 @@ import ast
 import contextlib
 import doctest
 import io
+import json
 import os
 import pathlib
 import re
@@ -16,6 +17,8 @@ import sys
 import tomllib
 from itertools import zip_longest
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import teon_optax
@@ -129,3 +132,113 @@ def test_every_page_is_in_the_navigation():
     nav = (ROOT / "mkdocs.yml").read_text("utf-8")
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
     assert [page for page in pages if f" {page}\n" not in nav] == []
+
+
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("row", "figure", "model"),
+    [
+        ("products (FLOPs)", "flops", "gpt-24x256"),
+        ("TPU passes of products", "tpu_passes", "gpt-24x256"),
+        ("lines of the compiled program", "hlo_lines", "gpt-24x256"),
+        ("temporary memory", "temp_bytes", "gpt-24x256"),
+        ("wall time, CPU", "wall_median_ratio", "gpt-8x384"),
+    ],
+)
+def test_costs_in_the_readme_are_those_of_the_committed_benchmark(row, figure, model):
+    found = results(f"update_cost-{model}-float32-cpu")["optimizers"]
+    ours = [found[f"teon {method}"] for method in ("polar_express", "schatten")]
+    if figure == "wall_median_ratio":
+        ratios = [peer["wall_ratio"] for peer in ours]
+    else:
+        ratios = [peer[figure] / found["optax muon"][figure] for peer in ours]
+    first, second = (f"{ratio:.3f}".removeprefix("0") for ratio in ratios)
+    assert f"\n| {row} | {first} | {second} |" in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_products_of_other_models_in_the_readme_are_those_of_the_committed_benchmark():
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    for model, words in (("llama-1b", "LLaMA-1B has {}"), ("experts-256", "256 experts {}")):
+        found = results(f"update_cost-{model}-float32-cpu")["optimizers"]
+        ratio = found["teon polar_express"]["flops"] / found["optax muon"]["flops"]
+        assert words.format(f"{ratio:.3f}".removeprefix("0")) in readme
+
+
+def test_bytes_in_the_readme_are_those_of_the_committed_benchmark():
+    rows = results("communication-gpt-4x256")["rows"]["8"]
+    ratios = [
+        rows[layout]["teon"]["bytes"] / rows[layout]["optax muon"]["bytes"]
+        for layout in ("fan-in", "fan-out", "2-D", "HSDP")
+    ]
+    least, most = (f"{ratio:.3f}".removeprefix("0") for ratio in (min(ratios), max(ratios)))
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert f"{least} to {most} of the bytes" in " ".join(readme.split())
+
+
+def shapes(tree):
+    return jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, tuple),
+    )
+
+
+def test_what_the_readme_keeps_from_being_orthogonalized_goes_to_the_fallback():
+    attention = {name: {"kernel": (16, 16)} for name in ("query", "key", "value", "out")}
+    blocks = {f"block_{i}": {"attn": attention, "norm": {"scale": (16,)}} for i in range(2)}
+    rest = {
+        "embed": {"embedding": (64, 16)},
+        "conv": {"kernel": (3, 3, 16, 32)},
+        "lm_head": {"kernel": (16, 64)},
+    }
+    planned = teon_optax.plan(shapes(blocks | rest))
+    norms = {f"block_{i}/norm/scale" for i in range(2)}
+    others = {f"{name}/{leaf}" for name, leaves in rest.items() for leaf in leaves}
+    assert {*planned.fallback} == norms | others
+
+
+def test_low_rank_factors_alone_go_to_the_fallback():
+    factors = {name: {"lora_a": (64, 4), "lora_b": (4, 64)} for name in ("query", "value")}
+    tree = shapes({f"block_{i}": {"attn": factors} for i in range(2)})
+    assert len(teon_optax.plan(tree).fallback) == len(jax.tree.leaves(tree))
+
+
+def test_a_query_wider_than_the_model_costs_more_jointly_in_mode_1_alone():
+    tree = shapes({f"block_{i}": {"query": {"kernel": (1024, 2048)}} for i in range(2)})
+    pattern = r"block_(?P<layer>\d+)/query"
+    shares = []
+    for mode in (1, 2):
+        rules = [teon_optax.Rule(pattern, stack=2, mode=mode)]
+        flops = teon_optax.plan(tree, rules).as_dict()["flops"]
+        shares.append(flops["plan"] / flops["muon"])
+    assert shares[0] > 1 > shares[1]
+
+
+def test_links_between_files_lead_somewhere():
+    lost = []
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text("utf-8"), flags=re.M | re.S)
+        for path in re.findall(r"\]\((?![a-z]+:|#)([^)#\s]+)", text):
+            if not (page.parent / path).exists():
+                lost.append((page.name, path))
+    assert lost == []
+
+
+def test_pages_name_files_that_exist():
+    files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")]
+    lost = []
+    for page in PAGES:
+        for name in re.findall(r"`((?:[\w.]+/)*\w+\.py)`", page.read_text("utf-8")):
+            if not any(f"/{path}".endswith(f"/{name}") for path in files):
+                lost.append((page.name, name))
+    assert lost == []
+
+
+def test_one_rate_is_recommended_for_the_fallback():
+    texts = [page.read_text("utf-8") for page in PAGES]
+    texts += [path.read_text("utf-8") for path in (ROOT / "examples").glob("*.py")]
+    rates = re.findall(r"fallback=optax\.adamw\((\d[\de.-]*)", "\n".join(texts))
+    assert {*rates} == {"3e-4"}

@@ -193,6 +193,15 @@ def test_layers_that_are_not_cut_go_to_devices_as_they_are():
     assert text.count(" all-gather(") == 1 and "all-to-all" not in text
 
 
+def test_stages_of_a_pipeline_that_have_whole_groups_send_nothing():
+    """A stage has 2 of 16 layers of a scanned leaf, which are a group."""
+    tree = {"layers": {"w": normal(16, D, D)}}
+    rules = (Rule("w", stack=2, layer_axis=0),)
+    specs = specs_of(tree, P("stage"))
+    text = assert_sharded_update_is_the_same(tree, mesh_of(stage=8), specs, rules)
+    assert not any(f" {collective}(" in text for collective in COLLECTIVES)
+
+
 def test_more_devices_than_groups_share_them():
     """One group on eight devices: the rows of its Gram matrix are all that they tell each other."""
     tree = {"block_0": {"up": normal(D, 8 * D)}}

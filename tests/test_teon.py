@@ -142,7 +142,7 @@ def test_without_rules_they_are_the_default_rules_of_the_whole_tree():
         ({"weight_decay_mask": True}, "`weight_decay_mask=True` should be a tree of booleans or a"),
         ({"weight_decay_mask": jnp.array(True)}, "or a function of params; under `optax.inject_hy"),
         ({"fallback": "adamw"}, "`fallback='adamw'` should be an optimizer, such as `optax.adamw("),
-        ({"fallback": optax.adamw}, "should be an optimizer, such as `optax.adamw(1e-3)`."),
+        ({"fallback": optax.adamw}, "should be an optimizer, such as `optax.adamw(3e-4)`."),
         ({"method": "nope"}, "`method='nope'` is unknown"),
         ({"scale": -1.0}, "`scale=-1.0` should be 'spectral'"),
         ({"beta": 1.0}, "`beta=1.0` should be a number, at least 0 and less than 1."),
