@@ -1,23 +1,20 @@
-"""Ready sets of rules, as functions of a tree: `default_rules` of it, edited.
+"""Ready sets of rules, as functions of a tree: a stack for each role that a matrix can have.
 
 Each works on every tree that `default_rules` reads, and can be printed, pasted back and edited:
 
     optimizer = teon(0.02, rules.attention_out(params))
 """
 
-import dataclasses
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax._groups.layout import layout_of
-from teon_optax._rules import names
-from teon_optax._rules.default import default_rules
-from teon_optax._rules.names import anywhere, stem
+from teon_optax._rules.default import PAPER, default_rules, rules_by_role
+from teon_optax._rules.roles import Role
 from teon_optax._rules.rule import Rule, Rules
-from teon_optax._rules.tree import Leaf, leaves_of
+from teon_optax._rules.tree import Leaf
 
 
 def paper(params: Any, first: Sequence[Rule] = ()) -> Rules:
@@ -53,7 +50,7 @@ def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
     Returns:
       As of `paper`.
     """
-    return _edited(params, first, lambda rule: [_restacked(rule, 1)])
+    return rules_by_role(params, first, dict.fromkeys(PAPER, 1))
 
 
 def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
@@ -68,15 +65,15 @@ def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules
     Returns:
       As of `paper`.
     """
-    return _edited(params, first, lambda rule: [_restacked(rule, stack)])
+    return rules_by_role(params, first, dict.fromkeys(PAPER, stack))
 
 
 def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
     """Q, K, V and the output projection of attention in runs of K layers; the rest Muon.
 
     An output projection is a matrix so called (`out`, `o_proj`, `c_proj` ..) beside Q, K or V, and
-    the one other `linear` or `output/dense` of an attention module. The paper found stacking it
-    worse than stacking Q, K and V alone.
+    the one other matrix of an attention module. The paper found stacking it worse than stacking
+    Q, K and V alone.
 
     Args:
       params, first: As for `paper`.
@@ -85,113 +82,101 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     Returns:
       As of `paper`.
     """
-    leaves = leaves_of(params)
-    outputs = set(_attention_outputs(leaves))
+    return rules_by_role(params, first, PAPER | {"qkv": stack, "out": stack})
 
-    def edit(rule: Rule) -> Iterable[Rule]:
-        taken = [leaf.path for leaf in leaves if rule.search(leaf.path)]
-        if rule.stack != 1 or outputs.issuperset(taken):
-            return [_restacked(rule, stack)]
-        some = [path for path in taken if path in outputs]
-        return [*(_restacked(part, stack) for part in _narrowed(rule, taken, some)), rule]
 
-    return _edited(params, first, edit)
+def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:
+    r"""Low-rank factors: B (rank, fan_out) by Muon, A (fan_in, rank) by the fallback.
+
+    B starts at zero, so that its updates alone decide where the adapted matrix goes; it is small
+    enough for Muon to cost nothing. All other matrices are as in `paper`: freeze them, or mask them
+    out, to train the factors alone.
+
+    Args:
+      params, first: As for `paper`.
+
+    Returns:
+      As of `paper`.
+
+    Raises:
+      ValueError: If there is no low-rank factor in the tree.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from teon_optax import rules
+      >>> factors = {"lora_a": jnp.zeros((64, 4)), "lora_b": jnp.zeros((4, 64))}
+      >>> print(rules.lora({"block_0": {"query": factors}}))
+      (  # from teon_optax import Rule
+          Rule(r"^block_(?P<layer>\d+)/query/lora_b$"),
+          Rule(r"^block_\d+/query/lora_a$", stack=0),
+      )
+    """
+    found = []
+
+    def note(leaf: Leaf, role: Role) -> Role:
+        found.append(role.name)
+        return role
+
+    rules = rules_by_role(params, first, PAPER | {"lora_b": 1}, note)
+    if "lora_b" not in found:
+        raise ValueError(
+            "`rules.lora(params)`: no leaf is a low-rank factor by name (`lora_a`, `lora_b`) or by "
+            "shape, (fan_in, rank) and (rank, fan_out) beside a matrix. Write a `Rule` for B."
+        )
+    return rules
 
 
 def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = ()) -> Rules:
-    """Muon on each head alone, of the projections that `paper` stacks; the rest as `muon`.
+    """Muon on each head alone, of Q, K and V and of what makes heads of a latent vector.
+
+    A fused projection needs no answer here: its heads are `head_dim` long wherever they lie.
 
     Args:
       params, first: As for `paper`.
       head_dim: Length of a head, where shapes do not show it: of projections with one fan_out axis.
 
     Returns:
-      As of `paper`.
+      As of `paper`, with stack 1.
 
     Raises:
-      ValueError: If `head_dim` is needed, or does not divide a projection's fan_out.
+      ValueError: If `head_dim` is needed, or does not divide a projection's fan_out, or if there
+        is no projection.
     """
-    leaves = leaves_of(params)
+    heads = []
 
-    def edit(rule: Rule) -> Iterable[Rule]:
-        if rule.stack < 2:
-            return [rule]
-        taken = [leaf for leaf in leaves if rule.search(leaf.path)]
-        paths: dict[Rule, list[str]] = {}
-        for leaf in taken:
-            new = _restacked(_by_heads(rule, leaf, head_dim), 1)
-            paths.setdefault(new, []).append(leaf.path)
-        if len(paths) == 1:
-            return [*paths]
-        every = [leaf.path for leaf in taken]
-        return [part for new, some in paths.items() for part in _narrowed(new, every, some)]
+    def by_heads(leaf: Leaf, role: Role) -> Role:
+        fused = [choice for choice in role.choices if choice.name == "qkv" and choice.split != 1]
+        if role.name == "refused" and len({choice.dims for choice in fused}) == 1:
+            role = fused[0]
+        if role.name in ("qkv", "latent"):
+            role = _by_heads(leaf, role, head_dim)
+            heads.append(role)
+        return role
 
-    return _edited(params, first, edit)
+    rules = rules_by_role(params, first, dict.fromkeys(PAPER, 1), by_heads)
+    if not heads and not first:
+        raise ValueError(
+            f"`rules.per_head(params, head_dim={head_dim!r})` finds no Q, K or V projection, so "
+            "there are no heads: write rules whose `dims` leave out an axis of heads, or `split`."
+        )
+    return rules
 
 
-def _by_heads(rule: Rule, leaf: Leaf, head_dim: int | None) -> Rule:
-    """A rule of projections like this leaf, whose heads become a batch, or parts."""
-    held = layout_of(leaf.array_shape, rule)
-    fan_in, fan_out = held.fan_in, held.fan_out
-    if len(fan_out) > 1 + (len(held.sizes) > 1):
-        dims = MuonDimensionNumbers(fan_in, (*fan_out[:-2], fan_out[-1]))
-        return dataclasses.replace(rule, dims=dims)
+def _by_heads(leaf: Leaf, role: Role, head_dim: int | None) -> Role:
+    """A projection's role with its heads as a batch, or as parts of `head_dim`.
+
+    Of several fan_out axes the last two are heads and their size; one before them counts the parts
+    of a fused projection.
+    """
+    held = layout_of(leaf.array_shape, Rule("", 1, 1, role.dims, role.layer_axis, role.split))
+    *parts, last = held.fan_out
+    if parts:
+        fused = parts[:-1] if role.split == held.shape[parts[0]] else []
+        dims = MuonDimensionNumbers(held.fan_in, (*fused, last))
+        return role._replace(dims=dims, split=role.split if fused else 1)
     if type(head_dim) is not int or head_dim < 1 or any(size % head_dim for size in held.sizes):
         raise ValueError(
             f"`rules.per_head(params, head_dim={head_dim!r})`: {leaf.path!r}, shape "
-            f"{leaf.array_shape}, taken by `{rule}`, does not show its heads: pass a head_dim that "
-            "divides it."
+            f"{leaf.array_shape}, does not show its heads: pass a head_dim that divides it."
         )
-    return dataclasses.replace(rule, split=sum(held.sizes) // head_dim)
-
-
-def _edited(params: Any, first: Sequence[Rule], edit: Callable[[Rule], Iterable[Rule]]) -> Rules:
-    rules = default_rules(params, first)[len(first) :]
-    return Rules((*first, *(new for rule in rules for new in edit(rule))))
-
-
-def _restacked(rule: Rule, stack: int) -> Rule:
-    """With another K; 0 stays, and what counts no layers is alone."""
-    stack = 0 if rule.stack == 0 else stack if rule.counts_layers else min(stack, 1)
-    return dataclasses.replace(rule, stack=stack)
-
-
-def _attention_outputs(leaves: Sequence[Leaf]) -> Iterator[str]:
-    kinds = names.PROJECTION, names.FUSED
-    homes = {leaf.place[0] for leaf in leaves if any(k.fullmatch(leaf.place[1]) for k in kinds)}
-    for leaf in leaves:
-        home, role = leaf.place
-        around, module = ["", *home.split("/")][-2:]
-        is_output = names.OUTPUT.fullmatch(role) is not None
-        # Haiku calls it linear, BERT output/dense.
-        inside = anywhere(names.ATTENTION, [module]) and (is_output or role == "linear")
-        below = anywhere(names.ATTENTION, [around]) and names.OUTPUT.fullmatch(stem(module))
-        if inside or below or (is_output and home in homes):
-            yield leaf.path
-
-
-def _narrowed(rule: Rule, taken: Sequence[str], some: Sequence[str]) -> list[Rule]:
-    """A default rule of stack 1, whose pattern has a segment for each of the path, for some leaves.
-
-    Where no choice of names and numbers in segments has them and no others: for their paths.
-    """
-    segments = rule.pattern.removeprefix("^").removesuffix("$").split("/")
-    few, every = ([path.split("/") for path in paths] for paths in (some, taken))
-    differ, narrow = [], []
-    for place, segment in enumerate(segments):
-        found = {keys[place] for keys in few}
-        if found == {keys[place] for keys in every}:
-            continue
-        if "(?P<layer>" in segment:
-            numbers = {number for key in found for number in re.findall(r"\d+$", key)}
-            segments[place] = segment.replace(r"\d+", "|".join(sorted(numbers, key=int)))
-        else:
-            differ.append(place)
-    for keys in sorted({tuple(keys[place] for place in differ) for keys in few}):
-        for place, key in zip(differ, keys, strict=True):
-            segments[place] = re.escape(key)
-        narrow.append(dataclasses.replace(rule, pattern=f"^{'/'.join(segments)}$"))
-    if any(part.search(path) for part in narrow for path in {*taken} - {*some}):
-        pattern = f"^({'|'.join(map(re.escape, some))})$"
-        narrow = [dataclasses.replace(rule, pattern=pattern)]
-    return narrow
+    return role._replace(split=sum(held.sizes) // head_dim)

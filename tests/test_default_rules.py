@@ -457,13 +457,13 @@ def test_haikus_first_block_has_no_number_and_is_layer_0():
 def test_a_leaf_that_differs_from_others_of_its_name_is_numbered_in_the_rules():
     layers = [array(D, 3, 3, F), array(F, D), array(F, F), array(D)]
     params = {"embed": array(F, D), "layers": [{"kernel": layer} for layer in layers]}
-    with pytest.warns(UserWarning, match="No name tells"):
+    with pytest.warns(UserWarning, match="No name and no size tells"):
         rules = default_rules(params)
     assert set(rules) == {
         Rule(r"^embed$", stack=0),
-        Rule(r"^layers/(?P<layer>1)/kernel$"),
+        Rule(r"^layers/(?P<layer>2)/kernel$"),
         Rule(r"^layers/0/kernel$", stack=0),
-        Rule(r"^layers/2/kernel$", stack=0),
+        Rule(r"^layers/1/kernel$", stack=0),
     }
 
 
@@ -633,7 +633,9 @@ def test_any_offered_rule_put_first_is_an_answer(case):
             warnings.simplefilter("ignore", UserWarning)
             rules = default_rules(params, first)
         assert rules[: len(first)] == tuple(first)
-        assert verdicts(plan(params, rules)).keys() == unread.keys() | beside.keys()
+        made = plan(params, rules)
+        members = {leaf_of(member) for group in made.groups for member in group.members}
+        assert {*made.fallback, *members} == unread.keys() | beside.keys()
 
 
 def test_a_refusal_shows_the_rules_and_what_their_axes_are():
@@ -641,21 +643,70 @@ def test_a_refusal_shows_the_rules_and_what_their_axes_are():
     assert message.splitlines()[1:] == [
         '"layers/attn/query/kernel", shape (3, 6, 20): which axes are heads, layers, fan_in? '
         "Write one of",
-        r'    Rule(r"^layers/attn/query/kernel$", dims=MuonDimensionNumbers(reduction_axis=0, '
-        "output_axis=(1, 2)))  # (in, out, out)",
         r'    Rule(r"^layers/attn/query/kernel$", stack=2, layer_axis=0)  # (layer, in, out)',
         r'    Rule(r"^layers/attn/query/kernel$", stack=2, layer_axis=1)  # (in, layer, out)',
+        r'    Rule(r"^layers/attn/query/kernel$", dims=MuonDimensionNumbers(reduction_axis=0, '
+        "output_axis=(1, 2)))  # (in, out, out)",
         r'    Rule(r"^layers/attn/query/kernel$", dims=MuonDimensionNumbers(reduction_axis=1, '
         "output_axis=(0, 2)))  # (out, in, out)",
         r'    Rule(r"^layers/attn/query/kernel$", stack=0)  # fallback',
     ]
 
 
-def test_all_that_cannot_be_read_is_refused_at_once():
+def test_all_that_cannot_be_read_is_refused_at_once_and_not_layer_by_layer():
     paths = [f"blocks/{i}/attn/{name}/kernel" for i in range(12) for name in ("query", "key")]
     message = refusal(nested({path: array(D, H, K) for path in paths}))
-    assert all(f'"{path}"' in message for path in paths)
-    assert message.count("Write one of") == 1
+    for name in ("query", "key"):
+        assert f'"blocks/0/attn/{name}/kernel" (and 11 more with other numbers)' in message
+    assert message.count("blocks/0") == 2 and message.count("Write one of") == 1
+    few = [path for path in paths if path[7] in "012" and path[8] == "/"]
+    message = refusal(nested({path: array(D, H, K) for path in few}))
+    assert all(f'"{path}"' in message for path in few)
+
+
+def test_a_fused_projection_is_offered_as_the_output_projection_shows_it():
+    leaves = {"blocks/0/attn/Wqkv/kernel": (32, 48), "blocks/0/attn/out_proj/kernel": (32, 32)}
+    _, entry = refusal(arrays(leaves)).split(" Write one of\n")
+    likely, *_ = entry.splitlines()
+    path = r"^blocks/(?P<layer>\d+)/attn/Wqkv/kernel$"
+    assert likely == f'    Rule(r"{path}", stack=2, split=(32, 8, 8))  # (in, out)'
+    assert "`split=3` is for equal parts" in refusal(arrays(leaves))
+    assert "laid out by heads or groups cannot be split so" in refusal(arrays(leaves))
+
+
+def test_packed_experts_are_offered_as_parts():
+    leaves = {"blocks/0/ffn/router/layer/kernel": (D, E), "blocks/0/ffn/experts/w1": (E * F, D)}
+    message = refusal(arrays(leaves))
+    assert (
+        'ffn/experts/w1$", dims=MuonDimensionNumbers(reduction_axis=1, output_axis=0), split=8'
+        in (message)
+    )
+
+
+def test_a_rule_beside_a_warning_can_be_pasted():
+    params = arrays(
+        {"blocks/0/up/kernel": (D, F), "blocks/0/down/kernel": (F, D), "zorp": (5, 2, 3)}
+    )
+    with pytest.warns(UserWarning, match="tells what these leaves are") as caught:
+        rules = default_rules(params)
+    assert Rule("^zorp$", stack=0) in rules
+    (offer,) = re.findall(r"(Rule\(.*\))  # ", str(caught[0].message))
+    rule = eval(offer, {"Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers})
+    assert "zorp" in {g.members[0] for g in plan(params, default_rules(params, [rule])).groups}
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {"blocks/0/q/lora_a": (D, 2), "blocks/0/q/lora_b": (2, D)},
+        {"blocks/0/q/a": (D, 2), "blocks/0/q/b": (2, D)},
+        {"embed/embedding": (V, D)},
+    ],
+)
+def test_a_tree_of_which_nothing_is_orthogonalized_is_warned_of_once(leaves):
+    with pytest.warns(UserWarning, match="No leaf is orthogonalized") as caught:
+        rules = default_rules(arrays(leaves))
+    assert len(caught) == 1 and not any(rule.stack for rule in rules)
 
 
 def test_rules_put_first_leave_the_rest_to_the_defaults():
@@ -665,8 +716,8 @@ def test_rules_put_first_leave_the_rest_to_the_defaults():
 
 
 def test_two_leaves_of_one_path_that_need_two_rules_are_refused():
-    params = {"embed": {"embed/w": array(V, D)}, "embed/embed": {"w": array(V, D, 1)}}
-    assert len(default_rules(params)) == 1
+    embed = {"embed": {"embed/w": array(V, D)}, "embed/embed": {"w": array(V, D, 1)}}
+    assert len(default_rules(embed | {"up": {"kernel": array(D, F)}})) == 2
     params = {"a": {"b/kernel": array(D, F)}, "a/b": {"kernel": array(3, D, F)}}
     with pytest.raises(ValueError, match='"a/b/kernel", shape .* is the path of another leaf too'):
         default_rules(params)
@@ -758,7 +809,7 @@ def test_other_leaves_above_2d_go_to_the_fallback_with_one_warning():
         rules = default_rules(params)
     (warning,) = caught
     message = str(warning.message)
-    assert "No name tells what these leaves above 2-D are" in message
+    assert "No name and no size tells what these leaves are" in message
     assert '"mix/kernel", shape (2, 4, 5): 40.0%' in message
     assert '"odd", shape (2, 2, 5, 2): 40.0%' in message
     assert "up/kernel" not in message

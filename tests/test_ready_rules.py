@@ -5,6 +5,7 @@ import re
 import pytest
 from optax.contrib import MuonDimensionNumbers
 from test_default_rules import FAMILIES, array, nested, shapes
+from test_roles import tree_of
 
 from teon_optax import Rule, default_rules, plan, rules
 
@@ -168,3 +169,78 @@ def test_per_head_cuts_each_leaf_at_its_own_heads(narrow):
         for layer in range(2)
         for name in NAMES
     }
+
+
+def sizes_by_path(planned):
+    """Path -> (fan_in, fan_out) of its matrices, and how many it holds."""
+    found = {}
+    for group in planned.groups:
+        path = re.sub(r"(:\d+)?(\[\d+\])?$", "", group.members[0])
+        size = group.fan_in, group.fan_out
+        assert len(group.members) == 1 and found.setdefault(path, (size, 0))[0] == size
+        found[path] = size, found[path][1] + group.batch
+    return found
+
+
+def test_per_head_of_latent_attention():
+    latent = {
+        "layers/*/attn/q_a_proj/kernel": "64x16",
+        "layers/*/attn/q_b_proj/kernel": "16x96",
+        "layers/*/attn/kv_b_proj/kernel": "16x120",
+        "layers/*/attn/o_proj/kernel": "64x64",
+    }
+    found = sizes_by_path(plan(tree_of(latent), rules.per_head(tree_of(latent), head_dim=24)))
+    assert found["layers/1/attn/q_b_proj/kernel"] == ((16, 24), 4)
+    assert found["layers/1/attn/kv_b_proj/kernel"] == ((16, 24), 5)
+    assert found["layers/1/attn/q_a_proj/kernel"] == ((64, 16), 1)
+    with_heads = {
+        "layers/*/attn/wq_b/kernel": "16x4x24",
+        "layers/*/attn/wkv_b/kernel": "16x4x16",
+        "layers/*/attn/out/kernel": "4x8x32",
+    }
+    found = sizes_by_path(plan(tree_of(with_heads), rules.per_head(tree_of(with_heads))))
+    assert found["layers/1/attn/wq_b/kernel"] == ((16, 24), 4)
+    assert found["layers/1/attn/wkv_b/kernel"] == ((16, 16), 4)
+
+
+def test_per_head_of_fused_projections_whose_parts_differ():
+    dbrx = {"blocks/*/attn/Wqkv/kernel": "32x48", "blocks/*/attn/out_proj/kernel": "32x32"}
+    found = sizes_by_path(plan(tree_of(dbrx), rules.per_head(tree_of(dbrx), head_dim=8)))
+    assert found["blocks/2/attn/Wqkv/kernel"] == ((32, 8), 6)
+    assert found["blocks/2/attn/out_proj/kernel"] == ((32, 32), 1)
+    heads = {"blocks/*/attn/qkv_proj/kernel": "32x8x4", "blocks/*/attn/out/kernel": "4x4x32"}
+    found = sizes_by_path(plan(tree_of(heads), rules.per_head(tree_of(heads))))
+    assert found["blocks/2/attn/qkv_proj/kernel"] == ((32, 4), 8)
+    threes = {
+        "blocks/*/attn/qkv/kernel": "32x3x4x8",
+        "blocks/*/attn/out/kernel": "4x8x32",
+        "blocks/*/ln/scale": "32",
+    }
+    found = sizes_by_path(plan(tree_of(threes), rules.per_head(tree_of(threes))))
+    assert found["blocks/2/attn/qkv/kernel"] == ((32, 8), 12)
+
+
+def test_per_head_says_so_where_there_are_no_projections():
+    mlp = tree_of({"blocks/*/up/kernel": "64x256", "blocks/*/down/kernel": "256x64"})
+    with pytest.raises(ValueError, match="finds no Q, K or V projection, so there are no heads"):
+        rules.per_head(mlp, head_dim=8)
+
+
+def test_lora_gives_b_to_muon_and_a_to_the_fallback():
+    factors = {
+        "blocks/*/q/w_lora_a": "64x4",
+        "blocks/*/q/w_lora_b": "4x8x16",
+        "blocks/*/up/kernel": "64x256",
+        "blocks/*/up/fee": "64x4",
+        "blocks/*/up/fum": "4x256",
+        "blocks/*/down/kernel": "256x64",
+    }
+    params = tree_of(factors)
+    planned = plan(params, rules.lora(params))
+    found = sizes_by_path(planned)
+    assert found["blocks/1/q/w_lora_b"] == ((4, 128), 1)
+    assert found["blocks/1/up/fum"] == ((4, 256), 1)
+    assert {"blocks/1/q/w_lora_a", "blocks/1/up/fee"} <= set(planned.fallback)
+    assert found["blocks/1/down/kernel"] == ((256, 64), 1) and not planned.unused
+    with pytest.raises(ValueError, match="no leaf is a low-rank factor by name"):
+        rules.lora(tree_of({"blocks/*/up/kernel": "64x256", "blocks/*/down/kernel": "256x64"}))

@@ -1,49 +1,88 @@
-"""What libraries and models call things: hints, which structure confirms or overrules."""
+"""What libraries and models call things: hints, which structure confirms or overrules.
+
+To add a model family, add words to a row. A segment of a path is compared in snake case, without
+its digits: `LayerNorm_0` is layer_norm, `w1` is w.
+"""
 
 import functools
 import re
-from collections.abc import Iterable
 
-# What libraries and models call things, torch's q_proj, wq and to_q included.
-# Names are compared whole, after `stem`: `head` is in multi_head_attention, `embed` in embed_proj.
-# Flax and MaxText call a weight kernel, Haiku and Gemma w, Equinox and haliax weight.
+
+def _last(words: str) -> str:
+    """Names that end with one of these words, as `lm_head` does with head."""
+    return f"(?:.*_)?(?:{words})"
+
+
+def _any(words: str) -> str:
+    """Names that have one of these words anywhere, as `merged_qkv` has qkv."""
+    return f"(?:.*_)?(?:{words})(?:_.*)?"
+
+
+# What stands around the word of a projection: to_q, q_proj, attn_q, linear_v, wq.
+_AROUND = "(?:(?:w|to|linear|self|cross|attn|attention|add|mha)_)*{}(?:_(?:{}))*"
+_LAYER = "proj|projection|dense|linear|lin|layer|einsum|kernel|weight|w|head|heads"
+
+NAMES = {
+    "layers": _last("[a-z]*blocks?|layers|h|stack|stacked") + "|layer|.*layer_stack.*",
+    "layer": _last("[a-z]*layer"),  # with a number: a `final_layer` is none
+    "scanned": "scan_.*",
+    "members": _last("members?|experts?|ensembles?|critics?|actors?|heads?|networks?|nets?")
+    + "|vmap_.*",
+    "attention": _any("[a-z]*attn|[a-z]*attention|att|mha|mhsa"),
+    "multi head": "multi_head_(?:dot_product_)?attention",
+    "projection": _AROUND.format("w?(q|k|v|query|key|value|queries|keys|values)", _LAYER),
+    "fused": _any("w?qkv[a-z]?|c_attn|query_key_value|key_query_value"),
+    "by heads": _any("query_key_value|qkv[a-z]"),  # Megatron and Qwen3-Next cut by heads first
+    "fused pair": _any("w?kv|key_value"),
+    "packed": "in_proj(?:_weight)?",  # Q, K and V in attention only: Mamba has one as well
+    "latent": "w?(?:q|k|v|kv|qkv)_(?:[a-z]*_)?(?:a|b|up|down|latent)(?:_.*)?|w(?:q|kv)_[ab]",
+    "latent up": ".*_(?:b|up)(?:_.*)?",
+    "output": _AROUND.format("w?(?:o|out|output)", _LAYER) + "|c_proj|proj|attn_vec_einsum",
+    "einsum": _last("einsum"),
+    "gating": "gating_einsum",
+    "reads": _last("up|gate|wi|fc_in|c_fc|intermediate|q|query|wq|fused")
+    + "|(?:up|gate|q|query)_.*",
+    "writes": _last("down|wo|fc_out|c_proj|o|out|output|out_proj|o_proj|output_proj|down_proj"),
+    "mlp": _any("up|down|gate|fc|wi|wo|mlp|ffn?|feed|hidden|dense|linear|proj|projector|layers?|w")
+    + "|pre_logits",
+    "experts": _any("experts?"),
+    "mixture": _any("moe|mo_e|mixture"),
+    "shared": "shared.*",
+    "router": _any("router|routing|shared_expert_gate"),
+    "gate": "gate|gating",
+    "recurrent": _any("[a-z]*cell|lstm|gru|rnn"),
+    "state": _last("hh|dense_h|hi|hf|hg|ho|hn|hr|hz"),  # of a recurrent cell, to itself
+    "low rank": _any("lora|lokr|loha|adalora"),
+    "factor": "a|b|down|up|[a-z]+_[ab]",
+    "vector": _last("bias|scale|offset|mean|var|sinks|gains?|log")
+    + "|(?:.*_)?(?:gamma|beta|log)_.*|gamma|beta",
+    "norm": ".*norm|ln(?:_.*)?|(?:bn|gn)(?:_.*)?|.*norm_[a-z]",
+    "table": _last("embed|embeds|embedder|embeddings?|embs?|tokens?|tok|pos|cls|wte|wpe|latents")
+    + "|" + _last("positions?|positional|pos_enc|encodings?|tables?|lookup|codebooks?|vocab")
+    + "|embed_(?:in|tokens?|positions?)",
+    "positions": ".*pos.*|wpe",
+    "head": "(?!pre_)" + _last("head|logits|classifier|unembed|unembedding|readout|embed_out")
+    + "|logits_dense|logitdense",
+    "convolution": _any("conv|conv_d|convolution|dwconv|depthwise|patch"),
+}  # fmt: skip
+_ROWS = {row: re.compile(pattern) for row, pattern in NAMES.items()}
+# Flax and MaxText call a weight kernel, Haiku and Gemma w, Equinox, haliax and PyTorch weight.
 WEIGHT = re.compile(r"kernel|weights?|w")
-_AROUND = r"(?:w_?|to_|linear_)?(?:{})(?:_(?:proj|projection|dense|linear|lin|layer))?"
-PROJECTION = re.compile(_AROUND.format("(q|k|v|query|key|value|queries|keys|values)"))
-OUTPUT = re.compile(_AROUND.format("o|out|output") + "|c_proj|proj|attn_vec_einsum")
-FUSED = re.compile(_AROUND.format("qkv") + "|c_attn|query_key_value")
-FUSED_PAIR = re.compile(_AROUND.format("kv|key_value"))
-PACKED = re.compile(r"in_proj(?:_weight)?")  # Q, K and V in attention only: Mamba has one as well
-ATTENTION = re.compile(r".*(?:attn|attention).*")
-MULTI_HEAD = re.compile(r"multi_head_(?:dot_product_)?attention")  # Flax: one axis for the heads
-LAYERS = re.compile(r".*(?:blocks?|layers?)|(?:.*_)?(?:h|stack|stacked)|layer_stack.*")
-EXPERTS = re.compile(r"(?:.*_)?experts|moe_block")
-MIXTURE = re.compile(r"(?:.*_)?moe|moe_block")  # holds experts, a router and perhaps more
-ROUTER = re.compile(r"router(?:_.*)?|shared_expert_gate")
-GATE = re.compile(r"gate|gating")  # a router beside experts, elsewhere a matrix of the MLP
-LORA = re.compile(r"(?:.*_)?lora(?:_.*)?")
-# Scales and biases: heads, scanning and `vmap` make them 2-D and more.
-VECTOR = re.compile(r"(?:.*_)?(?:bias|scale|offset)|b|gamma|beta|mean|var|sinks|a_log")
-NORM = re.compile(r".*norm|ln(?:_.*)?|bn|gn")
-EMBEDDING = re.compile(
-    r"(?:.*_)?(?:embed|embeds|embedding|embeddings|embedder|emb|embs|tokens?)"
-    r"|embed_positions|wte|wpe|tok|pos|cls"
-)
-POSITIONS = re.compile(r".*pos.*|wpe")
-HEAD = re.compile(
-    r"(?:(?:lm|mlm|cls|classification|value|policy|out|output)_)?head|logits|logits_dense"
-    r"|logitdense|classifier|unembed|unembedding|embed_out"
-)
-CONVOLUTION = re.compile(r"(?:.*_)?(?:conv(?:\d_?d)?|convolution|dwconv|depthwise|patch)(?:_.*)?")
 
 
-@functools.lru_cache(4096)  # most segments come once per layer
-def stem(key: str) -> str:
-    """A segment in snake case, without its number: `LayerNorm_0` is layer_norm."""
-    key = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key)
-    return re.sub(r"\d+$", "", key).lower().strip("_")
+@functools.lru_cache(8192)
+def spoken(key: str) -> str:
+    """The words of a segment with _ between them: `h0_attn` is h_attn."""
+    snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key)
+    return "_".join(re.findall(r"[a-z]+", snake.lower()))
 
 
-def anywhere(pattern: re.Pattern[str], keys: Iterable[str]) -> bool:
-    """Whether any segment has such a name."""
-    return any(pattern.fullmatch(stem(key)) for key in keys)
+@functools.lru_cache(65536)
+def match(row: str, key: str) -> re.Match[str] | None:
+    """The match of a segment with a row of the table."""
+    return _ROWS[row].fullmatch(spoken(key))
+
+
+def says(row: str, *keys: str) -> bool:
+    """Whether the name of any of these segments is in a row."""
+    return any(match(row, key) for key in keys)

@@ -1,57 +1,101 @@
-"""What a parameter tree shows of a model: siblings, widths, scanned layers."""
+"""What a parameter tree shows of a model: leaves, numbers in paths, scanned layers, siblings."""
 
-import itertools
+import dataclasses
+import os
 import re
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
-from teon_optax._rules.names import (
-    EMBEDDING,
-    LAYERS,
-    MULTI_HEAD,
-    NORM,
-    OUTPUT,
-    POSITIONS,
-    PROJECTION,
-    VECTOR,
-    WEIGHT,
-    anywhere,
-    stem,
-)
+from teon_optax._rules.names import WEIGHT, match, says
 from teon_optax._rules.paths import leaf_paths
 
+HOLE = "\0"  # where a number was in a name
 
-class Leaf(NamedTuple):
-    """A leaf as names and shapes tell it; `shape` is one layer's, without `layer_axis`."""
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A leaf as names and shapes tell it; `shape` is one layer's, without `layer_axis`.
+
+    `names` and `numbers` are the segments of its path taken apart: `a/h3_x` has the names ("a",
+    "h\\0_x") and the numbers (None, "3").
+    """
 
     path: str
     shape: tuple[int, ...]
     array_shape: tuple[int, ...]
     is_float: bool
     box: str = ""  # "haliax" or "penzai": the axes have names, which the path does not show
+    names: tuple[str, ...] = ()
+    numbers: tuple[str | None, ...] = ()
     layer_axis: int | None = None
+    scanned: str = ""  # the module whose leaves all have that axis
+    is_factor: bool = False  # a "b" beside an "a", so no bias
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The segments of the path."""
         return self.path.split("/")
 
-    @property
-    def place(self) -> tuple[str, str]:
-        """The path of the module around, and what the leaf (or its own module) is called there."""
-        keys = self.keys
-        while len(keys) > 1 and (WEIGHT.fullmatch(keys[-1]) or keys[-1].isdecimal()):
-            keys.pop()
-        return "/".join(keys[:-1]), stem(keys[-1])
+    @cached_property
+    def depth(self) -> int:
+        """How many segments are above the leaf, or above the module that holds only its weight."""
+        depth = len(self.keys) - 1
+        while depth and (WEIGHT.fullmatch(self.keys[depth]) or self.keys[depth].isdecimal()):
+            depth -= 1
+        return depth
+
+    @cached_property
+    def home(self) -> str:
+        """The path of the module around."""
+        return "/".join(self.keys[: self.depth])
 
     @property
+    def name(self) -> str:
+        """What the leaf, or the module that holds only its weight, is called at home."""
+        return self.keys[self.depth]
+
+    @property
+    def weight(self) -> str:
+        """What the array of a module is called, nothing where the array has a name itself."""
+        return "" if self.is_bare else self.keys[-1]
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether it is an array at home rather than the weight of a module there."""
+        return self.depth == len(self.keys) - 1
+
+    @cached_property
     def is_vector(self) -> bool:
         """Whether it is called as the biases and scales of a layer are."""
-        return anywhere(VECTOR, self.keys[-1:]) or NORM.fullmatch(self.place[1]) is not None
+        name = self.keys[-1]
+        is_called = says("vector", name) or (name == "b" and not self.is_factor)
+        return is_called or says("norm", self.name)
+
+    def says(self, *rows: str) -> bool:
+        """Whether its name is in one of these rows of the table of names."""
+        return any(match(row, self.name) for row in rows)
+
+    @cached_property
+    def letter(self) -> str:
+        """q, k or v for what is called as such a projection."""
+        found = match("projection", self.name)
+        return found[1][:1] if found else ""
+
+    @cached_property
+    def in_attention(self) -> bool:
+        """Whether a module around is called attention."""
+        return says("attention", *self.keys[: self.depth])
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether one layer's part has two axes or more and no vector's name."""
+        return self.is_float and len(self.shape) > 1 and not self.is_vector
 
     @property
     def hides_axes(self) -> bool:
@@ -59,23 +103,24 @@ class Leaf(NamedTuple):
         return self.box == "haliax" and self.keys[-1] == "weight"
 
 
-class Tree(NamedTuple):
-    """What siblings tell, by the path of a module; "" is the root."""
-
-    weights: dict[tuple[str, str], Leaf]  # by role in the module: "q", "k", "v", "o", or its name
-    vectors: dict[str, dict[str, int]]  # sizes of 1-D leaves by name
-    above_vectors: set[str]  # modules with a 1-D leaf inside, so not scanned
-    vocabularies: set[int]
-    modules: set[str]
+def above(path: str) -> Iterator[str]:
+    """The modules above a path, the root first."""
+    keys = path.split("/")
+    return ("/".join(keys[:depth]) for depth in range(len(keys)))
 
 
 def leaves_of(params: Any) -> list[Leaf]:
-    """Every leaf, in the tree's order, with scanned layers found."""
+    """Every leaf, in the tree's order, with numbers taken apart and scanned layers found."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     pairs = zip(leaf_paths(params), flat, strict=True)
     leaves = [_leaf(path, keys, value) for (path, value), (keys, _) in pairs]
-    axes = _layer_axes(leaves)
-    return [_one_layer(leaf, axes.get(_stack(leaf))) for leaf in leaves]
+    factors = {leaf.path[:-1] + "b" for leaf in leaves if leaf.keys[-1] == "a"}
+    leaves = [
+        dataclasses.replace(leaf, names=names, numbers=numbers, is_factor=leaf.path in factors)
+        for leaf, (names, numbers) in zip(leaves, _taken_apart(leaves), strict=True)
+    ]
+    axes = _scanned_modules([leaf for leaf in leaves if leaf.is_float])
+    return [_one_layer(leaf, axes) for leaf in leaves]
 
 
 def _leaf(path: str, keys: tuple, value: Any) -> Leaf:
@@ -89,121 +134,94 @@ def _leaf(path: str, keys: tuple, value: Any) -> Leaf:
     return Leaf(path, shape, shape, is_float, box)
 
 
-def _stack(leaf: Leaf) -> str:
-    """The module above a leaf that is called layers and has no number: scanned, perhaps."""
-    keys = leaf.keys
-    depth = next((i for i, key in enumerate(keys[:-1]) if anywhere(LAYERS, [key])), None)
-    if depth is None or keys[depth][-1].isdecimal() or keys[depth + 1].isdecimal():
-        return ""
-    return "/".join(keys[: depth + 1])
+def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple, tuple]]:
+    """The names and numbers of every path.
+
+    A number at the end of a segment always counts as one. One inside (`h0_attn`) does where another
+    module beside has the same name with another number. The first module of a name has none in
+    Haiku (block, block_1, block_2), so it gets an empty one.
+    """
+    siblings: dict[str, set[str]] = {}
+    places = [[re.sub(r"_?\d+", "", module) for module in above(leaf.path)] for leaf in leaves]
+    for leaf, modules in zip(leaves, places, strict=True):
+        for module, key in zip(modules, leaf.keys, strict=True):
+            siblings.setdefault(module, set()).add(key)
+    templates: dict[tuple[str, str], set[str]] = {}
+    for module, keys in siblings.items():
+        for key in keys:
+            for name, number in _with_holes(key):
+                templates.setdefault((module, name), set()).add(number)
+
+    def split(module: str, key: str) -> tuple[str, str | None]:
+        if found := re.fullmatch(r"(.*?)(\d+)", key, re.DOTALL):
+            return found[1] + HOLE, found[2]
+        for name, number in _with_holes(key):
+            if len(templates[module, name]) > 1:
+                return name, number
+        is_first = f"{key}_1" in siblings[module] and f"{key}_0" not in siblings[module]
+        return (f"{key}_{HOLE}", "") if is_first else (key, None)
+
+    known = {(module, key): split(module, key) for module in siblings for key in siblings[module]}
+    for leaf, modules in zip(leaves, places, strict=True):
+        pairs = [known[step] for step in zip(modules, leaf.keys, strict=True)]
+        yield tuple(name for name, _ in pairs), tuple(number for _, number in pairs)
 
 
-def _layer_axes(leaves: list[Leaf]) -> dict[str, int]:
-    """The scanned modules, each with the one axis that has the same size in all its leaves."""
-    stacks: dict[str, list[Leaf]] = {}
+def _with_holes(key: str) -> Iterator[tuple[str, str]]:
+    for found in re.finditer(r"\d+", key):
+        yield key[: found.start()] + HOLE + key[found.end() :], found[0]
+
+
+def _scanned_modules(leaves: Sequence[Leaf]) -> dict[str, int]:
+    """The outermost modules whose leaves all count layers along one axis, which is 0 or 1."""
+    shared: dict[str, set[tuple[int, int]]] = {}
     for leaf in leaves:
-        if leaf.is_float and (module := _stack(leaf)):
-            stacks.setdefault(module, []).append(leaf)
-    found = {}
-    for module, inside in stacks.items():
-        axes = [axis for axis in (0, 1) if _counts_layers(inside, axis)]
-        found |= {module: axes[0]} if len(axes) == 1 else {}
-    return found
+        axes = {*enumerate(leaf.shape[:2])} if len(leaf.shape) > 1 else set()
+        for module in above(leaf.path):
+            shared[module] = shared.get(module, axes) & axes
+    inside: dict[str, list[Leaf]] = {}
+    for leaf in leaves:
+        module = next((m for m in above(leaf.path) if shared[m]), None)
+        if module is not None:
+            inside.setdefault(module, []).append(leaf)
+    counted = {
+        module: [axis for axis, _ in shared[module] if _counts_layers(within, axis)]
+        for module, within in inside.items()
+    }
+    return {module: axes[0] for module, axes in counted.items() if len(axes) == 1}
 
 
-def _counts_layers(inside: list[Leaf], axis: int) -> bool:
-    """Whether all leaves have this axis, and without it a norm or bias is as long as a matrix."""
-    ranks = {len(leaf.shape) for leaf in inside}
-    if min(ranks) < 2 or max(ranks) < 3 or len({leaf.shape[axis] for leaf in inside}) > 1:
+def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
+    """Whether an axis that all leaves have counts layers, rather than heads or experts.
+
+    It does where norms have it too: a vector beside no matrix, which without the axis is as long as
+    some side of a matrix. In a module that is called layers, a bias will do.
+    """
+    around = os.path.commonprefix([leaf.keys[:-1] for leaf in inside])
+    if max(len(leaf.shape) for leaf in inside) < 3 or says("experts", *around):
         return False
-    layer = [_one_layer(leaf, axis) for leaf in inside]
-    sizes = {size for leaf in layer if not leaf.is_vector for size in leaf.shape}
-    # An axis that norms have as well counts layers, not heads or experts.
-    return any(leaf.is_vector and sizes.issuperset(leaf.shape) for leaf in layer)
+    is_numbered = any(number is not None for leaf in inside for number in leaf.numbers[:-2])
+    is_called = says("layers", *around) and not is_numbered
+    weighted = {leaf.path.rpartition("/")[0] for leaf in inside if len(leaf.shape) > 2}
+    sizes, vectors, unnamed = set(), [], {}
+    for leaf in inside:
+        shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
+        is_norm = len(shape) == 1 and leaf.path.rpartition("/")[0] not in weighted
+        if leaf.is_vector and (is_norm or is_called):
+            vectors.append(shape)
+        elif not leaf.is_vector:
+            if is_norm:
+                unnamed[leaf.names] = shape
+            else:
+                sizes.update(shape)
+    vectors += [shape for shape, count in Counter(unnamed.values()).items() if count > 1]
+    return any(sizes.issuperset(shape) for shape in vectors)
 
 
-def _one_layer(leaf: Leaf, axis: int | None) -> Leaf:
-    if axis is None or not leaf.is_float:
+def _one_layer(leaf: Leaf, axes: dict[str, int]) -> Leaf:
+    module = next((m for m in above(leaf.path) if m in axes), None)
+    if module is None or not leaf.is_float:
         return leaf
+    axis = axes[module]
     shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
-    return leaf._replace(shape=shape, layer_axis=axis)
-
-
-def _above(path: str) -> Iterator[str]:
-    """The modules above a path, the root first."""
-    keys = path.split("/")
-    return ("/".join(keys[:depth]) for depth in range(len(keys)))
-
-
-def without_numbers(leaves: Iterable[Leaf]) -> list[tuple[tuple[str, ...], tuple[str | None, ...]]]:
-    """Each path in names and numbers: `a/layer_3` is ("a", "layer_"), (None, "3")."""
-    children: dict[tuple[str, ...], set[str]] = {}
-    paths = [
-        [(tuple(map(stem, leaf.keys[:depth])), key) for depth, key in enumerate(leaf.keys)]
-        for leaf in leaves
-    ]
-    for above, key in itertools.chain(*paths):
-        children.setdefault(above, set()).add(key)
-
-    def split(above: tuple[str, ...], key: str) -> tuple[str, str | None]:
-        if match := re.fullmatch(r"(.*?)(\d+)", key, re.DOTALL):
-            return match[1], match[2]
-        # Haiku gives the first module of a name no number: block, block_1, block_2.
-        is_first = f"{key}_1" in children[above] and f"{key}_0" not in children[above]
-        return (f"{key}_", "") if is_first else (key, None)
-
-    pairs = [[split(*step) for step in path] for path in paths]
-    return [(tuple(name for name, _ in p), tuple(number for _, number in p)) for p in pairs]
-
-
-def survey(leaves: Iterable[Leaf]) -> Tree:
-    """The siblings of every leaf."""
-    tree = Tree({}, {}, set(), set(), set())
-    for leaf in leaves:
-        if leaf.is_float:
-            tree.modules.update(_above(leaf.path))
-            _add(tree, leaf)
-    return tree
-
-
-def _add(tree: Tree, leaf: Leaf) -> None:
-    home, role = leaf.place
-    *module, name = leaf.keys
-    if len(leaf.shape) == 1:
-        tree.vectors.setdefault("/".join(module), {})[name] = leaf.shape[0]
-        tree.above_vectors.update(_above(leaf.path))
-    elif len(leaf.shape) > 1 and not leaf.is_vector:
-        if match := PROJECTION.fullmatch(role):
-            role = match[1][:1]
-        tree.weights.setdefault((home, "o" if OUTPUT.fullmatch(role) else role), leaf)
-    is_table = len(leaf.shape) == 2 and EMBEDDING.fullmatch(role)
-    if is_table and not anywhere(LAYERS, module) and not anywhere(POSITIONS, leaf.keys):
-        tree.vocabularies.update(leaf.shape[:1])
-
-
-def bias_axis(leaf: Leaf, tree: Tree) -> int | None:
-    """The axis as long as the bias beside the weight: fan_out, whatever the library."""
-    *module, name = leaf.keys
-    beside = tree.vectors.get("/".join(module), {})
-    if WEIGHT.fullmatch(name):
-        beside = {key: size for key, size in beside.items() if key in ("bias", "b")}
-    elif not name.isdecimal():  # a list [weight, bias] has numbers for names
-        return None
-    axes = [axis for axis, size in enumerate(leaf.shape) if size in beside.values()]
-    return axes[0] if len(axes) == 1 else None
-
-
-def heads_of(home: str, tree: Tree) -> tuple[int, int]:
-    """Number and size of the heads where a query is (width, heads, size) for certain, or zeros."""
-    query, out = tree.weights.get((home, "q")), tree.weights.get((home, "o"))
-    if query is None or out is None or len(query.shape) != 3 or query.keys[-1] == "weight":
-        return 0, 0
-    width, heads, size = query.shape
-    block, _, module = home.rpartition("/")
-    # With two equal sizes, matrices scanned along one of the axes can have these shapes as well.
-    is_certain = (
-        len({width, heads, size}) == 3
-        or not tree.above_vectors.isdisjoint({home, block or home})
-        or MULTI_HEAD.fullmatch(stem(module))
-    )
-    return (heads, size) if out.shape == (heads, size, width) and is_certain else (0, 0)
+    return dataclasses.replace(leaf, shape=shape, layer_axis=axis, scanned=module)

@@ -1,4 +1,4 @@
-"""docs/families.md: its table has every test, and its tests exist."""
+"""docs/families.md: its first table has every test, and its tests exist."""
 
 import ast
 import pathlib
@@ -9,7 +9,9 @@ from checks import PAGE
 
 FOLDER = pathlib.Path(__file__).parent
 ROWS = re.findall(
-    r"^\| \[.*?\]\(#(.*?)\) \|.*\| `tests/families/(.*?)` \|$", PAGE.read_text("utf-8"), re.M
+    r"^\| \[.*?\]\(#(.*?)\) \|.*\| `tests/families/((?!test_trees).*?)` \|$",
+    PAGE.read_text("utf-8"),
+    re.M,
 )
 
 
@@ -32,6 +34,9 @@ def test_a_family_has_a_test_and_a_plan(anchor, test):
 
 
 def test_every_test_of_a_family_is_in_the_table():
-    files = {path.name for path in FOLDER.glob("test_*.py")} - {pathlib.Path(__file__).name}
+    files = {path.name for path in FOLDER.glob("test_*.py")} - {
+        pathlib.Path(__file__).name,
+        "test_trees.py",  # writes its part of the page itself
+    }
     written = {(file, name) for file in files for name in cases_of(file)}
     assert written == {tuple(re.match(r"(.*)::(\w+)", test).groups()) for _, test in ROWS}

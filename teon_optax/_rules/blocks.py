@@ -1,0 +1,135 @@
+"""Which modules are layers of a network, and how wide the stream between them is."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from teon_optax._rules.names import says
+from teon_optax._rules.tree import HOLE, Leaf
+
+Kind = tuple[str, ...]  # the names on the way to a block, numbers left out
+
+
+def is_end(leaf: Leaf) -> bool:
+    """Whether it is called as an embedding or a head: the leaf, its module or the one around."""
+    return says("table", *leaf.keys[-2:], leaf.name) or says("head", *leaf.keys[-2:], leaf.name)
+
+
+def nouns(leaf: Leaf) -> Iterator[tuple[int, str]]:
+    """For each module above an array, its depth and what stands before its number."""
+    for depth in range(1, len(leaf.keys)):
+        noun = leaf.names[depth - 1].partition(HOLE)[0]
+        yield depth, noun or leaf.keys[max(depth - 2, 0)]
+
+
+def called_layers(leaf: Leaf) -> Iterator[int]:
+    """The depths of the modules above an array that are called layers or blocks."""
+    for depth, noun in nouns(leaf):
+        is_numbered = leaf.numbers[depth - 1] is not None
+        if says("layers", noun) or (is_numbered and says("layer", noun)):
+            yield depth
+
+
+def layer_depth(leaf: Leaf) -> int | None:
+    """The depth of the outermost module above a leaf that is called a layer or a block."""
+    return next((depth for depth in called_layers(leaf) if depth <= leaf.depth), None)
+
+
+class Blocks(NamedTuple):
+    """Which modules repeat, as layers do.
+
+    Attributes:
+      kinds: By home, the kind of block that it is in.
+      networks: Modules that repeat, but are whole networks.
+      twins: Modules, with the same number where all that is inside is the same.
+    """
+
+    kinds: dict[str, Kind]
+    networks: set[str]
+    twins: dict[tuple[str, ...], int]
+
+
+def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
+    """Finds the modules that are called layers, or that repeat one inner structure."""
+    inside: dict[tuple[str, ...], list[Leaf]] = {}
+    for leaf in leaves:
+        for depth in range(1, leaf.depth + 1):
+            if leaf.numbers[depth - 1] is not None:
+                inside.setdefault(tuple(leaf.keys[:depth]), []).append(leaf)
+    alike: dict[tuple, list[tuple[str, ...]]] = {}
+    series: dict[tuple, list[tuple[str, ...]]] = {}
+    for module, held in inside.items():
+        if len(held) == 1 and len(held[0].names) == len(module) + 1:
+            continue  # an array that has a module to itself
+        inner = frozenset((leaf.names[len(module) :], leaf.shape) for leaf in held)
+        name = held[0].names[len(module) - 1]
+        alike.setdefault((module[:-1], name, inner), []).append(module)
+        series.setdefault((module[:-1], name), []).append(module)
+    found = {key[:2] for key, modules in alike.items() if len(modules) > 1}
+    repeated = {module: len(series[key]) for key in found for module in series[key]}
+    networks = {module for module in repeated if _is_network(module, inside[module], repeated)}
+    listed = {m for m, count in repeated.items() if count == 2 and m[0].isdecimal() and len(m) == 1}
+    blocks: dict[str, Kind] = {}
+    for leaf in leaves:
+        depth = layer_depth(leaf)
+        if depth is not None and leaf.names[depth] == HOLE and depth < leaf.depth:
+            depth += 1
+        modules = (tuple(leaf.keys[:d]) for d in range(leaf.depth, 0, -1))
+        found = next((m for m in modules if m in repeated and m not in networks | listed), None)
+        depth = depth or (len(found) if found else None)
+        if depth is None and leaf.scanned:
+            depth = leaf.scanned.count("/") + 1
+        if depth is not None:
+            blocks[leaf.home] = leaf.names[:depth]
+    twins = {m: index for index, modules in enumerate(alike.values()) for m in modules}
+    return Blocks(blocks, {"/".join(module) for module in networks}, twins)
+
+
+def _is_network(
+    module: tuple[str, ...], held: Sequence[Leaf], repeated: dict[tuple[str, ...], int]
+) -> bool:
+    """Whether a module is a whole network, as a member of an ensemble is, and no layer of one.
+
+    It is one if it holds repeated layers itself, a table or a head, or a chain of matrices both
+    ends of which have a size that nothing else in the module has.
+    """
+    depth = len(module)
+    matrices = [leaf for leaf in held if leaf.is_matrix]
+    if any(layer_depth(leaf) is not None for leaf in matrices):
+        return any((layer_depth(leaf) or 0) > depth for leaf in matrices)
+    if any(is_end(leaf) for leaf in matrices):
+        return True
+    sizes = Counter(size for leaf in matrices for size in set(leaf.shape))
+    chains: dict[tuple, list[Leaf]] = {}
+    for leaf in matrices:
+        deeper = [tuple(leaf.keys[:d]) for d in range(depth + 1, leaf.depth + 1)]
+        counts = [(repeated.get(m, 0), 1 if len(m) < leaf.depth else 2) for m in deeper]
+        if any(count > few and count not in sizes for count, few in counts):  # no experts
+            return True
+        if len(leaf.shape) == 2 and leaf.numbers[leaf.depth] is not None:
+            chains.setdefault((leaf.home, leaf.names[leaf.depth]), []).append(leaf)
+    return any(
+        sizes[chain[0].shape[0]] == 1 and sizes[chain[-1].shape[-1]] == 1
+        for chain in chains.values()
+        if len(chain) > 1
+    )
+
+
+def kinds_of(leaves: Iterable[Leaf], blocks: dict[str, Kind]) -> dict[Kind, list[Leaf]]:
+    found: dict[Kind, dict[tuple, Leaf]] = {}
+    for leaf in leaves:
+        if leaf.home in blocks:
+            found.setdefault(blocks[leaf.home], {}).setdefault((leaf.names, leaf.shape), leaf)
+    return {kind: [*inside.values()] for kind, inside in found.items()}
+
+
+def stream_width(inside: Iterable[Leaf], matrices: dict[str, list[Leaf]]) -> set[int]:
+    """The sizes that occur most in a kind of block: in its matrices and in its norms."""
+    counts: Counter[int] = Counter()
+    for leaf in inside:
+        is_norm = len(leaf.shape) == 1 and leaf.path.rpartition("/")[0] not in matrices
+        if (leaf.is_matrix and not is_end(leaf)) or is_norm:
+            weight = 2 if len(leaf.shape) == 2 else 1
+            counts.update(dict.fromkeys(leaf.shape, weight))
+    most = max(counts.values(), default=0)
+    return {size for size, count in counts.items() if count == most > 1}

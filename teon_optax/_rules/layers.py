@@ -1,0 +1,72 @@
+"""Which number of a path counts layers."""
+
+from collections import Counter
+
+from teon_optax._rules.blocks import called_layers, is_end, nouns
+from teon_optax._rules.names import says
+from teon_optax._rules.siblings import Siblings
+from teon_optax._rules.tree import Leaf
+
+
+def layer_columns(leaf: Leaf, around: Siblings) -> tuple[int | None, ...]:
+    """The segments of a path whose number may count layers; more than one where that is open.
+
+    None among them means that a scanned axis counts, or that nothing does.
+    """
+    numbered = [c for c, number in enumerate(leaf.numbers) if number is not None]
+    called = [depth - 1 for depth in called_layers(leaf) if depth - 1 in numbered]
+    varying = around.varying[leaf.names]
+    if leaf.layer_axis is not None:  # a number too where the scan is over a pattern of blocks
+        scans = [c for c in called if not says("scanned", leaf.keys[c]) or c in varying]
+        return (None, *scans)
+    if called:
+        return tuple(dict.fromkeys([called[0], *(c for c in called if c in varying)]))
+    modules = [c for c in numbered if c < leaf.depth or leaf.is_bare and c == leaf.depth]
+    modules = [c for c in modules if not _is_apart(leaf, c, around)]
+    if modules and modules[0] not in varying:
+        return tuple(dict.fromkeys([modules[0], *(c for c in modules if c in varying)]))
+    if not modules and all(key.isdecimal() for key in leaf.keys[:2]) and len(leaf.keys) > 1:
+        return (0,)  # a list of (weight, bias)
+    is_listed = modules[:1] == [0] and leaf.keys[0].isdecimal() and leaf.depth > 0
+    is_open = is_listed or (modules and len(_beside_two(leaf, modules[0], around)) > 0)
+    return (modules[0], None) if is_open else tuple(modules[:1])
+
+
+def _beside_two(leaf: Leaf, column: int, around: Siblings) -> list[Leaf]:
+    """The matrices beside two modules that hold an attention each and nothing else.
+
+    One feed forward of two or three matrices shows one block with two attentions. Where there are
+    two matrices of every shape, they are one in each of two layers.
+    """
+    modules = around.series(leaf, column)
+    module, above = ("/".join(leaf.keys[:depth]) for depth in (column + 1, column))
+    if len(modules) != 2 or leaf.home != module or len(around.matrices.get(module, [])) > 4:
+        return []
+    beside = [
+        other
+        for home, held in around.matrices.items()
+        for other in held
+        if f"{home}/".startswith(f"{above}/".lstrip("/"))
+        and not is_end(other)
+        and not any(f"{home}/".startswith(f"{two}/") for two in modules)
+    ]
+    shapes = Counter(other.shape for other in beside)
+    return [] if all(count % 2 == 0 for count in shapes.values()) else beside
+
+
+def _is_apart(leaf: Leaf, column: int, around: Siblings) -> bool:
+    """Whether modules that differ in a number are no layers.
+
+    They may be experts, members of an ensemble, whole networks, heads whose results a matrix beside
+    them reads side by side, or two attentions of one block.
+    """
+    module, above = ("/".join(leaf.keys[:depth]) for depth in (column + 1, column))
+    noun = next((noun for depth, noun in nouns(leaf) if depth == column + 1), "")
+    if says("members", noun) or above in around.mixtures or module in around.networks:
+        return True
+    modules, held = around.series(leaf, column), around.matrices.get(leaf.home, [])
+    are_heads = leaf.home == module and all(m.shape[-1] == leaf.shape[-1] for m in held)
+    readers = [
+        m for m in around.matrices.get(above, []) if len(modules) * leaf.shape[-1] in m.shape
+    ]
+    return bool(are_heads and readers) or 0 < len(_beside_two(leaf, column, around)) < 4

@@ -1,0 +1,163 @@
+"""What stands around a leaf: its module, the blocks, the widths, routers and experts."""
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from teon_optax._rules.blocks import Kind, is_end, kinds_of, repeated_blocks, stream_width
+from teon_optax._rules.names import says
+from teon_optax._rules.tree import Leaf, above
+
+
+class Siblings(NamedTuple):
+    """What a tree shows of its modules, by their paths; "" is the root."""
+
+    matrices: dict[str, list[Leaf]]  # by home
+    vectors: dict[str, dict[str, int]]  # sizes of 1-D leaves by name
+    unscanned: set[str]  # modules with a 1-D leaf inside
+    blocks: dict[str, Kind]  # homes inside repeated blocks
+    kinds: dict[Kind, list[Leaf]]  # the matrices of a kind of block, one for all its layers
+    kinds: dict[Kind, list[Leaf]]  # what a kind of block holds, once for all its layers
+    streams: dict[Kind, set[int]]  # the size, or sizes, that most of a block's matrices have
+    widths: set[int]  # what a matrix outside of blocks may connect
+    linked: set[int]  # fan_out of one matrix outside of blocks and fan_in of another
+    vocabularies: set[tuple[int, int]]  # sizes of embeddings, the vocabulary first
+    routers: set[str]  # paths
+    mixtures: set[str]  # modules that hold a router and its experts
+    experts: set[str]  # paths
+    modules: set[str]
+    twins: dict[tuple[str, ...], int]  # modules, the same number where all inside is the same
+    networks: set[str]  # numbered modules that are no layers, but whole networks
+    numbered: dict[tuple[str, str], list[str]]  # by the module around and the name: modules
+    varying: dict[Kind, set[int]]  # by a path's names: the segments whose number differs
+
+    def stream_of(self, leaf: Leaf) -> set[int]:
+        """The width of the residual stream around a leaf, or several that it may be."""
+        kind = self.blocks.get(leaf.home)
+        return self.widths if kind is None else self.streams[kind]
+
+    def series(self, leaf: Leaf, column: int) -> list[str]:
+        """The modules that differ from the one around a leaf in the number of a segment."""
+        return self.numbered["/".join(leaf.keys[:column]), leaf.names[column]]
+
+    def inside(self, leaf: Leaf) -> list[Leaf]:
+        """What the kind of block around a leaf holds: matrices, once for all its layers."""
+        found = self.kinds.get(self.blocks.get(leaf.home, ()), [])
+        return [other for other in found if other.is_matrix]
+
+
+def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
+    """Finds blocks first, then what is inside of them and what is outside."""
+    floats = [leaf for leaf in leaves if leaf.is_float and 0 not in leaf.shape]
+    matrices: dict[str, list[Leaf]] = {}
+    vectors: dict[str, dict[str, int]] = {}
+    unscanned: set[str] = set()
+    for leaf in floats:
+        if len(leaf.shape) == 1:
+            vectors.setdefault(leaf.path.rpartition("/")[0], {})[leaf.keys[-1]] = leaf.shape[0]
+            unscanned.update(above(leaf.path))
+        elif leaf.is_matrix:
+            matrices.setdefault(leaf.home, []).append(leaf)
+    numbered: dict[tuple[str, str], dict[str, None]] = {}
+    for leaf in leaves:
+        for column, number in enumerate(leaf.numbers):
+            if number is not None:
+                series = "/".join(leaf.keys[:column]), leaf.names[column]
+                numbered.setdefault(series, {})["/".join(leaf.keys[: column + 1])] = None
+    numbers: dict[Kind, dict[tuple, None]] = {}
+    for leaf in leaves:
+        numbers.setdefault(leaf.names, {})[leaf.numbers] = None
+    varying = {
+        names: {c for c, column in enumerate(zip(*held, strict=True)) if len({*column}) > 1}
+        for names, held in numbers.items()
+    }
+    blocks, networks, twins = repeated_blocks(floats)
+    kinds = kinds_of(floats, blocks)
+    streams = {kind: stream_width(inside, matrices) for kind, inside in kinds.items()}
+    outside = [leaf for leaf in floats if leaf.is_matrix and leaf.home not in blocks]
+    plain = [leaf for leaf in outside if len(leaf.shape) == 2 and not is_end(leaf)]
+    squares = {leaf.shape[0] for leaf in plain if leaf.shape[0] == leaf.shape[1]}
+    squares |= {min(leaf.shape) for leaf in plain if leaf.says("state")}
+    widths = set().union(squares, *streams.values())
+    tables = {leaf.shape for leaf in outside if len(leaf.shape) == 2 and is_vocabulary(leaf)}
+    modules = {module for leaf in floats for module in above(leaf.path)}
+    routers, mixtures, experts = _mixtures(matrices, blocks)
+    return Siblings(
+        matrices, vectors, unscanned, blocks, kinds, streams, widths, _linked(outside, plain),
+        tables, routers, mixtures, experts, modules, twins, networks,
+        {key: [*held] for key, held in numbered.items()}, varying,
+    )  # fmt: skip
+
+
+def is_vocabulary(leaf: Leaf) -> bool:
+    """Whether it is called as an embedding, and not as one of positions."""
+    return says("table", *leaf.keys[-2:]) and not says("positions", *leaf.keys)
+
+
+def _linked(outside: Iterable[Leaf], plain: Sequence[Leaf]) -> set[int]:
+    """Sizes by which matrices outside of blocks, convolutions and heads follow each other."""
+    ins, outs, channels = set(), set(), set()
+    for leaf in outside:
+        first, last = leaf.shape[0], leaf.shape[-1]
+        out, into = (first, last) if leaf.keys[-1].startswith("weight") else (last, first)
+        if len(leaf.shape) > 2 and says("convolution", *leaf.keys):
+            channels.add(out)
+        elif len(leaf.shape) == 2 and (leaf in plain or says("head", *leaf.keys[-2:])):
+            outs.add(out)
+            ins.add(into)
+    flat = {size for size in ins if any(size % channel == 0 for channel in channels - {1})}
+    return ins & outs | flat  # a convolution's channels are also flattened
+
+
+def _mixtures(
+    matrices: dict[str, list[Leaf]], blocks: dict[str, Kind]
+) -> tuple[set[str], set[str], set[str]]:
+    """Paths of routers (width, E), and of what is beside them E times: the experts.
+
+    Experts are leaves of three axes and more that begin with E and have the router's width, or
+    numbered modules, E in all, of three matrices at most.
+    """
+    below: dict[str, list[Leaf]] = {}
+    for held in matrices.values():
+        for leaf in held:
+            for module in above(leaf.path):
+                below.setdefault(module, []).append(leaf)
+    routers, mixtures, experts = set(), set(), set()
+    for home, held in matrices.items():
+        if says("attention", *home.split("/")[-1:]):
+            continue
+        for router in (leaf for leaf in held if len(leaf.shape) == 2):
+            for module in (home, home.rpartition("/")[0]):
+                is_alone = len(held) == 1 and home in blocks
+                found = (
+                    _experts_of(router, module, below[module]) if is_alone or module == home else []
+                )
+                if found:
+                    routers.add(router.path)
+                    mixtures.add(module)
+                    experts.update(leaf.path for leaf in found)
+                    break
+    return routers, mixtures, experts
+
+
+def _experts_of(router: Leaf, module: str, inside: Sequence[Leaf]) -> list[Leaf]:
+    for count, width in (router.shape[::-1], router.shape):
+        tall = [
+            leaf
+            for leaf in inside
+            if len(leaf.shape) > 2 and leaf.shape[0] == count and width in leaf.shape[1:]
+            and not leaf.letter and not says("attention", *leaf.keys)
+        ]  # fmt: skip
+        if len(tall) > 1:
+            return tall
+        depth = module.count("/") + 1 if module else 0
+        numbered: dict[str, dict[str, list[Leaf]]] = {}
+        for leaf in inside:
+            if len(leaf.numbers) > depth + 1 and leaf.numbers[depth] is not None:
+                modules = numbered.setdefault(leaf.names[depth], {})
+                modules.setdefault(leaf.keys[depth], []).append(leaf)
+        for modules in numbered.values():
+            held = [leaf for leaves in modules.values() for leaf in leaves]
+            few = len(held) <= 3 * count and all(width in leaf.shape for leaf in held)
+            if len(modules) == count > 1 and few and not says("layers", *modules):
+                return held
+    return []
