@@ -220,13 +220,13 @@ def assert_trains(params, loss, rules=None, learning_rate=0.02, steps=21):
 
 
 def assert_on_page(params, rules, name):
-    """docs/families.md shows this plan under this name; WRITE_PLANS=1 writes it there."""
+    """docs/families.md shows this plan under this name; WRITE_OUTPUT=1 writes it there."""
     page, made = PAGE.read_text("utf-8"), str(plan(params, rules))
     start = f"<!-- plan: {name} -->\n\n```text\n"
     assert start in page
     before, _, after = page.partition(start)
     shown, end, rest = after.partition("\n```\n")
-    if os.environ.get("WRITE_PLANS"):
+    if os.environ.get("WRITE_OUTPUT"):
         PAGE.write_text("".join([before, start, made, end, rest]), "utf-8")
     else:
         assert shown == made
