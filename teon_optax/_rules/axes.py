@@ -1,7 +1,5 @@
 """Which axes of a leaf are fan_in and fan_out: what is proven, and what is left to choose from."""
 
-from collections.abc import Iterable, Iterator
-
 from optax.contrib import MuonDimensionNumbers as D
 
 from teon_optax._rules.names import WEIGHT, match, says
@@ -162,33 +160,46 @@ def _fit(leaf: Leaf, layout: str, output: Leaf, other: str, parts: int) -> bool:
     return heads and size or theirs["h"] == ours["h"] and ours["d"] != theirs["d"]
 
 
-def options(leaf: Leaf, parts: int = 1) -> Iterator[tuple[D | None, int | None]]:
+def options(leaf: Leaf, parts: int = 1) -> list[tuple[D | None, int | None]]:
     """All (dims, layer_axis) that a projection may have, the likely ones first."""
     rank, is_weight = len(leaf.shape), leaf.keys[-1] == "weight"
-    scanned = [] if leaf.layer_axis is not None or rank < 3 or parts > 1 else [0, 1]
     layouts = [x for x in READERS.get(rank, ()) if rank == 2 or is_weight or x[-1] != "d"]
     layouts.sort(key=lambda layout: (layout[-1] == "d") != is_weight)
     fits = [
-        (reader_dims(layout), None)
+        reader_dims(layout)
         for layout in layouts
         if leaf.shape[next(i for i, letter in enumerate(layout) if letter != "d")] % parts == 0
     ]
-    one_layer = reader_dims(READERS[rank - 1][-1 if is_weight else 0]) if scanned else None
-    along = [(shifted(one_layer, axis), axis) for axis in scanned]
-    # A module of layers without a number is scanned more often than not.
-    is_stack = says("layers", *leaf.keys[: leaf.depth]) and set(leaf.numbers) == {None}
-    yield from (*along, *fits) if is_stack else (*fits[:1], *along, *fits[1:])
+    return _with_layers(leaf, fits, parts)
 
 
-def other_options(leaf: Leaf) -> Iterable[D | None]:
-    """All dims that a matrix which is no projection may have: of heads, experts or a plain one."""
+def other_options(leaf: Leaf) -> list[tuple[D | None, int | None]]:
+    """The same for a matrix that is no projection: an output projection, experts, a plain one."""
     rank = len(leaf.shape)
     if rank == 2:
-        return (None, D(1, 0)) if leaf.keys[-1] != "weight" else (D(1, 0), None)
+        plain = [None, D(1, 0)] if leaf.keys[-1] != "weight" else [D(1, 0), None]
+        return [(dims, None) for dims in plain]
     last = rank - 1
     front, back = tuple(range(last)), tuple(range(1, rank))
-    experts = (D(last - 1, last), D(last, last - 1)) if rank == 3 else ()
-    return D(front, last), D(back, 0), D(0, back), *experts
+    experts = [D(last - 1, last), D(last, last - 1)] if rank == 3 else []
+    return _with_layers(leaf, [D(front, last), D(back, 0), D(0, back), *experts])
+
+
+def _with_layers(
+    leaf: Leaf, fits: list[D | None], parts: int = 1
+) -> list[tuple[D | None, int | None]]:
+    """Some dims, and those of a leaf scanned along an axis: first where a module is called layers.
+
+    A module of layers without a number is scanned more often than not.
+    """
+    rank = len(leaf.shape)
+    plain: list[tuple[D | None, int | None]] = [(dims, None) for dims in fits]
+    if leaf.layer_axis is not None or not 2 < rank < 5 or parts > 1:
+        return plain
+    one_layer = reader_dims(READERS[rank - 1][-1 if leaf.keys[-1] == "weight" else 0])
+    along = [(shifted(one_layer, axis), axis) for axis in (0, 1)]
+    is_stack = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
+    return [*along, *plain] if is_stack else [*plain[:1], *along, *plain[1:]]
 
 
 def shifted(dims: D | None, axis: int) -> D | None:

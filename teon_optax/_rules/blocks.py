@@ -116,6 +116,7 @@ def _is_network(
 
 
 def kinds_of(leaves: Iterable[Leaf], blocks: dict[str, Kind]) -> dict[Kind, list[Leaf]]:
+    """What each kind of block holds, once for all its layers."""
     found: dict[Kind, dict[tuple, Leaf]] = {}
     for leaf in leaves:
         if leaf.home in blocks:

@@ -70,10 +70,8 @@ def _batch(leaf: Leaf, around: Siblings) -> Role:
     axis, rank = out_axis(leaf, around), len(leaf.shape)
     if axis is None:
         last = rank - 1
-        return refused(
-            "(in, out) or (out, in)?",
-            [Role("hidden", D(last - 1, last)), Role("hidden", D(last, last - 1))],
-        )
+        both = [Role("hidden", D(last - 1, last)), Role("hidden", D(last, last - 1))]
+        return refused("(in, out) or (out, in)?", both)
     return Role("hidden", matrix_dims(axis, rank), split=_halves(leaf, axis, around))
 
 

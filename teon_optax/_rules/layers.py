@@ -27,9 +27,12 @@ def layer_columns(leaf: Leaf, around: Siblings) -> tuple[int | None, ...]:
         return tuple(dict.fromkeys([modules[0], *(c for c in modules if c in varying)]))
     if not modules and all(key.isdecimal() for key in leaf.keys[:2]) and len(leaf.keys) > 1:
         return (0,)  # a list of (weight, bias)
-    is_listed = modules[:1] == [0] and leaf.keys[0].isdecimal() and leaf.depth > 0
-    is_open = is_listed or (modules and len(_beside_two(leaf, modules[0], around)) > 0)
-    return (modules[0], None) if is_open else tuple(modules[:1])
+    if not modules:
+        return ()
+    # Two in a list may be two networks, and two attentions may be those of one block.
+    are_two = modules[0] == 0 and leaf.keys[0].isdecimal() and len(around.series(leaf, 0)) == 2
+    is_open = are_two or _beside_two(leaf, modules[0], around)
+    return (modules[0], None) if is_open else (modules[0],)
 
 
 def _beside_two(leaf: Leaf, column: int, around: Siblings) -> list[Leaf]:

@@ -27,12 +27,8 @@ def roles(params: Any) -> list[tuple[Leaf, Role | None, tuple[int | None, ...]]]
             continue
         # Equal layers are read once.
         modules = (tuple(leaf.keys[:depth]) for depth in range(1, len(leaf.keys)))
-        module = next((m for m in modules if m in around.twins), None)
-        key = (
-            (around.twins[module], *leaf.keys[len(module) :])
-            if module
-            else (leaf.path, *leaf.array_shape)
-        )
+        module = next((m for m in modules if m in around.twins), ())
+        key = around.twins.get(module), *leaf.keys[len(module) :], *leaf.array_shape
         if key not in known:
             known[key] = _role(leaf, around), layer_columns(leaf, around)
         found.append((leaf, *known[key]))
@@ -74,11 +70,8 @@ def _end(leaf: Leaf, around: Siblings) -> Role | None:
     if not is_end(leaf):
         return None
     is_module = leaf.home in around.blocks and leaf.weight != "" and len(leaf.shape) == 2
-    return (
-        None
-        if is_module and all(_is_shared(size, leaf, around) for size in leaf.shape)
-        else FALLBACK
-    )
+    is_joined = is_module and all(_is_shared(size, leaf, around) for size in leaf.shape)
+    return None if is_joined else FALLBACK
 
 
 def _is_shared(size: int, leaf: Leaf, around: Siblings) -> bool:
@@ -94,7 +87,6 @@ def _vector(leaf: Leaf, around: Siblings) -> Role | None:
     """A bare array that is no matrix: a scale for each head, a state or a table in a block."""
     if leaf.weight or leaf.home not in around.blocks or leaf.says("mlp"):
         return None
-    beside = around.matrices[leaf.home]
     stream = around.stream_of(leaf)
     tall = [m.shape for m in around.inside(leaf) if len(m.shape) == 3]
     heads = [s[1:] for s in tall if any(o[2] == s[0] and o[0] % s[1] == 0 for o in tall)]
@@ -103,7 +95,7 @@ def _vector(leaf: Leaf, around: Siblings) -> Role | None:
         return FALLBACK
     own = [axis for axis in range(len(leaf.shape)) if not _is_linked(axis, leaf, around)]
     is_named = leaf.says("projection", "output", "fused")
-    return unknown(leaf) if len(leaf.shape) == 2 and own and len(beside) and not is_named else None
+    return unknown(leaf) if len(leaf.shape) == 2 and own and not is_named else None
 
 
 def _is_linked(axis: int, leaf: Leaf, around: Siblings) -> bool:
@@ -128,8 +120,7 @@ def _large(leaf: Leaf, around: Siblings) -> Role | None:
     is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in around.blocks
     if is_table or (is_image and bias_axis(leaf, around) is not None):
         return FALLBACK
-    rows = ("output", "mlp", "reads", "writes", "experts", "shared")
-    is_named = leaf.says(*rows)
+    is_named = leaf.says("output", "mlp", "reads", "writes", "experts", "shared")
     if leaf.home in around.blocks and leaf.weight and not is_named:
         return ask_axes(leaf)
     return unknown(leaf)
@@ -148,8 +139,7 @@ def _outside(leaf: Leaf, around: Siblings) -> Role | None:
     sizes = fans(leaf, around)
     if sizes[::-1] in around.vocabularies and not leaf.says("reads"):
         return FALLBACK if sizes[0] != sizes[1] else unknown(leaf)  # a head without a name
-    rows = ("mlp", "projection", "output", "reads", "writes")
-    is_named = not around.blocks or leaf.says(*rows)
+    is_named = not around.blocks or leaf.says("mlp", "projection", "output", "reads", "writes")
     if around.widths.issuperset(sizes):
         return None if is_named else unknown(leaf)
     if widths.issuperset(sizes):

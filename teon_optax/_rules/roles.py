@@ -33,20 +33,25 @@ FALLBACK = Role("fallback")
 
 
 def refused(question: str, choices: Iterable[Role]) -> Role:
+    """An error with these choices, and the fallback."""
     return Role("refused", question=question, choices=(*choices, FALLBACK))
 
 
-def unknown(leaf: Leaf, question: str = "no name tells what it is") -> Role:
-    return Role("unknown", question=question, choices=(*others(leaf), FALLBACK))
+def unknown(leaf: Leaf) -> Role:
+    """The fallback, with a warning and a rule to paste."""
+    return Role("unknown", choices=(*others(leaf), FALLBACK))
 
 
 def projections(leaf: Leaf, split: int = 1) -> list[Role]:
+    """All that a leaf may be if it is Q, K or V, or several of them in one."""
     return [Role("qkv", dims, axis, split) for dims, axis in options(leaf, split)]
 
 
 def others(leaf: Leaf) -> list[Role]:
-    return [Role("hidden", dims) for dims in other_options(leaf)]
+    """All that a leaf may be if it is another matrix."""
+    return [Role("hidden", dims, axis) for dims, axis in other_options(leaf)]
 
 
 def ask_axes(leaf: Leaf) -> Role:
+    """The error for Q, K or V of which only the axes are not certain."""
     return refused("which axes are heads, layers, fan_in?", projections(leaf))

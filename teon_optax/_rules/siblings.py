@@ -15,7 +15,6 @@ class Siblings(NamedTuple):
     vectors: dict[str, dict[str, int]]  # sizes of 1-D leaves by name
     unscanned: set[str]  # modules with a 1-D leaf inside
     blocks: dict[str, Kind]  # homes inside repeated blocks
-    kinds: dict[Kind, list[Leaf]]  # the matrices of a kind of block, one for all its layers
     kinds: dict[Kind, list[Leaf]]  # what a kind of block holds, once for all its layers
     streams: dict[Kind, set[int]]  # the size, or sizes, that most of a block's matrices have
     widths: set[int]  # what a matrix outside of blocks may connect
@@ -24,7 +23,7 @@ class Siblings(NamedTuple):
     routers: set[str]  # paths
     mixtures: set[str]  # modules that hold a router and its experts
     experts: set[str]  # paths
-    modules: set[str]
+    modules: set[str]  # all that hold a leaf
     twins: dict[tuple[str, ...], int]  # modules, the same number where all inside is the same
     networks: set[str]  # numbered modules that are no layers, but whole networks
     numbered: dict[tuple[str, str], list[str]]  # by the module around and the name: modules
@@ -63,9 +62,9 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
             if number is not None:
                 series = "/".join(leaf.keys[:column]), leaf.names[column]
                 numbered.setdefault(series, {})["/".join(leaf.keys[: column + 1])] = None
-    numbers: dict[Kind, dict[tuple, None]] = {}
+    numbers: dict[Kind, set[tuple[str | None, ...]]] = {}
     for leaf in leaves:
-        numbers.setdefault(leaf.names, {})[leaf.numbers] = None
+        numbers.setdefault(leaf.names, set()).add(leaf.numbers)
     varying = {
         names: {c for c, column in enumerate(zip(*held, strict=True)) if len({*column}) > 1}
         for names, held in numbers.items()
@@ -82,7 +81,7 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
     modules = {module for leaf in floats for module in above(leaf.path)}
     routers, mixtures, experts = _mixtures(matrices, blocks)
     return Siblings(
-        matrices, vectors, unscanned, blocks, kinds, streams, widths, _linked(outside, plain),
+        matrices, vectors, unscanned, blocks, kinds, streams, widths, _linked(outside),
         tables, routers, mixtures, experts, modules, twins, networks,
         {key: [*held] for key, held in numbered.items()}, varying,
     )  # fmt: skip
@@ -93,19 +92,23 @@ def is_vocabulary(leaf: Leaf) -> bool:
     return says("table", *leaf.keys[-2:]) and not says("positions", *leaf.keys)
 
 
-def _linked(outside: Iterable[Leaf], plain: Sequence[Leaf]) -> set[int]:
-    """Sizes by which matrices outside of blocks, convolutions and heads follow each other."""
+def _linked(outside: Iterable[Leaf]) -> set[int]:
+    """Sizes by which matrices outside of blocks follow each other.
+
+    Before them may be a convolution, whose channels are flattened together with the image, and
+    after them a head.
+    """
     ins, outs, channels = set(), set(), set()
     for leaf in outside:
         first, last = leaf.shape[0], leaf.shape[-1]
         out, into = (first, last) if leaf.keys[-1].startswith("weight") else (last, first)
         if len(leaf.shape) > 2 and says("convolution", *leaf.keys):
             channels.add(out)
-        elif len(leaf.shape) == 2 and (leaf in plain or says("head", *leaf.keys[-2:])):
+        elif len(leaf.shape) == 2 and (not is_end(leaf) or says("head", *leaf.keys[-2:])):
             outs.add(out)
             ins.add(into)
     flat = {size for size in ins if any(size % channel == 0 for channel in channels - {1})}
-    return ins & outs | flat  # a convolution's channels are also flattened
+    return ins & outs | flat
 
 
 def _mixtures(
@@ -126,12 +129,10 @@ def _mixtures(
         if says("attention", *home.split("/")[-1:]):
             continue
         for router in (leaf for leaf in held if len(leaf.shape) == 2):
-            for module in (home, home.rpartition("/")[0]):
-                is_alone = len(held) == 1 and home in blocks
-                found = (
-                    _experts_of(router, module, below[module]) if is_alone or module == home else []
-                )
-                if found:
+            # A router may have a module to itself, beside the experts.
+            around = [home.rpartition("/")[0]] if len(held) == 1 and home in blocks else []
+            for module in (home, *around):
+                if found := _experts_of(router, module, below[module]):
                     routers.add(router.path)
                     mixtures.add(module)
                     experts.update(leaf.path for leaf in found)
@@ -140,6 +141,7 @@ def _mixtures(
 
 
 def _experts_of(router: Leaf, module: str, inside: Sequence[Leaf]) -> list[Leaf]:
+    """What is inside of a module as often as a matrix there has rows or columns."""
     for count, width in (router.shape[::-1], router.shape):
         tall = [
             leaf
