@@ -188,9 +188,10 @@ def other_options(leaf: Leaf) -> list[tuple[D | None, int | None]]:
 def _with_layers(
     leaf: Leaf, fits: list[D | None], parts: int = 1
 ) -> list[tuple[D | None, int | None]]:
-    """Some dims, and those of a leaf scanned along an axis: first where a module is called layers.
+    """Some dims, and those of a leaf that is scanned along an axis.
 
-    A module of layers without a number is scanned more often than not.
+    A module of layers without a number is scanned more often than not, so these come first there;
+    where a number in the path counts layers already, they come last.
     """
     rank = len(leaf.shape)
     plain: list[tuple[D | None, int | None]] = [(dims, None) for dims in fits]
@@ -198,7 +199,9 @@ def _with_layers(
         return plain
     one_layer = reader_dims(READERS[rank - 1][-1 if leaf.keys[-1] == "weight" else 0])
     along = [(shifted(one_layer, axis), axis) for axis in (0, 1)]
-    is_stack = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
+    if {*leaf.numbers} != {None}:
+        return [*plain, *along]
+    is_stack = says("layers", *leaf.keys[: leaf.depth])
     return [*along, *plain] if is_stack else [*plain[:1], *along, *plain[1:]]
 
 
