@@ -16,12 +16,18 @@ from test_default_rules import Box, array, nested
 from test_roles import verdicts
 
 from teon_optax import default_rules, plan, rules
+from teon_optax._rules.paths import leaf_paths
 
 FOLDER = pathlib.Path(__file__).parent / "trees"
 TREES = sorted(file.stem for file in FOLDER.glob("*.txt"))
 TEST = "tests/families/test_trees.py::test_a_tree"
 # Three trees of which the page shows every ready set.
 SHOWN = {"tunix_qwen3": None, "easydel_deepseekv2": 16, "tunix_llama3_lora": None}
+
+
+def shapes_of(name):
+    """Path -> shape."""
+    return {path: leaf.shape for path, leaf in leaf_paths(read(name)[1])}
 
 
 def read(name):
@@ -46,6 +52,48 @@ def test_a_tree(name):
     found = verdicts(params)
     matrices = {path for path in expected if path in found}
     assert {path: found[path] for path in matrices} == expected
+
+
+# Names of arrays, and of recurrent cells, which nothing else shows.
+KEPT = "kernel", "w", "weight", "bias", "scale", "embedding", "cell", "weight_ih", "weight_hh"
+
+
+def renamed(path, words):
+    """The path with a word that means nothing for each name; numbers and arrays' names are kept."""
+    segments = []
+    for segment in path.split("/"):
+        if segment in KEPT or segment.isdecimal() or "lora" in segment:
+            segments.append(segment)
+            continue
+        first, second = divmod(len(words), 26)
+        word = words.setdefault(
+            re.sub(r"\d+", "#", segment), f"zo{chr(97 + first)}{chr(97 + second)}x"
+        )
+        segments.append("_".join([word, *re.findall(r"\d+", segment)]))
+    return "/".join(segments)
+
+
+@pytest.mark.parametrize("vocabulary", [None, 32])
+@pytest.mark.parametrize("name", [name for name in TREES if "levanter" not in name])
+def test_a_tree_with_names_that_mean_nothing_is_never_misread(name, vocabulary):
+    """Even if the vocabulary is as large as the network is wide: then asked, or right."""
+    _, _, expected = read(name)
+    shapes, words = shapes_of(name), {}
+    ends = re.compile(r"(.*embed[^/]*|lm_head|logits[^/]*)/")
+    leaves = {
+        renamed(path, words): tuple(
+            vocabulary if vocabulary and size == 64 and ends.match(path) else size for size in shape
+        )
+        for path, shape in shapes.items()
+    }
+    assert len(leaves) == len(shapes)
+    found = verdicts(nested({path: array(*shape) for path, shape in leaves.items()}))
+    wrong = {
+        path: (found[renamed(path, words)], verdict)
+        for path, verdict in expected.items()
+        if found[renamed(path, words)] not in (verdict, "?")
+    }
+    assert not wrong
 
 
 def summary(verdict_of):
