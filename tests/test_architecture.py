@@ -22,8 +22,8 @@ ROOMS = {
     "_groups": {"_polar", "_rules", "_scaling"},
     "_alignment": {"_groups", "_rules"},
     "_sharding": {"_groups", "_polar", "_rules", "_scaling"},
-    "_state": {"_polar", "_rules"},
     "_orthogonalize": {"_groups", "_polar", "_rules", "_scaling", "_sharding"},
+    "_state": {"_polar", "_rules"},
     "_teon": {
         "_arguments",
         "_groups",
@@ -34,7 +34,6 @@ ROOMS = {
         "_sharding",
         "_state",
     },
-    "rules": {"_groups", "_rules"},
     "contrib": {
         "_arguments",
         "_groups",
@@ -44,6 +43,7 @@ ROOMS = {
         "_scaling",
         "_sharding",
     },
+    "rules": {"_groups", "_rules"},
 }
 PRODUCTS = {"dot", "dot_general", "einsum", "inner", "matmul", "tensordot", "vdot"}
 

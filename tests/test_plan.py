@@ -488,3 +488,9 @@ def test_a_plan_prints_in_100_columns(example):
 
 def test_a_plan_of_nothing_can_be_printed():
     assert "TEON 0 (0%), Muon 0 (0%), fallback 0 (0%)" in str(plan({}, []))
+
+
+def test_a_first_layer_without_a_number_is_in_the_row_of_the_others():
+    params = {name: {"w": array(4, 6)} for name in ("block", "block_1", "block_2")}
+    line = str(plan(params, [Rule(r"block(_(?P<layer>\d+))?/w", stack=3)])).split("\n")[1]
+    assert re.split("  +", line)[:2] == ["block_*/w", "0-2"]

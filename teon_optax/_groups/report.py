@@ -91,19 +91,33 @@ def row_names(paths: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
     Args:
       paths: Of each row, which differ in their numbers alone.
     """
-    numbers = {
-        row: [set(map(int, column)) for column in zip(*map(_NUMBER.findall, some), strict=True)]
-        for row, some in paths.items()
-    }
-    names = {row: _named(paths[row][0], numbers[row], None) for row in paths}
+    numbers = {row: _numbers(some) for row, some in paths.items()}
+    longest = {row: max(some, key=_count_of_numbers) for row, some in paths.items()}
+    names = {row: _named(longest[row], numbers[row], None) for row in paths}
     alike: dict[str, list[Any]] = {}
     for row, name in names.items():
         alike.setdefault(name, []).append(row)
     for rows in alike.values():
         if len(rows) > 1:
             common = [set.intersection(*each) for each in zip(*map(numbers.get, rows), strict=True)]
-            names |= {row: _named(paths[row][0], numbers[row], common) for row in rows}
+            names |= {row: _named(longest[row], numbers[row], common) for row in rows}
     return names
+
+
+def _count_of_numbers(path: str) -> int:
+    return len(_NUMBER.findall(path))
+
+
+def _numbers(paths: Sequence[str]) -> list[set[int]]:
+    """The numbers that paths have in each place.
+
+    Haiku gives the first module of a name none: that tells it from the others, and counts as 0.
+    """
+    found = [list(map(int, _NUMBER.findall(path))) for path in paths]
+    most = max(map(len, found))
+    is_alike = all(len(numbers) == most for numbers in found)
+    columns = zip(*(numbers for numbers in found if len(numbers) == most), strict=True)
+    return [set(column) if is_alike else {0, *column} for column in columns]
 
 
 def _named(path: str, numbers: Sequence[set[int]], common: Sequence[set[int]] | None) -> str:

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from teon_optax._rules.names import says
 from teon_optax._rules.tree import HOLE, Leaf
@@ -56,8 +56,8 @@ def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
         for depth in range(1, leaf.depth + 1):
             if leaf.numbers[depth - 1] is not None:
                 inside.setdefault(tuple(leaf.keys[:depth]), []).append(leaf)
-    alike: dict[tuple, list[tuple[str, ...]]] = {}
-    series: dict[tuple, list[tuple[str, ...]]] = {}
+    alike: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
+    series: dict[tuple[Any, ...], list[tuple[str, ...]]] = {}
     for module, held in inside.items():
         if len(held) == 1 and len(held[0].names) == len(module) + 1:
             continue  # an array that has a module to itself
@@ -100,7 +100,7 @@ def _is_network(
     if any(is_end(leaf) for leaf in matrices):
         return True
     sizes = Counter(size for leaf in matrices for size in set(leaf.shape))
-    chains: dict[tuple, list[Leaf]] = {}
+    chains: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf in matrices:
         deeper = [tuple(leaf.keys[:d]) for d in range(depth + 1, leaf.depth + 1)]
         counts = [(repeated.get(m, 0), 1 if len(m) < leaf.depth else 2) for m in deeper]
@@ -117,7 +117,7 @@ def _is_network(
 
 def kinds_of(leaves: Iterable[Leaf], blocks: dict[str, Kind]) -> dict[Kind, list[Leaf]]:
     """What each kind of block holds, once for all its layers."""
-    found: dict[Kind, dict[tuple, Leaf]] = {}
+    found: dict[Kind, dict[tuple[Any, ...], Leaf]] = {}
     for leaf in leaves:
         if leaf.home in blocks:
             found.setdefault(blocks[leaf.home], {}).setdefault((leaf.names, leaf.shape), leaf)

@@ -5,7 +5,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
+
 from teon_optax._rules.names import says
+from teon_optax._rules.paths import LeafType, cached, tree_types
 from teon_optax._rules.patterns import Choice, Draft, drafts_of, rule_of
 from teon_optax._rules.reading import roles
 from teon_optax._rules.roles import Role
@@ -54,7 +57,18 @@ def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
           Rule(r"^embed/embedding$", stack=0),
       )
     """
-    return rules_by_role(params, first, PAPER)
+    rules, warning = _kept(*tree_types(params), tuple(first))
+    _warn(warning)
+    return rules
+
+
+@cached
+def _kept(structure: Any, types: Sequence[LeafType], first: tuple[Rule, ...]) -> tuple[Rules, str]:
+    """The default rules of a tree of this structure, whose leaves have these types."""
+    leaves = (
+        object() if dtype is None else jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in types
+    )
+    return _read(structure.unflatten(leaves), first, PAPER)
 
 
 def rules_by_role(
@@ -67,22 +81,39 @@ def rules_by_role(
 
     `change` may give a leaf another role before the rules are made.
     """
+    rules, warning = _read(params, first, stacks, change)
+    _warn(warning)
+    return rules
+
+
+def _warn(text: str) -> None:
+    if text:
+        warnings.warn(text, UserWarning, stacklevel=3)
+
+
+def _read(
+    params: Any,
+    first: Sequence[Rule],
+    stacks: Mapping[str, int],
+    change: Callable[[Leaf, Role], Role] = lambda leaf, role: role,
+) -> tuple[Rules, str]:
+    """The rules by role, and what to warn of, if anything."""
     found = roles(params)
     changed = [(leaf, role and change(leaf, role), columns) for leaf, role, columns in found]
     drafts = drafts_of(changed, first, stacks)
     _refuse([draft for draft in drafts if draft.choice.role.name == "refused"])
-    _warn(drafts, [leaf for leaf, _, _ in found], first)
+    warning = _warning(drafts, [leaf for leaf, _, _ in found], first)
     drafts.sort(key=lambda draft: -draft.choice.stack)
-    return Rules((*first, *(rule_of(draft, draft.choice) for draft in drafts)))
+    return Rules((*first, *(rule_of(draft, draft.choice) for draft in drafts))), warning
 
 
 def _listing(draft: Draft) -> str:
     """The leaves of a draft, of many layers the first alone, and their shapes."""
-    kinds: dict[tuple, list[Leaf]] = {}
+    alike_leaves: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf in draft.leaves:
-        kinds.setdefault((leaf.names, leaf.shape), []).append(leaf)
+        alike_leaves.setdefault((leaf.names, leaf.shape), []).append(leaf)
     paths = []
-    for alike in kinds.values():
+    for alike in alike_leaves.values():
         some = alike if len(alike) < 5 else alike[:1]
         more = len(alike) - len(some)
         paths += [f'"{leaf.path}"' for leaf in some]
@@ -120,8 +151,8 @@ def _refuse(drafts: list[Draft]) -> None:
         raise ValueError("\n".join(lines))
 
 
-def _warn(drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule]) -> None:
-    """Warns once of what nothing tells, and of a tree of which nothing is orthogonalized."""
+def _warning(drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule]) -> str:
+    """One warning of what nothing tells, and of a tree of which nothing is orthogonalized."""
 
     def size(leaves: Iterable[Leaf]) -> int:
         return sum(math.prod(leaf.array_shape) for leaf in leaves)
@@ -142,5 +173,4 @@ def _warn(drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule]) -> Non
     for draft in unknown:
         share = f"{size(draft.leaves) / size(leaves):.1%}"
         lines.append(f"{_listing(draft)}: {share}, {_offer(draft, draft.choices[0])}")
-    if lines:
-        warnings.warn("\n".join(lines), UserWarning, stacklevel=4)
+    return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from teon_optax._rules.roles import FALLBACK, Role
 from teon_optax._rules.rule import Rule
@@ -69,7 +69,7 @@ def drafts_of(
 
     Leaves are of one kind if their paths agree but for their numbers.
     """
-    kinds: dict[tuple, list[_Member]] = {}
+    kinds: dict[tuple[Any, ...], list[_Member]] = {}
     for leaf, role, columns in found:
         if role is not None and not any(rule.search(leaf.path) for rule in first):
             kind = leaf.names, tuple(number is None for number in leaf.numbers)

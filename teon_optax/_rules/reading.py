@@ -19,7 +19,7 @@ def roles(params: Any) -> list[tuple[Leaf, Role | None, tuple[int | None, ...]]]
     """
     leaves = leaves_of(params)
     around = siblings_of(leaves)
-    known: dict[tuple, tuple[Role, tuple[int | None, ...]]] = {}
+    known: dict[tuple[Any, ...], tuple[Role, tuple[int | None, ...]]] = {}
     found = []
     for leaf in leaves:
         if len(leaf.array_shape) < 2:

@@ -123,7 +123,7 @@ def leaves_of(params: Any) -> list[Leaf]:
     return [_one_layer(leaf, axes) for leaf in leaves]
 
 
-def _leaf(path: str, keys: tuple, value: Any) -> Leaf:
+def _leaf(path: str, keys: tuple[Any, ...], value: Any) -> Leaf:
     shape, dtype = tuple(getattr(value, "shape", ())), getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     box = ""
@@ -134,7 +134,7 @@ def _leaf(path: str, keys: tuple, value: Any) -> Leaf:
     return Leaf(path, shape, shape, is_float, box)
 
 
-def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple, tuple]]:
+def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
     """The names and numbers of every path.
 
     A number at the end of a segment always counts as one. One inside (`h0_attn`) does where another
