@@ -116,12 +116,13 @@ def test_no_spectrum_makes_any_polar_express_diverge(steps, lower, shape):
 
 
 @pytest.mark.parametrize("peak", [1e-44, 1e-38, 1e-30, 1e30, 3.4e38])
-def test_one_entry_beyond_all_others_leaves_no_polar_express_infinite(peak):
+def test_one_entry_beyond_all_others_leaves_an_update_neither_infinite_nor_zero(peak):
     M = np.random.default_rng(0).normal(size=(4, 8, 12)).astype(np.float32)
     M[:, 3, 5] = peak
     for method in (polar_express(20, 1e-8), "schatten"):
         results = np.asarray(polar(jnp.asarray(M), method), np.float64)
-        assert np.linalg.norm(results, 2, axis=(1, 2)).max() < 1.1
+        largest = np.linalg.norm(results, 2, axis=(1, 2))
+        assert 0.8 < largest.min() and largest.max() < 1.15
 
 
 # One is worked off in the direct form, the other in segments of Gram matrices.
@@ -171,7 +172,7 @@ def test_zero_gives_zero(method):
     np.testing.assert_array_equal(polar(jnp.zeros((12, 30)), method), np.zeros((12, 30)))
 
 
-@pytest.mark.parametrize("factor", [2.0**-40, 2.0**40])
+@pytest.mark.parametrize("factor", [2.0**-120, 2.0**-40, 2.0**40, 2.0**127])
 def test_length_of_the_matrix_does_not_matter(factor):
     M = jnp.float32(example((12, 30), SPECTRUM))
     np.testing.assert_array_equal(polar(factor * M), polar(M))

@@ -52,7 +52,10 @@ def _scaled(
     # The polar factor does not depend on the length of M, so neither does its derivative. `pmax`,
     # which finds the largest of several devices, has no derivative in jax.
     peak = largest(jax.lax.stop_gradient(jnp.max(jnp.abs(M))))
-    return M / jnp.where(peak == 0, 1, peak)
+    # XLA may multiply by the reciprocal: that of numbers beyond 8e37 is subnormal and becomes 0,
+    # and so would M.
+    shift = jnp.where(peak > 1, 2.0**-4, 1).astype(M.dtype)
+    return (M * shift) / jnp.where(peak == 0, 1, peak * shift)
 
 
 def _norm(G: jax.Array, method: Method) -> jax.Array:
