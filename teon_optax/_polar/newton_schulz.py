@@ -52,7 +52,10 @@ def _scaled(
     # The polar factor does not depend on the length of M, so neither does its derivative. `pmax`,
     # which finds the largest of several devices, has no derivative in jax.
     peak = largest(jax.lax.stop_gradient(jnp.max(jnp.abs(M))))
-    return M / jnp.where(peak == 0, 1, peak)
+    # XLA may multiply by the reciprocal: that of numbers beyond 8e37 is subnormal and becomes 0,
+    # and so would M.
+    shift = jnp.where(peak > 1, 2.0**-4, 1).astype(M.dtype)
+    return (M * shift) / jnp.where(peak == 0, 1, peak * shift)
 
 
 def _norm(G: jax.Array, method: Method) -> jax.Array:
@@ -195,7 +198,6 @@ def _alone(
     return result
 
 
-@functools.partial(jax.jit, static_argnames=("numerics",))
 def orthogonalize_batches(
     batches: Sequence[jax.Array], scales: Sequence[jax.typing.ArrayLike], numerics: Numerics
 ) -> list[jax.Array]:
@@ -212,12 +214,22 @@ def orthogonalize_batches(
     Returns:
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, batch in enumerate(batches):
-        (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
-        used = numerics.of(dtype)
-        alike.setdefault((min(m, n), dtype, used, used.restarts(m, n)), []).append(index)
+    # The backend decides on precisions and memory, and is no part of what a jit is cached by.
     budget = chunk_bytes(jax.default_backend())
+    return _by_restarts(batches, scales, tuple(numerics.of(b.dtype) for b in batches), budget)
+
+
+@functools.partial(jax.jit, static_argnames=("numerics", "budget"))
+def _by_restarts(
+    batches: Sequence[jax.Array],
+    scales: Sequence[jax.typing.ArrayLike],
+    numerics: tuple[Numerics, ...],
+    budget: int,
+) -> list[jax.Array]:
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for index, (batch, used) in enumerate(zip(batches, numerics, strict=True)):
+        (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
+        alike.setdefault((min(m, n), dtype, used, used.restarts(m, n)), []).append(index)
     done: dict[int, jax.Array] = {}
     for (_, _, used, restarts), indices in alike.items():
         together = functools.partial(orthogonalize_together, numerics=used, restarts=restarts)

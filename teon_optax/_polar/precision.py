@@ -69,9 +69,9 @@ def restarts(
 
     *One-pass products.* Of bf16 a segment of two steps is too long for such a bound, and yet they
     hold, since operands are rounded before they are squared: no eigenvalue becomes negative. What
-    a search over spectra of few levels finds is the measure: singular values of at most 1.16 for
-    2+1+2 and 1.22 for 2+3 (docs/decisions/0002). 3+2 reaches 1e7 where few coordinates carry the
-    gradient, since its first three steps enlarge errors 134 times.
+    a search over spectra of few levels finds is the measure: singular values of .80 to 1.16 for
+    2+1+2 and .77 to 1.22 for 2+3 (docs/decisions/0002). 3+2 reaches 1e7 where few coordinates carry
+    the gradient, since its first three steps enlarge errors 134 times.
 
     Args:
       triples: Coefficients of the steps.
