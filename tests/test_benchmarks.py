@@ -1,6 +1,7 @@
 """The benchmarks run end to end and write what they say; no figure of time is looked at."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,32 @@ def test_compare_prints_ratios(small_model, tmp_path, capsys):
     with pytest.raises(SystemExit):
         compare.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
     assert "differ in model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("figures", "grew"),
+    [
+        ({}, []),
+        ({"flops": 90, "hlo_lines": 102, "compile": 9}, []),
+        ({"flops": 103}, ["product FLOPs"]),
+        ({"tpu_passes": 1000, "hlo_lines": 103}, ["TPU passes", "HLO lines"]),
+        (None, ["product FLOPs", "TPU passes", "HLO lines"]),
+    ],
+    ids=["same", "within", "flops", "others", "gone"],
+)
+def test_the_gate_fails_where_a_figure_of_the_program_grew(tmp_path, capsys, figures, grew):
+    own = {"flops": 100, "tpu_passes": 100, "hlo_lines": 100, "compile": 1}
+    record = {"model": "small", "dtype": "float32", "environment": results.environment()}
+    before = record | {"optimizers": {"optax muon": own, "teon schatten": own}}
+    larger = {"optax muon": {name: 10 * value for name, value in own.items()}}
+    after = larger if figures is None else larger | {"teon schatten": own | figures}
+    paths = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for path, content in zip(paths, (before, record | {"optimizers": after}), strict=True):
+        pathlib.Path(path).write_text(json.dumps(content))
+    assert compare.main([*paths, "--gate", "0.02"]) == (1 if grew else 0)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(": ")[2].split(" 1")[0].split(" None")[0] for line in lines] == grew
+    assert compare.main(paths) == 0
 
 
 def test_accuracy_writes_json_table_and_plot(tmp_path):

@@ -313,6 +313,7 @@ def test_the_table_shows_types_fallback_unused_rules_and_totals():
         "orthogonalized             layers  fan_in x fan_out  K  mode  Gram  groups",
         "block_*/attn/qkv:0-2          0-2             4 x 6  3     3     3       3",
         "block_*/attn/query/kernel     0-1             4 x 6  2     1     6       1",
+        "  1.55 times the products of its layers alone (stack=1); with mode=2 0.57 times",
         "block_2/attn/query/kernel       2             4 x 6  1     1     4       1",
         "block_*/experts                               4 x 7  1     1     4      15",
         "",
@@ -331,7 +332,45 @@ def test_of_96_layers_there_is_one_row_per_type():
     rule = Rule(r"block_(?P<layer>\d+)/w", stack=2)
     lines = str(plan(blocks(range(96), 4, 6), [rule])).split("\n")
     assert lines[1] == "block_*/w         0-95             4 x 6  2     1     6      48"
-    assert len(lines) == 7
+    assert len(lines) == 8
+
+
+NOTE = (
+    r"  (\d+\.\d\d) times the products of its layers alone \(stack=1\); "
+    r"with mode=(\d) (\d\.\d\d) times"
+)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+@pytest.mark.parametrize(
+    ("mode", "shape", "other"), [(1, (8, 16), "2"), (1, (8, 24), "2"), (2, (24, 8), "1")], ids=str
+)
+def test_a_row_says_that_its_layers_alone_cost_less_and_which_mode_would_too(
+    monkeypatch, backend, mode, shape, other
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+
+    def traced(**settings):
+        rules, params = [Rule(r"block_(?P<layer>\d+)", **settings)], blocks(range(2), *shape)
+        jax.clear_caches()  # a trace for another backend is another one
+        counted = count_products(lambda tree: orthogonalize(rules).update(tree, None), params)
+        return counted.flops, str(plan(params, rules))
+
+    (joint, text), (alone, plain) = traced(stack=2, mode=mode), traced()
+    turned, cheaper = traced(stack=2, mode=int(other))
+    assert joint > alone > turned
+    (found,) = re.findall(f"^{NOTE}$", text, re.M)
+    assert found == (f"{joint / alone:.2f}", other, f"{turned / alone:.2f}")
+    assert "alone" not in plain + cheaper
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+def test_one_of_modes_1_and_2_costs_no_more_than_the_layers_alone(monkeypatch, backend):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    for K, fan_in, fan_out, mode in itertools.product((2, 3, 9), (4, 5, 8, 21), (4, 6, 7), (1, 2)):
+        rule = Rule(r"block_(?P<layer>\d+)", stack=K, mode=mode)
+        text = str(plan(blocks(range(K), fan_in, fan_out), [rule]))
+        assert all(float(ratio) < 1 for _, _, ratio in re.findall(NOTE, text)), text
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A plan as text that a person can check in a minute, and as a dict for logs."""
 
+import itertools
 import math
 import re
 import textwrap
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from teon_optax._groups.coupling import joint_shape
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.precision import Numerics, product_count
 
@@ -38,7 +40,8 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
         + [
             (taken_names[row], _layers(alike), *row[1:], str(sum(group.batch for group in alike)))
             for row, alike in taken.items()
-        ]
+        ],
+        notes=["", *(_dearer_than_alone(alike[0]) for alike in taken.values())],
     )
     lines += columns(
         [("fallback", "shape", "why", "leaves")]
@@ -179,15 +182,20 @@ def _runs(numbers: Sequence[int]) -> list[str]:
     ]
 
 
-def columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Aligned columns; a path that is too wide for its column goes on in the next line."""
+def columns(rows: Sequence[tuple[str, ...]], notes: Iterable[str] = ()) -> list[str]:
+    """Aligned columns; a path that is too wide for its column goes on in the next line.
+
+    Args:
+      rows: The header comes first.
+      notes: What stands under each row, if anything.
+    """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     first = min(widths[0], max(_LEAST, _WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
-    for path, *cells in rows:
+    for (path, *cells), note in itertools.zip_longest(rows, notes, fillvalue=""):
         head, *rest = _wrapped(path, first)
         cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines += ["  ".join([head.ljust(first), *cells]), *rest]
+        lines += ["  ".join([head.ljust(first), *cells]), *rest, *(["  " + note] if note else [])]
     return [*lines, ""]
 
 
@@ -210,18 +218,42 @@ def _size(group: Any) -> int:
 
 def _flops(groups: Sequence[Any]) -> tuple[int, int]:
     """FLOPs of an update's matrix products, and of Muon's, which takes each matrix alone."""
-    numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
-
-    def products(shape: tuple[int, int], restarts: tuple[int, ...]) -> float:
-        d, ratio = min(shape), max(shape) / min(shape)
-        return 2 * d**3 * product_count(restarts, ratio, numerics.precision)
-
     ours = muon = 0.0
     for group in groups:
-        alone, direct = (group.fan_in, group.fan_out), (1,) * _STEPS
-        ours += group.batch * products(group.joint, numerics.restarts(*group.joint))
-        muon += group.batch * len(group.members) * products(alone, direct)
+        alone = group.fan_in, group.fan_out
+        ours += group.batch * _polar_factor_flops(group.joint)
+        muon += group.batch * len(group.members) * _polar_factor_flops(alone, (1,) * _STEPS)
     return round(ours), round(muon)
+
+
+def _polar_factor_flops(shape: tuple[int, int], restarts: tuple[int, ...] | None = None) -> float:
+    """FLOPs of one matrix's polar factor, with this backend's restarts unless some are given."""
+    numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
+    d, ratio = min(shape), max(shape) / min(shape)
+    restarts = restarts or numerics.restarts(*shape)
+    return 2 * d**3 * product_count(restarts, ratio, numerics.precision)
+
+
+def _dearer_than_alone(group: Any) -> str:
+    """Says of a joint matrix that costs more than its layers alone by how much, and what would not.
+
+    Mode 1 of kernels that are wider than high has a larger Gram matrix than these, and so has mode
+    2 of those that are higher than wide.
+    """
+    K, alone, mode = len(group.members), (group.fan_in, group.fan_out), group.rule.mode
+    if K == 1:
+        return ""
+    ratios = {
+        other: _polar_factor_flops(joint_shape(K, *alone, other)) / _polar_factor_flops(alone) / K
+        for other in (1, 2, 3)
+    }
+    if ratios[mode] < 1.005:
+        return ""
+    cheaper = min((1, 2), key=ratios.__getitem__)
+    return (
+        f"{ratios[mode]:.2f} times the products of its layers alone (stack=1); "
+        f"with mode={cheaper} {ratios[cheaper]:.2f} times"
+    )
 
 
 def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> list[str]:

@@ -1,10 +1,12 @@
 """Every product of the library: polar factors of batches of matrices, by Newton-Schulz iteration.
 
-Each step is an odd quintic of the matrix, p(M) = a M + b (M M^T) M + c (M M^T)^2 M. Steps run on
-Gram matrices, which are d x d of an m x n matrix, d = min(m, n); equal d share one polynomial.
+Each step is an odd quintic of the matrix, p(M) = a M + b (M M^T) M + c (M M^T)^2 M. Matrices are
+taken as d x N, not higher than wide, so that every product is on the left of one. Steps run on Gram
+matrices, which are d x d; equal d share one polynomial.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,23 +24,13 @@ from teon_optax._polar.precision import (
 )
 
 
-def _gram(precision: jax.lax.PrecisionLike, M: jax.Array) -> jax.Array:
-    """M M^T, or M^T M of a matrix that is not wider than high: [d, d]."""
-    m, n = M.shape
-    left, right = (M, M.T) if m < n else (M.T, M)
-    return jnp.matmul(left, right, precision=precision)
+def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """M M^T of a matrix that is not higher than wide: [d, d].
 
-
-def _apply(precision: jax.lax.PrecisionLike, P: jax.Array, M: jax.Array) -> jax.Array:
-    """M P, or P^T M of a matrix that is wider than high: [m, n].
-
-    Once rounded, P = Q_1 Q_2 .. is not quite symmetric, and Q_1 must act first: on the left that is
-    P^T. P M would not be the matrix whose Gram matrix the segment ended with, and with bf16
-    products it reached 1e13.
+    Both factors are contracted as they lie: `M.T` would be copied, and M^T M of a higher matrix
+    takes 1.4 times as long on a CPU.
     """
-    m, n = M.shape
-    left, right = (P.T, M) if m < n else (M, P)
-    return jnp.matmul(left, right, precision=precision)
+    return jax.lax.dot_general(M, M, (((1,), (1,)), ((), ())), precision=precision)
 
 
 def _scaled(
@@ -73,16 +65,17 @@ def _factor(
 ) -> jax.Array:
     """The product P of a segment's steps, from one Gram matrix alone: [d, d].
 
-    Step j maps M to M Q_j with Q_j = a I + Z and Z = b G + c G^2, so
+    Step j maps M to Q_j M with Q_j = a I + Z and Z = b G + c G^2, so
 
-        P <- P Q_j = P Z + a P          G <- Q_j G Q_j = Z W + a W,  W = G Z + a G
+        P <- Q_j P = Z P + a P          G <- Q_j G Q_j = Z W + a W,  W = G Z + a G
 
     The identity is never rounded: it is no part of an operand. G and, of one-pass products, W are
     made symmetric, which takes a third off the errors of three steps. P begins as a I + Z with Z as
     it is, and the first G Z is to agree with that: of three steps or more, its Z is taken in two
-    parts, a product more, without which some singular values come out at 1.4. With `normalization`,
-    G is divided by the square of the method's norm first and P by the norm last, which costs
-    nothing.
+    parts, a product more, without which some singular values come out at 1.4. P is not quite
+    symmetric once rounded: P M is the matrix that has the Gram matrix with which the segment ended,
+    and P^T M is not (with bf16 products it reached 1e13). With `normalization`, G is divided by the
+    square of the method's norm first and P by the norm last, which costs nothing.
     """
     multiply = functools.partial(jnp.matmul, precision=precision)
     norm = 1 if normalization is None else _norm(G, normalization)
@@ -100,7 +93,7 @@ def _factor(
         P, G = carry
         a, b, c = triple
         Z = b * G + c * multiply(G, G)
-        return (multiply(P, Z) + a * P, next_gram(G, Z, a)), None
+        return (multiply(Z, P) + a * P, next_gram(G, Z, a)), None
 
     # The first step needs no product with P, the last none for G; the others are one loop.
     (a, b, c), *rest = triples
@@ -112,7 +105,7 @@ def _factor(
         coefficients = jnp.asarray(np.reshape(middle, (-1, 3)), G.dtype)
         G = next_gram(G, Z, a, takes_one_more(len(triples), precision))
         (P, G), _ = jax.lax.scan(step, (P, G), coefficients)
-        P = multiply(P, b * G + c * multiply(G, G)) + a_last * P
+        P = multiply(b * G + c * multiply(G, G), P) + a_last * P
     return P / norm
 
 
@@ -139,26 +132,54 @@ def orthogonalize_together(
     numerics: Numerics,
     restarts: Sequence[int],
 ) -> list[jax.Array]:
-    """One polynomial for all batches.
+    """One polynomial for all batches, of which those that are higher than wide are transposed."""
+    high = [batch.shape[1] > batch.shape[2] for batch in batches]
+    wide = [jax.vmap(_scaled)(batch) for batch in _turned(batches, high)]
+    if numerics.method is None:
+        done = [jax.vmap(_svd_orthogonalize)(batch) for batch in wide]
+    else:
+        done = _newton_schulz(wide, numerics, numerics.method, restarts)
+    done = [jnp.asarray(scale, M.dtype) * M for scale, M in zip(scales, done, strict=True)]
+    return _turned(done, high)
 
-    Each segment forms Gram matrices of the (half-done) matrices and multiplies these once.
+
+def _turned(batches: Sequence[jax.Array], high: Sequence[bool]) -> list[jax.Array]:
+    """The batches, with matrices transposed in those for which `high` is true."""
+    return [M.swapaxes(1, 2) if turn else M for M, turn in zip(batches, high, strict=True)]
+
+
+def _newton_schulz(
+    batches: list[jax.Array], numerics: Numerics, method: Method, restarts: Sequence[int]
+) -> list[jax.Array]:
+    """All steps on batches [B, d, N] of matrices that are not higher than wide.
+
+    Each segment forms Gram matrices of the (half-done) matrices and multiplies these once. Where
+    every step is a segment, all but the first are one loop: a third less to compile, and .6 of the
+    memory.
     """
-    method, precision = numerics
-    batches = [jax.vmap(_scaled)(batch) for batch in batches]
-    scales = [jnp.asarray(scale, batch.dtype) for scale, batch in zip(scales, batches, strict=True)]
-    if method is None:
-        done = [jax.vmap(_svd_orthogonalize)(batch) for batch in batches]
-        return [scale * batch for scale, batch in zip(scales, done, strict=True)]
-    gram, apply = functools.partial(_gram, precision), functools.partial(_apply, precision)
+    precision = numerics.precision
+    gram = functools.partial(_gram, precision=precision)
+    multiply = functools.partial(jnp.matmul, precision=precision)
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
-    for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
-        triples = numerics.triples()[stop - steps : stop]
-        factor = functools.partial(_factor, precision, triples, method if stop == steps else None)
+
+    def segment(
+        batches: list[jax.Array], triples: Sequence[Any], normalization: Method | None = None
+    ) -> list[jax.Array]:
         grams = jnp.concatenate([jax.vmap(gram)(batch) for batch in batches])
+        factor = functools.partial(_factor, precision, triples, normalization)
         factors = jnp.split(jax.vmap(factor)(grams), ends)
-        if stop == len(method.coefficients):
-            factors = [scale * P for scale, P in zip(scales, factors, strict=True)]
-        batches = [jax.vmap(apply)(P, batch) for P, batch in zip(factors, batches, strict=True)]
+        return [multiply(P, batch) for P, batch in zip(factors, batches, strict=True)]
+
+    def step(batches: list[jax.Array], triple: jax.Array) -> tuple[list[jax.Array], None]:
+        return segment(batches, [triple]), None
+
+    triples = numerics.triples()
+    batches = segment(batches, triples[: restarts[0]], method)
+    if set(restarts) == {1}:
+        coefficients = jnp.asarray(np.reshape(triples[1:], (-1, 3)), batches[0].dtype)
+        return jax.lax.scan(step, batches, coefficients)[0]
+    for start, steps in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
+        batches = segment(batches, triples[start : start + steps])
     return batches
 
 
@@ -271,14 +292,14 @@ def orthogonalize_columns(
     for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
         triples = numerics.triples()[stop - steps : stop]
         first = method if stop == steps else None
-        G = total(multiply(M, M.T))
+        G = total(_gram(M, precision))
         if steps == 1 and N < d:
             norm = 1 if first is None else _norm(G, first)
             a, b, c = triples[0]
             M, G = M / norm, G / jnp.square(norm)
             M = a * M + multiply(G, b * M + c * multiply(G, M))
         else:
-            M = multiply(_factor(precision, triples, first, G).T, M)  # as `_apply`
+            M = multiply(_factor(precision, triples, first, G), M)
     return jnp.asarray(scale, M.dtype) * M
 
 

@@ -1,0 +1,189 @@
+r"""What an update of published models multiplies, against `optax.contrib.muon`: no array is made.
+
+    python -m benchmarks.models
+    python -m benchmarks.models --models "Qwen3-0.6B,Gemma-3-1B" --out /tmp/models
+
+README.md says what each figure means; `architectures.py` has the models.
+"""
+
+import argparse
+import dataclasses
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from matplotlib.figure import Figure
+from optax import contrib
+
+from benchmarks import results
+from benchmarks.architectures import ARCHITECTURES, Tree
+from benchmarks.update_cost import BASE, products
+from teon_optax import Rule, default_rules, plan, teon
+
+# For what the default rules leave to the reader: axes (in, layer, head, size) and their output.
+_LATENT_ATTENTION = (
+    Rule(
+        r"self_attention/w(q|kv)_b/kernel",
+        dims=contrib.MuonDimensionNumbers(0, (2, 3)),
+        layer_axis=1,
+    ),
+    Rule(r"self_attention/out/kernel", dims=contrib.MuonDimensionNumbers((0, 2), 3), layer_axis=1),
+)
+_PAIRS_OF_LAYERS = (
+    Rule(
+        r"GptOssAttention/(query|key|value)/kernel",
+        stack=2,
+        dims=contrib.MuonDimensionNumbers(0, (2, 3)),
+        layer_axis=1,
+    ),
+    Rule(r"GptOssAttention/out/kernel", dims=contrib.MuonDimensionNumbers((0, 2), 3), layer_axis=1),
+    Rule(r"GptOssMlp/(wi_\d+|wo)$", dims=contrib.MuonDimensionNumbers(2, 3), layer_axis=1),
+)
+WRITTEN_RULES = {"DeepSeek-V3": _LATENT_ATTENTION, "gpt-oss-20b": _PAIRS_OF_LAYERS}
+# Column -> of which optimizer which figure.
+RATIOS = {
+    "products": ("teon polar_express", "flops"),
+    "products, schatten": ("teon schatten", "flops"),
+    "products, mode 2": ("teon mode 2", "flops"),
+    "TPU passes": ("teon polar_express", "tpu_passes"),
+    "TPU passes, schatten": ("teon schatten", "tpu_passes"),
+}
+NAME = "models"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Counts what the command line asks for, and writes it."""
+    parser = argparse.ArgumentParser("benchmarks.models", description=__doc__)
+    add = parser.add_argument
+    add("--models", type=_names, default=list(ARCHITECTURES), help="default: all; by commas")
+    add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
+    add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
+    options = parser.parse_args(argv)
+    record: dict[str, Any] = {"benchmark": NAME, "environment": results.environment()}
+    record["models"] = {}
+    for name in options.models:
+        print(f"{name} ...", file=sys.stderr)
+        record["models"][name] = figures(name)
+    page = table(record)
+    results.write(options.out, NAME, record, page, plot(record))
+    if options.update_readme:
+        results.update_readme(NAME, page)
+
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ARCHITECTURES]:
+        raise argparse.ArgumentTypeError(f"no model {unknown}; there are {list(ARCHITECTURES)}")
+    return names
+
+
+def figures(name: str) -> dict[str, Any]:
+    """Everything about one model: where it is from, and what each optimizer multiplies."""
+    architecture = ARCHITECTURES[name]
+    shapes = architecture.shapes()
+    rules = default_rules(shapes, first=WRITTEN_RULES.get(name, ()))
+    planned = plan(shapes, rules).as_dict()
+    peers = {BASE: muon(shapes, rules), "teon mode 2": teon(0.1, in_mode_2(rules))}
+    for method in ("polar_express", "schatten"):
+        peers[f"teon {method}"] = teon(0.1, rules, method=method)
+    return {
+        "source": architecture.source,
+        "library": architecture.library,
+        "rules": "written in part" if name in WRITTEN_RULES else "default",
+        "parameters": planned["parameters"],
+        "plan": planned["flops"],
+        "optimizers": {peer: products(optimizer, shapes) for peer, optimizer in peers.items()},
+    }
+
+
+def in_mode_2(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The same rules, with layers joined over fan_in."""
+    return tuple(dataclasses.replace(r, mode=2) if r.stack > 1 else r for r in rules)
+
+
+def muon(shapes: Tree, rules: Sequence[Rule]) -> optax.GradientTransformation:
+    """`optax.contrib.muon` of the leaves that TEON takes, each read along the same axes.
+
+    A leaf that holds several matrices side by side (a fused projection) is one matrix to it.
+    """
+    left = set(plan(shapes, rules).fallback)
+
+    def dimensions(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in left:
+            return None
+        rule = next(rule for rule in rules if re.search(rule.pattern, name))
+        matrix = (axis for axis in range(len(leaf.shape)) if axis != rule.layer_axis)
+        return rule.dims or contrib.MuonDimensionNumbers(*matrix)
+
+    return contrib.muon(
+        0.1,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
+            dimensions, params
+        ),
+    )
+
+
+def ratios(row: dict[str, Any]) -> dict[str, float]:
+    """A model's columns: figures of TEON over those of `optax.contrib.muon`."""
+    base = row["optimizers"][BASE]
+    found = {
+        column: row["optimizers"][peer][figure] / base[figure]
+        for column, (peer, figure) in RATIOS.items()
+    }
+    return found | {"each matrix alone": row["plan"]["plan"] / row["plan"]["muon"]}
+
+
+def table(record: dict[str, Any]) -> str:
+    """A row for each model, and the two that gain most and least."""
+    rows, of_models = [], {name: ratios(row) for name, row in record["models"].items()}
+    for name, row in record["models"].items():
+        sizes = row["parameters"]
+        total = sum(sizes.values())
+        share = f"{1 - sizes['fallback'] / total:.0%}"
+        flops = row["optimizers"][BASE]["flops"] / 1e12
+        own = (f"{ratio:.3f}" for ratio in of_models[name].values())
+        rows.append([name, f"{total / 1e9:,.3f}", share, f"{flops:,.4g}", *own])
+    columns = next(iter(of_models.values()))
+    header = ["", "parameters G", "orthogonalized", "Muon's products TFLOP", *columns]
+    of_products = {name: row["products"] for name, row in of_models.items()}
+    best, worst = (pick(of_products, key=lambda name: of_products[name]) for pick in (min, max))
+    sources = [
+        f"| {name} | {row['source']} | {row['library']} | {row['rules']} |"
+        for name, row in record["models"].items()
+    ]
+    columns_of_text = ["| | sizes from | names and axes of | rules |", "|---|---|---|---|"]
+    return "\n\n".join(
+        [
+            results.markdown(header, rows),
+            f"Fewest products of Muon's: {best}, {of_products[best]:.3f}; most: {worst}, "
+            f"{of_products[worst]:.3f}.",
+            "\n".join([*columns_of_text, *sources]),
+            results.caption(record),
+        ]
+    )
+
+
+def plot(record: dict[str, Any]) -> Figure:
+    """Products and TPU passes of each model, ratios to Muon."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    names = list(record["models"])
+    shown = ("products", "products, schatten", "TPU passes", "TPU passes, schatten")
+    for place, column in enumerate(shown):
+        heights = [ratios(record["models"][name])[column] for name in names]
+        offset = (place - (len(shown) - 1) / 2) * 0.8 / len(shown)
+        axes.bar([i + offset for i in range(len(names))], heights, 0.8 / len(shown), label=column)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
+    axes.set(ylabel="ratio to optax.contrib.muon", title="products of an update, published models")
+    axes.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
