@@ -238,7 +238,8 @@ def test_pages_name_files_that_exist():
 
 
 def test_one_rate_is_recommended_for_the_fallback():
-    texts = [page.read_text("utf-8") for page in PAGES]
+    # A regression in NumPyro is no language model, and has a rate of its own.
+    texts = [page.read_text("utf-8") for page in PAGES if page.name != "in_your_trainer.md"]
     texts += [path.read_text("utf-8") for path in (ROOT / "examples").glob("*.py")]
     rates = re.findall(r"fallback=optax\.adamw\((\d[\de.-]*)", "\n".join(texts))
     assert {*rates} == {"3e-4"}
