@@ -96,7 +96,7 @@ def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> 
 
     Examples:
       >>> [round(a, 4) for a, b, c in polar_express(3)]
-      [8.124, 4.0664, 3.9487]
+      [8.1239, 4.0664, 3.9487]
       >>> [round(a, 4) for a, b, c in polar_express(3, safety=1)]
       [8.2872, 4.1071, 3.9487]
 
