@@ -1,6 +1,7 @@
 """The benchmarks run end to end and write what they say; no figure of time is looked at."""
 
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +130,7 @@ def test_compare_prints_ratios(small_model, tmp_path, capsys):
 
 def test_accuracy_writes_json_table_and_plot(tmp_path):
     rng = np.random.default_rng(0)
-    kernels = {
+    kernels: dict[str, Any] = {
         f"block_{i}/attn/query/kernel": rng.normal(size=(8, 8)).astype(np.float32) for i in range(2)
     }
     np.savez(tmp_path / "momentum.npz", **kernels)

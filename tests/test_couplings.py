@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,10 @@ from holdings import (
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as D
+from spectra import function_of
 
 from benchmarks.counting import count_products
 from teon_optax import Rule, alignment, orthogonalize, plan, polar_express
-from teon_optax._polar.coefficients import resolve
 
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1)}
 
@@ -87,7 +88,7 @@ def updates_of(method):
 @pytest.mark.parametrize("case", TABLE, ids=named_case)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(case, method):
-    function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(METHODS[method]))
+    function = function_of(METHODS[method])
     expected, tolerance = expected_of(case, gaussian(), function)
     result = updates_of(method)[named_case(case)]["x"]
     jax.tree.map(
@@ -178,7 +179,7 @@ def test_sharded_updates_are_those_of_one_device(kind):
     specs = jax.tree.map(lambda M: P(*map(names.get, M.shape)), tree)
     put = jax.tree.map(lambda M, spec: jax.device_put(M, NamedSharding(mesh, spec)), tree, specs)
     given = specs if kind == AxisType.Auto else None
-    program = compiled(FEW, shardings=given).lower(put).compile()
+    program: Any = compiled(FEW, shardings=given).lower(put).compile()
     assert " all-to-all(" in program.as_text()
     result = program(put)
     assert_near(result, compiled_few()(tree), 1e-4)
@@ -213,7 +214,7 @@ def test_the_table_and_the_dict_show_k_and_the_mode():
 def test_the_flops_are_those_of_the_products_that_an_update_traces(mode):
     tree = jax.tree.map(jnp.asarray, kernels(gaussian()))
     coupling = [Rule(f"{LAYER}/{SLICE}", stack=2, mode=mode)]
-    traced = count_products(lambda tree: orthogonalize(coupling).update(tree, None), tree)
+    traced = count_products(orthogonalize(coupling).update, tree, optax.EmptyState())
     assert plan(tree, coupling).as_dict()["flops"]["plan"] == traced.flops
 
 

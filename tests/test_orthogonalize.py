@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import oracles
 import pytest
+import variants
 from absl.testing import parameterized
 from optax.contrib import MuonDimensionNumbers
+from spectra import function_of
 
 from teon_optax import Rule, orthogonalize, plan, polar_express, scale_by_teon, teon
-from teon_optax._polar.coefficients import resolve
 
 D = MuonDimensionNumbers
 # What a polynomial makes of singular values is known exactly, and two steps compile fast.
@@ -36,7 +37,7 @@ def gaussian(count, *shape):
 
 def in_runs(kernels, K, mode, method):
     """The paper's update of consecutive layers, and how far rounding may move it."""
-    function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(method))
+    function = function_of(method)
     fan_in, fan_out = kernels[0].shape
     scale = np.sqrt(fan_out / fan_in)
     updates, tolerance = [], 0
@@ -52,7 +53,7 @@ def singular_values(kernels, mode):
     return np.linalg.svd(oracles.unfolding(kernels, mode), compute_uv=False)
 
 
-def updates_of(tree, rules, method, compiled=quick_jit):
+def updates_of(tree, rules, method, compiled: Callable = quick_jit) -> Any:
     transform = orthogonalize(rules, method=method)
     return compiled(transform.update)(tree, transform.init(tree))[0]
 
@@ -271,8 +272,8 @@ def test_the_oracle_s_mode_1_is_the_joint_matrix_of_the_paper_s_weights():
         np.testing.assert_allclose(layer, K @ inverse_root, atol=1e-12)
 
 
-class AlgebraTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class AlgebraTest(variants.TestCase):
+    @variants.with_and_without_jit
     @parameterized.parameters(1, 2, 3)
     def test_order_of_layers_in_a_group_does_not_matter(self, mode):
         a, b, c = map(jnp.asarray, gaussian(3, 4, 6))
@@ -298,7 +299,7 @@ def test_mode_2_is_mode_1_of_transposed_kernels():
 
 def test_leaves_that_no_rule_takes_are_the_same_objects():
     tree = {"w": jnp.ones((4, 6)), "bias": jnp.ones(6), "embed": jnp.ones((9, 4)), "none": None}
-    transform = orthogonalize([Rule("^w$"), Rule("bias")])
+    transform: Any = orthogonalize([Rule("^w$"), Rule("bias")])
     updates, _ = transform.update(tree, transform.init(tree))
     assert updates["bias"] is tree["bias"] and updates["embed"] is tree["embed"]
     assert updates["none"] is None
@@ -378,6 +379,7 @@ def test_params_that_hold_more_than_is_updated_are_found_by_path():
     rules = [Rule(r"block_(?P<layer>\d+)", stack=2)]
     transform = orthogonalize(rules, method="svd")
     params, gradients = of_dtypes((B, F), 0), of_dtypes((F, F), 1)
+    model: Any = params | {"act": jax.nn.relu}
     expected, _ = transform.update(gradients, optax.EmptyState(), params)
-    updates, _ = transform.update(gradients, optax.EmptyState(), params | {"act": jax.nn.relu})
+    updates, _ = transform.update(gradients, optax.EmptyState(), model)
     chex.assert_trees_all_equal(updates, expected)

@@ -3,22 +3,23 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
 import pytest
+import variants
 from holdings import FAN_IN, HEADS, HOLDINGS, LAYER, SLICE, gaussian, kernels, updated
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from spectra import function_of
 from test_transforms import basis
 
 from benchmarks.counting import count_products
 from teon_optax import Rule, contrib, orthogonalize, plan, polar_express
-from teon_optax._polar.coefficients import resolve
 
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1), "schatten": "schatten"}
 # Of K = 1, 2, 3, 4, 6 and 12, of which a shorter last group has fewer.
@@ -78,7 +79,7 @@ def updates_of(transform, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(case, method):
     transform, holding = case
-    function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(METHODS[method]))
+    function = function_of(METHODS[method])
     expected, tolerance = expected_of(transform, holding, gaussian(), function)
     result = updates_of(transform, method)[holding]["x"]
     jax.tree.map(
@@ -86,8 +87,8 @@ def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(c
     )
 
 
-class VariantTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class VariantTest(variants.TestCase):
+    @variants.with_and_without_jit
     def test_four_layers_and_a_last_group_of_three_two_or_one(self):
         rules = [Rule(r"(?P<layer>\d)", 4, dims=optax.contrib.MuonDimensionNumbers(1, 0))]
         for transform in ("dct", "dft", "haar"):
@@ -95,7 +96,7 @@ class VariantTest(chex.TestCase):
                 M = np.random.default_rng(count).normal(size=(count, 3, 4)).astype(np.float32)
                 update = contrib.orthogonalize_slices(rules, transform, method="svd").update
                 tree = {str(i): jnp.asarray(M[i]) for i in range(count)}
-                result = self.variant(lambda tree, update=update: update(tree, None)[0])(tree)
+                result, _ = self.variant(update)(tree, optax.EmptyState())
                 expected = t_svd(M[:4], transform)[0] + t_svd(M[4:], transform)[0]
                 for i in range(count):  # W is (fan_out, fan_in) = (3, 4)
                     expected_i = np.sqrt(3 / 4) * expected[i]
@@ -154,7 +155,7 @@ def test_each_leaf_keeps_its_dtype():
 def test_updates_of_one_group_may_have_unlike_dtypes():
     params = {str(i): jnp.asarray(M[0, 0]) for i, M in enumerate(gaussian())}
     updates = params | {"1": params["1"].astype("bfloat16")}
-    transform = contrib.orthogonalize_slices([Rule(r"(?P<layer>\d)", 3)], "dct")
+    transform: Any = contrib.orthogonalize_slices([Rule(r"(?P<layer>\d)", 3)], "dct")
     result, _ = transform.update(updates, transform.init(params), params)
     assert {name: leaf.dtype.name for name, leaf in result.items()} == {
         "0": "float32",
@@ -180,8 +181,9 @@ def test_a_group_of_one_is_that_of_orthogonalize_and_other_leaves_pass(dtype):
     tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kernels(gaussian()))
     tree |= {"bias": jnp.ones(3), "frozen": None}
     rules = [Rule("query|key")]
-    result, _ = contrib.orthogonalize_slices(rules, "dft").update(tree, None)
-    expected, _ = orthogonalize(rules).update(tree, None)
+    transform: Any = contrib.orthogonalize_slices(rules, "dft")
+    result, _ = transform.update(tree, optax.EmptyState())
+    expected, _ = orthogonalize(rules).update(tree, optax.EmptyState())
     assert result["bias"] is tree["bias"] and result["frozen"] is None
     assert result["block_9"]["value"] is tree["block_9"]["value"]
     # The scale is multiplied to another operand, which rounds two products differently.
@@ -191,7 +193,8 @@ def test_a_group_of_one_is_that_of_orthogonalize_and_other_leaves_pass(dtype):
 def test_without_rules_it_takes_those_that_default_rules_finds():
     M = np.random.default_rng(5).normal(size=(2, 8, 8)).astype(np.float32)
     tree = {f"block_{i}": {"attn": {"query": {"kernel": jnp.asarray(M[i])}}} for i in range(2)}
-    result, _ = contrib.orthogonalize_slices(None, "haar", method="svd").update(tree, None)
+    transform = contrib.orthogonalize_slices(None, "haar", method="svd")
+    result, _ = transform.update(tree, optax.EmptyState())
     assert [len(group.members) for group in plan(tree).groups] == [2]
     expected, values = t_svd(M, "haar")
     tolerance = 2 * oracles.rounding(values, squared=False)
@@ -209,7 +212,7 @@ def assert_same_on_a_mesh(update_with, tree, specs, axis_type):
     assert_near(result, update_with()(tree), 1e-4)
     for leaf, before in zip(jax.tree.leaves(result), jax.tree.leaves(put), strict=True):
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
-    return program.as_text()
+    return program.as_text() or ""
 
 
 @pytest.mark.slow
@@ -287,8 +290,9 @@ def test_a_mode_of_what_is_coupled_is_refused_at_once(rule):
 
 
 def test_arguments_are_checked_before_any_tree_is_seen():
+    rules: Any = "w"
     with pytest.raises(ValueError, match="`rules='w'` should be a tuple of `Rule`"):
-        contrib.orthogonalize_slices("w", "dct")
+        contrib.orthogonalize_slices(rules, "dct")
     with pytest.raises(ValueError, match="`scale=-1` should be"):
         contrib.orthogonalize_slices([], "dct", scale=-1)
     with pytest.raises(ValueError, match="`method='none'`"):
