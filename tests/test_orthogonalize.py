@@ -75,7 +75,12 @@ def name_of(case):
     return "-".join(map(str, case))
 
 
-@functools.cache
+@pytest.fixture(scope="module", params=METHODS, ids=["svd", "polynomial"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
 def updates_of_grid(method):
     """All cases from one compilation, as leaves of their own and as scanned ones."""
     tree, rules = {"leaves": {}, "scanned": {}}, []
@@ -91,21 +96,21 @@ def updates_of_grid(method):
 
 
 @pytest.mark.parametrize("case", GRID, ids=name_of)
-@pytest.mark.parametrize("method", METHODS, ids=["svd", "polynomial"])
-def test_layers_in_leaves_of_their_own_get_the_paper_s_update(case, method):
+def test_layers_in_leaves_of_their_own_get_the_paper_s_update(case, method, updates_of_grid):
     mode, K, _ = case
     expected, tolerance = in_runs(kernels_of(case), K, mode, method)
-    result = updates_of_grid(method)["leaves"][name_of(case)]
+    result = updates_of_grid["leaves"][name_of(case)]
     for i, layer in enumerate(expected):
         np.testing.assert_allclose(result[f"block_{8 + i}"], layer, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("case", GRID, ids=name_of)
-@pytest.mark.parametrize("method", METHODS, ids=["svd", "polynomial"])
-def test_layers_along_the_first_or_second_axis_of_a_leaf_get_the_paper_s_update(case, method):
+def test_layers_along_the_first_or_second_axis_of_a_leaf_get_the_paper_s_update(
+    case, method, updates_of_grid
+):
     mode, K, shape = case
     expected, tolerance = in_runs(kernels_of(case), K, mode, method)
-    result = updates_of_grid(method)["scanned"][name_of(case)]
+    result = updates_of_grid["scanned"][name_of(case)]
     whole = np.stack(expected, list(SHAPES).index(shape))
     np.testing.assert_allclose(result, whole, atol=tolerance, rtol=0)
 
@@ -212,7 +217,7 @@ HOLDINGS = {
 }
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def of_all_holdings(method):
     tree, rules = {}, []
     for name, holding in HOLDINGS.items():
@@ -222,9 +227,8 @@ def of_all_holdings(method):
     return updates_of(tree, rules, method)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["svd", "polynomial"])
 @pytest.mark.parametrize("name", HOLDINGS)
-def test_the_update_does_not_depend_on_how_leaves_hold_the_layers(name, method):
+def test_the_update_does_not_depend_on_how_leaves_hold_the_layers(name, method, of_all_holdings):
     holding = HOLDINGS[name]
     updates = [
         in_runs(list(kernels), holding.rule.stack, holding.rule.mode, method)
@@ -232,7 +236,7 @@ def test_the_update_does_not_depend_on_how_leaves_hold_the_layers(name, method):
     ]
     expected = holding.leaves(np.array([layers for layers, _ in updates]))
     tolerance = max(tolerance for _, tolerance in updates)
-    result = of_all_holdings(method)[name]
+    result = of_all_holdings[name]
     chex.assert_trees_all_equal_structs(result, expected)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=0), result, expected

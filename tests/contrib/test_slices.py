@@ -69,19 +69,30 @@ def compiled(holdings, transform, **arguments):
     return jax.jit(lambda tree: update(tree, optax.EmptyState())[0])
 
 
-@functools.cache
-def updates_of(transform, method):
-    holdings = [holding for of_table, holding in TABLE if of_table == transform]
-    return compiled(holdings, transform, method=METHODS[method])(tree_of(holdings))
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def updates(method):
+    """Of all cases, in one compilation for each transform."""
+    result = {}
+    for transform in ("haar", "dct", "dft"):
+        holdings = [holding for of_table, holding in TABLE if of_table == transform]
+        update = compiled(holdings, transform, method=METHODS[method])
+        result[transform] = update(tree_of(holdings))
+    return result
 
 
 @pytest.mark.parametrize("case", TABLE, ids=", ".join)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(case, method):
+def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(
+    case, method, updates
+):
     transform, holding = case
     function = function_of(METHODS[method])
     expected, tolerance = expected_of(transform, holding, gaussian(), function)
-    result = updates_of(transform, method)[holding]["x"]
+    result = updates[transform][holding]["x"]
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=0), result, expected
     )
@@ -107,9 +118,12 @@ class VariantTest(variants.TestCase):
 FEW = ["siblings of layers", "heads of parts", "heads of siblings", "scanned siblings"]
 
 
-@functools.cache
-def compiled_few():
-    return compiled(FEW, "dft")
+@pytest.fixture(scope="module")
+def update_few():
+    """The update of their trees, compiled for float32."""
+    update = compiled(FEW, "dft")
+    update(tree_of(FEW))
+    return update
 
 
 def assert_near(result, expected, tolerance):
@@ -119,20 +133,20 @@ def assert_near(result, expected, tolerance):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
-def test_zero_gives_zero_and_scale_does_not_matter(scale):
+def test_zero_gives_zero_and_scale_does_not_matter(scale, update_few):
     tree = tree_of(FEW)
-    result = compiled_few()(jax.tree.map(lambda leaf: leaf * np.float32(scale), tree))
-    expected = compiled_few()(tree)
+    result = update_few(jax.tree.map(lambda leaf: leaf * np.float32(scale), tree))
+    expected = update_few(tree)
     expected = expected if scale else jax.tree.map(jnp.zeros_like, expected)
     assert_near(result, expected, 1e-3)
 
 
-def test_what_is_not_finite_shows_in_its_group_and_in_no_other():
+def test_what_is_not_finite_shows_in_its_group_and_in_no_other(update_few):
     tree = tree_of(FEW)
     spoilt = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: leaf.at[(0,) * leaf.ndim].set(np.nan) if "9" in str(keys) else leaf, tree
     )
-    result, expected = compiled_few()(spoilt), compiled_few()(tree)
+    result, expected = update_few(spoilt), update_few(tree)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(result):
         if "9" in str(keys) or "block_10" in str(keys):
             assert not np.isfinite(leaf).any()
@@ -144,11 +158,11 @@ def test_what_is_not_finite_shows_in_its_group_and_in_no_other():
         )
 
 
-def test_each_leaf_keeps_its_dtype():
+def test_each_leaf_keeps_its_dtype(update_few):
     tree = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tree_of(FEW))
-    result = compiled_few()(tree)
+    result = update_few(tree)
     assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype("bfloat16")}
-    wide = compiled_few()(jax.tree.map(lambda leaf: leaf.astype("float32"), tree))
+    wide = update_few(jax.tree.map(lambda leaf: leaf.astype("float32"), tree))
     assert_near(result, wide, 1e-2)
 
 
