@@ -1,5 +1,6 @@
 """Where and how every test runs: eight CPU devices, strict arithmetic, reproducible properties."""
 
+import contextlib
 import os
 
 # Read when JAX and Matplotlib are imported, also by the scripts that tests start.
@@ -38,13 +39,19 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(autouse=True)
-def strict_arithmetic(request):
+@pytest.fixture(scope="module", autouse=True)
+def strict_arithmetic():
     """No operation changes a dtype or broadcasts a rank unless the code says so."""
-    promotes_dtypes = request.node.get_closest_marker("promotes_dtypes")
-    promotes_ranks = request.node.get_closest_marker("promotes_ranks")
-    with (
-        jax.numpy_dtype_promotion("standard" if promotes_dtypes else "strict"),
-        jax.numpy_rank_promotion("allow" if promotes_ranks else "raise"),
-    ):
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def arithmetic_of_a_test(request, strict_arithmetic):
+    """The same, but for what the test's marks allow."""
+    with contextlib.ExitStack() as allowed:
+        if request.node.get_closest_marker("promotes_dtypes"):
+            allowed.enter_context(jax.numpy_dtype_promotion("standard"))
+        if request.node.get_closest_marker("promotes_ranks"):
+            allowed.enter_context(jax.numpy_rank_promotion("allow"))
         yield

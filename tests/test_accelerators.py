@@ -2,6 +2,7 @@
 
 import functools
 import re
+from typing import Any
 from unittest import mock
 
 import jax
@@ -232,7 +233,7 @@ def test_a_cpu_takes_fewer_flops_than_for_optax_muon(method, share):
     assert muon.flops == 24 * 5 * (4 * 3 + 2 * 9) * 2 * 256**3
 
 
-def compiled(rules, params):
+def compiled(rules, params) -> Any:
     transform = orthogonalize(rules)
     update = jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
     return update.lower(params).compile()

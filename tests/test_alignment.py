@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ def tree(kernels, dtype=np.float32):
     }
 
 
-def measured(kernels, rank=1, dtype=np.float32):
+def measured(kernels, rank=1, dtype: Any = np.float32):
     (group,) = alignment(tree(kernels, dtype), [Rule(LAYER, stack=len(kernels))], rank)
     return group
 

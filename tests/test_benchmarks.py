@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ def test_the_gate_fails_where_a_figure_of_the_program_grew(tmp_path, capsys, fig
 
 def test_accuracy_writes_json_table_and_plot(tmp_path):
     rng = np.random.default_rng(0)
-    kernels = {
+    kernels: dict[str, Any] = {
         f"block_{i}/attn/query/kernel": rng.normal(size=(8, 8)).astype(np.float32) for i in range(2)
     }
     np.savez(tmp_path / "momentum.npz", **kernels)

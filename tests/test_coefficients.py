@@ -1,6 +1,7 @@
 """The quintics: published tables, Polar Express for any bound, and what `method` means."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import oracles
 import pytest
 
 from teon_optax import polar, polar_express
-from teon_optax._polar.coefficients import resolve
+from teon_optax._polar.coefficients import Method, resolve
 
 # arXiv 2505.16932, for lower bound 1e-3.
 PUBLISHED = (
@@ -31,6 +32,12 @@ YOU = (
     (2172, -1833, 682),
 )
 NAMES = "'polar_express', 'schatten', 'jordan', 'you', 'svd'"
+
+
+def polynomial(method) -> Method:
+    resolved = resolve(method)
+    assert resolved is not None
+    return resolved
 
 
 def distance_to_one(triples, lower):
@@ -114,7 +121,7 @@ def test_safety_divides_what_each_quintic_but_the_last_sees_and_the_norm(steps, 
 
 def test_polar_express_method_is_the_paper_s():
     """5 steps for 1e-3, the safety factor once, on M / (1.01 |M|_F)."""
-    method = resolve("polar_express")
+    method = polynomial("polar_express")
     np.testing.assert_allclose(method.coefficients, slowed(PUBLISHED[:5]), rtol=1e-6)
     assert method.norm == "frobenius"
     divided = [np.array(t) / 1.01 ** np.array([1, 3, 5]) for t in PUBLISHED[:4]]
@@ -124,7 +131,7 @@ def test_polar_express_method_is_the_paper_s():
 
 
 def test_schatten_is_4_steps_for_5e_3_from_a_schatten_4_start():
-    method = resolve("schatten")
+    method = polynomial("schatten")
     raw = polar_express(4, 5e-3, safety=1)
     np.testing.assert_allclose(method.coefficients, slowed(raw), rtol=1e-12)
     assert method.norm == "schatten4"
@@ -135,7 +142,7 @@ def test_jordan_is_the_published_table_on_the_plain_frobenius_norm():
 
 
 def test_you_is_the_published_table_over_1024():
-    triples, norm = resolve("you")
+    triples, norm = polynomial("you")
     np.testing.assert_allclose(triples, np.array(YOU) / 1024, rtol=1e-15)
     assert norm == "frobenius"
 
@@ -164,11 +171,13 @@ def test_triples_are_used_as_they_are_given(safety):
 
 
 def test_arrays_of_triples_are_a_method_too():
-    assert resolve(np.array(JORDAN)) == resolve("jordan")
+    triples: Any = np.array(JORDAN)
+    assert resolve(triples) == resolve("jordan")
 
 
 def test_a_method_is_hashable_so_that_it_can_be_static():
-    assert hash(resolve(np.array(polar_express(3)))) == hash(resolve(polar_express(3)))
+    triples: Any = np.array(polar_express(3))
+    assert hash(resolve(triples)) == hash(resolve(polar_express(3)))
 
 
 @pytest.mark.parametrize("method", ["nope", "POLAR_EXPRESS", ""])
@@ -207,5 +216,5 @@ def test_traced_coefficients_are_told_what_to_name():
     words = "coefficients are constants of the program: under `optax.inject_hyperparams`, which"
     with pytest.raises(ValueError, match=words):
         jax.jit(lambda triples: polar(jnp.eye(2), triples))(triples)
-    constant = jnp.asarray(triples)
+    constant: Any = jnp.asarray(triples)
     jax.jit(lambda: polar(jnp.eye(2), constant)).lower()

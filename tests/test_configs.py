@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -203,8 +204,10 @@ def test_microbatches_change_nothing_but_the_order_of_sums():
 
 
 def test_a_cosine_rises_over_a_tenth_and_ends_at_zero():
-    rate = [float(optimizers.cosine_schedule(0.4, 100)(step)) for step in range(101)]
+    schedule: Any = optimizers.cosine_schedule(0.4, 100)
+    rate = [float(schedule(step)) for step in range(101)]
     assert rate[:11] == pytest.approx([0.04 + 0.036 * step for step in range(11)])
     assert rate[55] == pytest.approx(0.2)
     assert rate[100] == pytest.approx(0.0, abs=1e-6)
-    assert float(optimizers.cosine_schedule(0.4, 1)(0)) == pytest.approx(0.4)
+    schedule = optimizers.cosine_schedule(0.4, 1)
+    assert float(schedule(0)) == pytest.approx(0.4)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +29,10 @@ from holdings import (
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as D
+from spectra import function_of
 
 from benchmarks.counting import count_products
 from teon_optax import Rule, alignment, orthogonalize, plan, polar_express
-from teon_optax._polar.coefficients import resolve
 
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1)}
 
@@ -79,17 +80,24 @@ def compiled(cases, **arguments):
     return jax.jit(lambda tree: transform.update(tree, optax.EmptyState())[0])
 
 
-@functools.cache
-def updates_of(method):
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def updates(method):
+    """Of all cases, in one compilation."""
     return compiled(TABLE, method=METHODS[method])(tree_of(TABLE))
 
 
 @pytest.mark.parametrize("case", TABLE, ids=named_case)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(case, method):
-    function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(METHODS[method]))
+def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(
+    case, method, updates
+):
+    function = function_of(METHODS[method])
     expected, tolerance = expected_of(case, gaussian(), function)
-    result = updates_of(method)[named_case(case)]["x"]
+    result = updates[named_case(case)]["x"]
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=0), result, expected
     )
@@ -105,9 +113,12 @@ FEW = [
 ]
 
 
-@functools.cache
-def compiled_few():
-    return compiled(FEW)
+@pytest.fixture(scope="module")
+def update_few():
+    """The update of their trees, compiled for float32."""
+    update = compiled(FEW)
+    update(tree_of(FEW))
+    return update
 
 
 def assert_near(result, expected, tolerance):
@@ -117,25 +128,25 @@ def assert_near(result, expected, tolerance):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
-def test_zero_gives_zero_and_scale_does_not_matter(scale):
+def test_zero_gives_zero_and_scale_does_not_matter(scale, update_few):
     tree = tree_of(FEW)
-    result = compiled_few()(jax.tree.map(lambda leaf: leaf * np.float32(scale), tree))
+    result = update_few(jax.tree.map(lambda leaf: leaf * np.float32(scale), tree))
     assert_near(
         result,
-        jax.tree.map(lambda u: u if scale else jnp.zeros_like(u), compiled_few()(tree)),
+        jax.tree.map(lambda u: u if scale else jnp.zeros_like(u), update_few(tree)),
         1e-3,
     )
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_shows_in_its_group_and_in_no_other(bad):
+def test_what_is_not_finite_shows_in_its_group_and_in_no_other(bad, update_few):
     tree = tree_of(FEW[:4])
     spoilt = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: leaf.at[(0,) * leaf.ndim].set(bad) if "block_9" in str(keys) else leaf,
         tree,
     )
     rest = tree_of(FEW[4:])
-    result, expected = compiled_few()(spoilt | rest), compiled_few()(tree | rest)
+    result, expected = update_few(spoilt | rest), update_few(tree | rest)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(result):
         if "scanned" not in str(keys):
             assert np.isfinite(leaf).all() == ("block_11" in str(keys))
@@ -151,11 +162,11 @@ def test_what_is_not_finite_shows_in_its_group_and_in_no_other(bad):
     jax.tree.map(np.testing.assert_array_equal, *last)
 
 
-def test_each_leaf_keeps_its_dtype():
+def test_each_leaf_keeps_its_dtype(update_few):
     tree = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tree_of(FEW))
-    result = compiled_few()(tree)
+    result = update_few(tree)
     assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype("bfloat16")}
-    wide = compiled_few()(jax.tree.map(lambda leaf: leaf.astype("float32"), tree))
+    wide = update_few(jax.tree.map(lambda leaf: leaf.astype("float32"), tree))
     assert_near(result, wide, 1e-2)
 
 
@@ -171,17 +182,17 @@ def test_a_number_for_scale_is_the_root_mean_square_of_every_group():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
-def test_sharded_updates_are_those_of_one_device(kind):
+def test_sharded_updates_are_those_of_one_device(kind, update_few):
     mesh, tree = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2), tree_of(FEW)
     # Heads, which only whole groups have, are cut as well.
     names = {FAN_IN: "data", HEADS: "model"}
     specs = jax.tree.map(lambda M: P(*map(names.get, M.shape)), tree)
     put = jax.tree.map(lambda M, spec: jax.device_put(M, NamedSharding(mesh, spec)), tree, specs)
     given = specs if kind == AxisType.Auto else None
-    program = compiled(FEW, shardings=given).lower(put).compile()
+    program: Any = compiled(FEW, shardings=given).lower(put).compile()
     assert " all-to-all(" in program.as_text()
     result = program(put)
-    assert_near(result, compiled_few()(tree), 1e-4)
+    assert_near(result, update_few(tree), 1e-4)
     for leaf, before in zip(jax.tree.leaves(result), jax.tree.leaves(put), strict=True):
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
 
@@ -213,7 +224,7 @@ def test_the_table_and_the_dict_show_k_and_the_mode():
 def test_the_flops_are_those_of_the_products_that_an_update_traces(mode):
     tree = jax.tree.map(jnp.asarray, kernels(gaussian()))
     coupling = [Rule(f"{LAYER}/{SLICE}", stack=2, mode=mode)]
-    traced = count_products(lambda tree: orthogonalize(coupling).update(tree, None), tree)
+    traced = count_products(orthogonalize(coupling).update, tree, optax.EmptyState())
     assert plan(tree, coupling).as_dict()["flops"]["plan"] == traced.flops
 
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import variants
 from absl.testing import parameterized
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
@@ -50,8 +51,8 @@ def memories(tree):
     return {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree) if leaf.ndim}
 
 
-class HostMemoryTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class HostMemoryTest(variants.TestCase):
+    @variants.with_and_without_jit
     @parameterized.product(transform=list(TRANSFORMS), place=list(ON_HOST))
     def test_leaves_of_the_host_are_updated_and_stay_there(self, transform, place):
         transform = TRANSFORMS[transform]
@@ -63,7 +64,7 @@ class HostMemoryTest(chex.TestCase):
         assert memories(before) == memories(after) <= {"pinned_host"}
         chex.assert_trees_all_close(updates, expected, rtol=1e-5)
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @variants.with_and_without_jit
     @parameterized.parameters("scale_by_teon", "teon")
     def test_a_state_of_the_host_serves_leaves_of_the_device(self, transform):
         transform = TRANSFORMS[transform]

@@ -1,6 +1,7 @@
 """`orthogonalize` and `scale_by_teon`: momentum, state, and what may be masked or absent."""
 
 import re
+from typing import Any
 
 import chex
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 import optax
 import oracles
 import pytest
+import variants
 from absl.testing import parameterized
+from spectra import function_of
 
 from teon_optax import Rule, TeonState, orthogonalize, polar_express, scale_by_teon
-from teon_optax._polar.coefficients import resolve
 from teon_optax._rules.paths import leaf_paths
 
 RULES = (Rule(r"block_(?P<layer>\d+)/query", stack=2), Rule("^up$"))
@@ -55,15 +57,15 @@ def test_state_is_a_count_and_a_momentum_in_the_tree_of_params():
 
 
 def test_count_counts_updates():
-    transform = scale_by_teon(RULES, method=QUICK)
+    transform: Any = scale_by_teon(RULES, method=QUICK)
     state = transform.init(params())
     for count in (1, 2, 3):
         _, state = transform.update(params(), state)
         assert state.count == count
 
 
-class MomentumTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class MomentumTest(variants.TestCase):
+    @variants.with_and_without_jit
     @parameterized.product(nesterov=[True, False], beta=[0.95, 0.5])
     def test_leaves_that_no_rule_takes_get_the_bias_corrected_momentum(self, nesterov, beta):
         """The average m of gradients g over 1 - beta^t, or that after g once more."""
@@ -123,7 +125,7 @@ class TypesTest(chex.TestCase):
 def test_momentum_is_averaged_and_orthogonalized_in_float32_whatever_it_is_kept_in():
     """In float16 the first gradients would leave the range when their bias is corrected."""
     like = {"up": jnp.full((4, 6), 60_000, "float16")}
-    transform = scale_by_teon(RULES, method="svd")
+    transform: Any = scale_by_teon(RULES, method="svd")
     updates, state = transform.update(like, transform.init(like))
     np.testing.assert_allclose(np.float64(state.mu["up"]), 3_000, rtol=2.0**-11)
     # Of rank one: U V^T has equal entries too, and spectral norm sqrt(fan_out / fan_in).
@@ -132,7 +134,7 @@ def test_momentum_is_averaged_and_orthogonalized_in_float32_whatever_it_is_kept_
 
 @pytest.mark.parametrize("mu_dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16"), np.float16])
 def test_mu_dtype_is_a_name_a_class_or_a_dtype(mu_dtype):
-    state = scale_by_teon(RULES, mu_dtype=mu_dtype).init(params())
+    state: Any = scale_by_teon(RULES, mu_dtype=mu_dtype).init(params())
     assert {leaf.dtype for leaf in jax.tree.leaves(state.mu)} == {jnp.dtype(mu_dtype)}
 
 
@@ -153,7 +155,7 @@ def test_a_wrong_argument_is_refused_before_any_tree_is_seen(transform, argument
 
 
 def test_a_schedule_of_beta_is_told_who_calls_it():
-    schedule = optax.linear_schedule(0.8, 0.95, 100)
+    schedule: Any = optax.linear_schedule(0.8, 0.95, 100)
     with pytest.raises(ValueError, match=r"perhaps a schedule: `optax.inject_hyperparams\(teon\)"):
         scale_by_teon(beta=schedule)
 
@@ -234,7 +236,7 @@ def test_another_stack_or_method_goes_on_from_the_same_state():
 
 
 def test_the_second_update_compiles_nothing():
-    transform = scale_by_teon(RULES, method=QUICK)
+    transform: Any = scale_by_teon(RULES, method=QUICK)
     update = jax.jit(chex.assert_max_traces(transform.update, n=1))
     state = transform.init(params())
     for step in range(3):
@@ -251,7 +253,7 @@ def test_state_can_be_made_from_shapes_alone():
 
 
 def test_absent_leaves_stay_absent():
-    transform = scale_by_teon(RULES, method=QUICK)
+    transform: Any = scale_by_teon(RULES, method=QUICK)
     tree = params() | {"absent": None, "block_2": {"query": None}}
     state = transform.init(tree)
     updates, after = transform.update(tree, state)
@@ -259,7 +261,7 @@ def test_absent_leaves_stay_absent():
 
 
 def test_numbers_of_python_are_leaves_too():
-    transform = scale_by_teon(RULES, method=QUICK)
+    transform: Any = scale_by_teon(RULES, method=QUICK)
     like = {"up": params()["up"], "temperature": 2.0}
     updates, state = transform.update(like, transform.init(like))
     np.testing.assert_allclose(state.mu["temperature"], 0.05 * 2, rtol=1e-6)
@@ -269,7 +271,7 @@ def test_numbers_of_python_are_leaves_too():
 @pytest.mark.parametrize("beta", [0.9999999, jnp.float32(0.9999999)], ids=str)
 def test_the_bias_of_a_slow_momentum_is_corrected_to_the_last_digits(beta):
     """1 - beta^t loses these in float32; a constant gradient is its own average."""
-    transform = scale_by_teon([], beta=beta, nesterov=False)
+    transform: Any = scale_by_teon([], beta=beta, nesterov=False)
     updates, _ = transform.update(ones := {"bias": jnp.ones(6)}, transform.init(ones))
     np.testing.assert_allclose(updates["bias"], 1, rtol=4 * oracles.EPS)
 
@@ -284,13 +286,13 @@ def test_a_traced_beta_that_was_rounded_to_one_averages_all_gradients():
 
 def test_leaves_that_masked_takes_out_are_neither_grouped_nor_changed():
     mask = jax.tree.map(lambda _: True, params()) | {"block_1": {"query": False}}
-    transform = optax.masked(scale_by_teon(RULES, method=QUICK), mask)
+    transform: Any = optax.masked(scale_by_teon(RULES, method=QUICK), mask)
     g = gradients(0, params())
     updates, _ = transform.update(g, transform.init(params()))
     assert updates["block_1"]["query"] is g["block_1"]["query"]
     # Blocks 0 and 2 are now neighbours.
     pair = {name: g[name] for name in ("block_0", "block_2")}
-    alone = scale_by_teon(RULES, method=QUICK)
+    alone: Any = scale_by_teon(RULES, method=QUICK)
     expected, _ = alone.update(pair, alone.init(pair))
     for name in pair:
         np.testing.assert_allclose(
@@ -300,8 +302,8 @@ def test_leaves_that_masked_takes_out_are_neither_grouped_nor_changed():
 
 def test_map_params_reaches_the_momentum_and_nothing_else():
     transform = scale_by_teon(RULES)
-    state = transform.init(params())
-    mapped = optax.tree.map_params(transform, lambda leaf: leaf + 1, state)
+    state: Any = transform.init(params())
+    mapped: Any = optax.tree.map_params(transform, lambda leaf: leaf + 1, state)
     chex.assert_trees_all_equal(mapped.mu, jax.tree.map(jnp.ones_like, params()))
     assert mapped.count == state.count
 
@@ -310,8 +312,8 @@ def flat(tree):
     return {path: np.float64(leaf) for path, leaf in leaf_paths(tree)}
 
 
-class RecipeTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class RecipeTest(variants.TestCase):
+    @variants.with_and_without_jit
     @parameterized.product(nesterov=[True, False])
     def test_a_chain_of_optax_s_parts_is_the_paper_s_algorithm(self, nesterov):
         """M <- beta M + G; W <- W - eta (sqrt(m / n) Ortho(M) + lambda W), in NumPy and float64."""
@@ -325,7 +327,7 @@ class RecipeTest(chex.TestCase):
         trained, state = params(), optimizer.init(params())
         start = W = flat(trained)
         M = {path: np.zeros_like(w) for path, w in W.items()}
-        polynomial = oracles.polynomial(*resolve("polar_express"))
+        polynomial = function_of("polar_express")
         # Rounding of the parameters themselves, in five sums, and of each update.
         tolerance = 5 * oracles.EPS * max(np.abs(w).max() for w in W.values())
         for step in range(5):

@@ -2,17 +2,17 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import variants
 from absl.testing import parameterized
 from oracles import distance, rounding
+from spectra import function_of
 
 from teon_optax import polar, polar_express
-from teon_optax._polar.coefficients import resolve
 
 POLYNOMIALS = {
     "polar_express": "polar_express",
@@ -23,12 +23,7 @@ POLYNOMIALS = {
 }
 SHAPES = {"square": (12, 12), "wide": (12, 30), "tall": (30, 12)}
 SPECTRUM = np.geomspace(1, 0.1, 12)
-EPS = np.finfo(np.float32).eps
-
-
-def function_of(method):
-    """What a method makes of singular values; that of "svd" is one."""
-    return np.ones_like if method == "svd" else oracles.polynomial(*resolve(method))
+EPS = float(np.finfo(np.float32).eps)
 
 
 def tolerance(s, method, eps=EPS):
@@ -36,11 +31,12 @@ def tolerance(s, method, eps=EPS):
 
 
 def example(shape, singular_values):
-    return oracles.with_spectrum(np.random.default_rng(0), *shape, singular_values)
+    m, n = shape
+    return oracles.with_spectrum(np.random.default_rng(0), m, n, singular_values)
 
 
-class PolarTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class PolarTest(variants.TestCase):
+    @variants.with_and_without_jit
     @parameterized.parameters("svd", "polar_express")
     def test_result_is_the_method_s_function_of_the_singular_values(self, method):
         M = example(SHAPES["wide"], SPECTRUM)
@@ -110,7 +106,7 @@ def test_no_spectrum_makes_any_polar_express_diverge(steps, lower, shape):
     """Rounding lifts singular values above intervals on which the next quintic converges."""
     rng, triples = np.random.default_rng(0), polar_express(steps, lower)
     spectra = searched(rng, min(shape), triples)
-    matrices = oracles.with_spectrum(rng, *shape, spectra)
+    matrices = oracles.with_spectrum(rng, shape[0], shape[1], spectra)
     results = np.asarray(polar(jnp.float32(matrices), triples), np.float64)
     exact = oracles.composed(np.geomspace(1e-13, 1, 20_001), triples, norm=1).max()
     assert np.linalg.norm(results, 2, axis=(1, 2)).max() < 1.1 * exact
@@ -197,7 +193,7 @@ def test_float64_stays_float64(method):
         result = polar(jnp.float64(M), method)
     assert result.dtype == jnp.float64
     exact = oracles.reshaped_spectrum(M, function_of(method))
-    assert distance(result, exact) < tolerance(SPECTRUM, method, np.finfo(np.float64).eps)
+    assert distance(result, exact) < tolerance(SPECTRUM, method, float(np.finfo(np.float64).eps))
 
 
 @pytest.mark.parametrize("count", [300, 301], ids=["two equal chunks", "a chunk and a remainder"])

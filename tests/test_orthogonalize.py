@@ -14,11 +14,12 @@ import numpy as np
 import optax
 import oracles
 import pytest
+import variants
 from absl.testing import parameterized
 from optax.contrib import MuonDimensionNumbers
+from spectra import function_of
 
 from teon_optax import Rule, orthogonalize, plan, polar_express, scale_by_teon, teon
-from teon_optax._polar.coefficients import resolve
 
 D = MuonDimensionNumbers
 # What a polynomial makes of singular values is known exactly, and two steps compile fast.
@@ -36,7 +37,7 @@ def gaussian(count, *shape):
 
 def in_runs(kernels, K, mode, method):
     """The paper's update of consecutive layers, and how far rounding may move it."""
-    function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(method))
+    function = function_of(method)
     fan_in, fan_out = kernels[0].shape
     scale = np.sqrt(fan_out / fan_in)
     updates, tolerance = [], 0
@@ -52,7 +53,7 @@ def singular_values(kernels, mode):
     return np.linalg.svd(oracles.unfolding(kernels, mode), compute_uv=False)
 
 
-def updates_of(tree, rules, method, compiled=quick_jit):
+def updates_of(tree, rules, method, compiled: Callable = quick_jit) -> Any:
     transform = orthogonalize(rules, method=method)
     return compiled(transform.update)(tree, transform.init(tree))[0]
 
@@ -74,7 +75,12 @@ def name_of(case):
     return "-".join(map(str, case))
 
 
-@functools.cache
+@pytest.fixture(scope="module", params=METHODS, ids=["svd", "polynomial"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
 def updates_of_grid(method):
     """All cases from one compilation, as leaves of their own and as scanned ones."""
     tree, rules = {"leaves": {}, "scanned": {}}, []
@@ -90,21 +96,21 @@ def updates_of_grid(method):
 
 
 @pytest.mark.parametrize("case", GRID, ids=name_of)
-@pytest.mark.parametrize("method", METHODS, ids=["svd", "polynomial"])
-def test_layers_in_leaves_of_their_own_get_the_paper_s_update(case, method):
+def test_layers_in_leaves_of_their_own_get_the_paper_s_update(case, method, updates_of_grid):
     mode, K, _ = case
     expected, tolerance = in_runs(kernels_of(case), K, mode, method)
-    result = updates_of_grid(method)["leaves"][name_of(case)]
+    result = updates_of_grid["leaves"][name_of(case)]
     for i, layer in enumerate(expected):
         np.testing.assert_allclose(result[f"block_{8 + i}"], layer, atol=tolerance, rtol=0)
 
 
 @pytest.mark.parametrize("case", GRID, ids=name_of)
-@pytest.mark.parametrize("method", METHODS, ids=["svd", "polynomial"])
-def test_layers_along_the_first_or_second_axis_of_a_leaf_get_the_paper_s_update(case, method):
+def test_layers_along_the_first_or_second_axis_of_a_leaf_get_the_paper_s_update(
+    case, method, updates_of_grid
+):
     mode, K, shape = case
     expected, tolerance = in_runs(kernels_of(case), K, mode, method)
-    result = updates_of_grid(method)["scanned"][name_of(case)]
+    result = updates_of_grid["scanned"][name_of(case)]
     whole = np.stack(expected, list(SHAPES).index(shape))
     np.testing.assert_allclose(result, whole, atol=tolerance, rtol=0)
 
@@ -211,7 +217,7 @@ HOLDINGS = {
 }
 
 
-@functools.cache
+@pytest.fixture(scope="module")
 def of_all_holdings(method):
     tree, rules = {}, []
     for name, holding in HOLDINGS.items():
@@ -221,9 +227,8 @@ def of_all_holdings(method):
     return updates_of(tree, rules, method)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=["svd", "polynomial"])
 @pytest.mark.parametrize("name", HOLDINGS)
-def test_the_update_does_not_depend_on_how_leaves_hold_the_layers(name, method):
+def test_the_update_does_not_depend_on_how_leaves_hold_the_layers(name, method, of_all_holdings):
     holding = HOLDINGS[name]
     updates = [
         in_runs(list(kernels), holding.rule.stack, holding.rule.mode, method)
@@ -231,7 +236,7 @@ def test_the_update_does_not_depend_on_how_leaves_hold_the_layers(name, method):
     ]
     expected = holding.leaves(np.array([layers for layers, _ in updates]))
     tolerance = max(tolerance for _, tolerance in updates)
-    result = of_all_holdings(method)[name]
+    result = of_all_holdings[name]
     chex.assert_trees_all_equal_structs(result, expected)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=0), result, expected
@@ -271,8 +276,8 @@ def test_the_oracle_s_mode_1_is_the_joint_matrix_of_the_paper_s_weights():
         np.testing.assert_allclose(layer, K @ inverse_root, atol=1e-12)
 
 
-class AlgebraTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class AlgebraTest(variants.TestCase):
+    @variants.with_and_without_jit
     @parameterized.parameters(1, 2, 3)
     def test_order_of_layers_in_a_group_does_not_matter(self, mode):
         a, b, c = map(jnp.asarray, gaussian(3, 4, 6))
@@ -298,7 +303,7 @@ def test_mode_2_is_mode_1_of_transposed_kernels():
 
 def test_leaves_that_no_rule_takes_are_the_same_objects():
     tree = {"w": jnp.ones((4, 6)), "bias": jnp.ones(6), "embed": jnp.ones((9, 4)), "none": None}
-    transform = orthogonalize([Rule("^w$"), Rule("bias")])
+    transform: Any = orthogonalize([Rule("^w$"), Rule("bias")])
     updates, _ = transform.update(tree, transform.init(tree))
     assert updates["bias"] is tree["bias"] and updates["embed"] is tree["embed"]
     assert updates["none"] is None
@@ -378,6 +383,7 @@ def test_params_that_hold_more_than_is_updated_are_found_by_path():
     rules = [Rule(r"block_(?P<layer>\d+)", stack=2)]
     transform = orthogonalize(rules, method="svd")
     params, gradients = of_dtypes((B, F), 0), of_dtypes((F, F), 1)
+    model: Any = params | {"act": jax.nn.relu}
     expected, _ = transform.update(gradients, optax.EmptyState(), params)
-    updates, _ = transform.update(gradients, optax.EmptyState(), params | {"act": jax.nn.relu})
+    updates, _ = transform.update(gradients, optax.EmptyState(), model)
     chex.assert_trees_all_equal(updates, expected)

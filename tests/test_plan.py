@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -164,7 +165,7 @@ def test_a_group_knows_one_layer_s_fans_and_the_joint_shape(
 
 
 def test_without_rules_they_are_the_default_rules():
-    params = {f"block_{i}": {"attn": {"query": {"kernel": array(4, 4)}}} for i in range(2)}
+    params: Any = {f"block_{i}": {"attn": {"query": {"kernel": array(4, 4)}}} for i in range(2)}
     params["embed"] = {"embedding": array(9, 4)}
     planned = plan(params)
     assert planned == plan(params, default_rules(params))
@@ -439,13 +440,12 @@ SHAPES = {
 )
 def test_the_flops_are_those_of_the_products_that_an_update_traces(rules):
     planned = plan(SHAPES, rules).as_dict()
-    traced = count_products(lambda tree: orthogonalize(rules).update(tree, None), SHAPES)
+    traced = count_products(orthogonalize(rules).update, SHAPES, optax.EmptyState())
     assert planned["flops"]["plan"] == traced.flops
     dims = {path: D(1, 2) if path[0] == "e" else D(0, 1) for path in SHAPES}
     taken = {member for group in planned["groups"] for member in group["members"]}
-    muon = optax.contrib.scale_by_muon(
-        weight_dimension_numbers={path: dims[path] if path in taken else None for path in SHAPES}
-    )
+    taken_dims: Any = {path: dims[path] if path in taken else None for path in SHAPES}
+    muon = optax.contrib.scale_by_muon(weight_dimension_numbers=taken_dims)
     state = jax.eval_shape(muon.init, SHAPES)
     masked = {path: leaf if path in taken else None for path, leaf in SHAPES.items()}
     assert planned["flops"]["muon"] == count_products(muon.update, masked, state).flops

@@ -35,7 +35,7 @@ def test_named_scales_know_one_layer_s_fans_alone(K, fan_in, fan_out, spectral, 
 def test_a_number_is_the_rms_of_a_full_rank_update(shape, K, mode):
     kernels = np.random.default_rng(0).normal(size=(K, *shape))
     rank = min(oracles.unfolding(kernels, mode).shape)
-    update = scaling(0.2)(*shape, K, rank) * np.array(oracles.joint(kernels, mode))
+    update = scaling(0.2)(shape[0], shape[1], K, rank) * np.array(oracles.joint(kernels, mode))
     np.testing.assert_allclose(rms(update), 0.2, rtol=1e-12)
 
 

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def transformer(blocks=2, d=D):
     return {f"block_{i}": block() for i in range(blocks)}
 
 
-def mesh_of(kind=AUTO, **sizes):
+def mesh_of(kind: AxisType = AUTO, **sizes: int):
     sizes = sizes or {"data": 8}
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(kind,) * len(sizes))
 
@@ -87,7 +88,7 @@ def assert_sharded_update_is_the_same(tree, mesh, specs, rules=RULES, **argument
     assert_same(sharded, single)
     for leaf, spec in zip(jax.tree.leaves(sharded), jax.tree.leaves(specs), strict=True):
         assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, spec), leaf.ndim)
-    return compiled.as_text()
+    return compiled.as_text() or ""
 
 
 LAYOUTS = {
@@ -218,7 +219,7 @@ def test_gradients_through_an_update_that_devices_share_are_those_of_one_device(
     kernel, weights = (jnp.asarray(random.normal(size=(16, 16)), jnp.float32) for _ in range(2))
 
     def loss(kernel, scale, shardings):
-        transform = orthogonalize([Rule("w")], method=QUICK, scale=scale, shardings=shardings)
+        transform: Any = orthogonalize([Rule("w")], method=QUICK, scale=scale, shardings=shardings)
         updates, _ = transform.update({"w": kernel}, optax.EmptyState())
         return jnp.sum(weights * updates["w"])
 
@@ -280,7 +281,8 @@ def single_update():
 def test_momentum_lies_as_params_do_and_its_memory_is_used_again(kind):
     optimizer, _, params = sharded_optimizer(kind)
     state = optimizer.init(params)
-    update = jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params).compile()
+    lowered = jax.jit(optimizer.update, donate_argnums=1).lower(params, state, params)
+    update: Any = lowered.compile()
     updates, new = update(params, state, params)
     assert_same(updates, single_update())
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
@@ -319,7 +321,7 @@ def test_types_of_the_state_never_change(kind):
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("context", ["set_mesh", "none"])
 def test_partition_specs_find_the_mesh(context):
-    mesh, tree = mesh_of(**MESH_SIZES), transformer()
+    mesh, tree = mesh_of(AUTO, **MESH_SIZES), transformer()
     specs = specs_of(tree, SPEC)
     params = put(tree, mesh, specs)
     optimizer = teon(0.1, RULES, shardings=specs)
@@ -368,7 +370,7 @@ def test_exported_update(kind):
 
 @pytest.mark.promotes_dtypes
 def test_wrong_specs_stay_correct():
-    mesh, tree = mesh_of(**MESH_SIZES), transformer()
+    mesh, tree = mesh_of(AUTO, **MESH_SIZES), transformer()
     params = put(tree, mesh, specs_of(tree, SPEC))
     optimizer = teon(0.1, RULES, shardings=P(None, ("model", "data")))
     assert_same(
@@ -421,7 +423,7 @@ def test_no_notice_where_nothing_is_hidden():
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("shardings", [None, SPEC], ids=str)
 def test_shards_of_a_shard_map_are_refused(checked, shardings):
-    mesh, tree = mesh_of(**MESH_SIZES), transformer()
+    mesh, tree = mesh_of(AUTO, **MESH_SIZES), transformer()
     transform, specs = orthogonalize(RULES, shardings=shardings), specs_of(tree, SPEC)
     update = jax.shard_map(
         lambda tree: transform.update(tree, optax.EmptyState())[0],
@@ -457,7 +459,7 @@ def test_whole_leaves_inside_a_shard_map_are_updated():
     ids=["too long", "unknown", "twice", "missing", "no spec"],
 )
 def test_shardings_that_do_not_fit_are_refused(shardings, message):
-    mesh, tree = mesh_of(**MESH_SIZES), transformer()
+    mesh, tree = mesh_of(AUTO, **MESH_SIZES), transformer()
     params = put(tree, mesh, specs_of(tree, SPEC))
     with pytest.raises(ValueError, match=message) as caught:
         teon(0.1, RULES, shardings=shardings).init(params)
@@ -465,7 +467,7 @@ def test_shardings_that_do_not_fit_are_refused(shardings, message):
 
 
 def test_another_mesh_is_refused():
-    mesh, tree = mesh_of(**MESH_SIZES), transformer()
+    mesh, tree = mesh_of(AUTO, **MESH_SIZES), transformer()
     params = put(tree, mesh, specs_of(tree, SPEC))
     with pytest.raises(ValueError, match="its mesh {'data': 8} is not the other leaves'"):
         orthogonalize(RULES, shardings=NamedSharding(mesh_of(), P("data"))).init(params)

@@ -1,6 +1,7 @@
 """`teon`: matched leaves, the fallback, weight decay, and life among Optax's and Flax's tools."""
 
 import re
+from typing import Any
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import oracles
 import pytest
+import variants
 from absl.testing import parameterized
 from flax import nnx
 
@@ -42,7 +44,7 @@ def gradients(step, like):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), like)
 
 
-def run(optimizer, tree, steps=2, **extra_args):
+def run(optimizer, tree, steps=2, **extra_args) -> tuple[Any, Any]:
     """Updates of the last step and the state after it."""
     state, updates = optimizer.init(tree), None
     for step in range(steps):
@@ -98,7 +100,7 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS.values(), ids=list(MASKS))
 def test_weight_decay_is_where_the_mask_says(mask):
     zero = jax.tree.map(jnp.zeros_like, params())
-    optimizer = teon(0.5, RULES, weight_decay=0.1, weight_decay_mask=mask, method=QUICK)
+    optimizer: Any = teon(0.5, RULES, weight_decay=0.1, weight_decay_mask=mask, method=QUICK)
     updates, _ = optimizer.update(zero, optimizer.init(params()), params())
     for name, leaf in params().items():
         decay = 0 if name in ("up", "bias") else 0.5 * 0.1
@@ -113,7 +115,7 @@ def test_a_fallback_of_the_user_has_its_own_learning_rate_and_weight_decay():
 
 
 def test_extra_arguments_reach_the_fallback():
-    def update(updates, state, params=None, *, factor, **extra_args):
+    def update(updates, state, params=None, *, factor=1.0, **extra_args):
         del params, extra_args
         return jax.tree.map(lambda g: factor * g, updates), state
 
@@ -221,9 +223,10 @@ def test_another_stack_goes_on_from_the_same_state():
     one, two = (teon(0.02, (Rule(RULES[0].pattern, K), RULES[1]), method=QUICK) for K in (2, 3))
     _, state = run(one, params())
     chex.assert_trees_all_equal_shapes_and_dtypes(two.init(params()), state)
-    (updates, after), (other, expected) = (
+    both: Any = (
         optimizer.update(gradients(5, params()), state, params()) for optimizer in (two, one)
     )
+    (updates, after), (other, expected) = both
     chex.assert_trees_all_equal(after, expected)
     chex.assert_trees_all_equal(updates["up"], other["up"])
     assert np.abs(updates["block_0"]["query"] - other["block_0"]["query"]).max() > 1e-3
@@ -247,7 +250,7 @@ def test_it_is_a_part_of_chains_partitions_and_masks():
 def test_map_params_reaches_all_that_mirrors_params():
     optimizer = teon(0.02, RULES, mu_dtype="float32")
     state = optimizer.init(params())
-    mapped = optax.tree.map_params(
+    mapped: Any = optax.tree.map_params(
         optimizer, lambda _: "mirrors", state, transform_non_params=lambda _: "does not"
     )
     momentum = mapped.inner_states["teon"].inner_state[0]
@@ -256,14 +259,14 @@ def test_map_params_reaches_all_that_mirrors_params():
     assert adam.mu["bias"] == adam.nu["bias"] == "mirrors" and adam.count == "does not"
 
 
-class InjectedTest(chex.TestCase):
-    arguments = {"learning_rate": 0.02, "beta": 0.9, "scale": 0.2, "weight_decay": 0.1}
+class InjectedTest(variants.TestCase):
+    arguments: Any = {"learning_rate": 0.02, "beta": 0.9, "scale": 0.2, "weight_decay": 0.1}
 
     def injected(self, static_args=(), **kwargs):
         factory = optax.inject_hyperparams(teon, static_args=static_args)
         return factory(**{**self.arguments, "rules": RULES, "method": QUICK, **kwargs})
 
-    @chex.variants(with_jit=True, without_jit=True)
+    @variants.with_and_without_jit
     def test_hyperparameters_are_traced_without_static_args(self):
         optimizer, tree = self.injected(mu_dtype="bfloat16"), params()
         state = optimizer.init(tree)
@@ -274,7 +277,7 @@ class InjectedTest(chex.TestCase):
 
     def test_a_changed_hyperparameter_takes_effect_in_the_compiled_update(self):
         optimizer, tree = self.injected(), params()
-        state = optimizer.init(tree)
+        state: Any = optimizer.init(tree)
         assert set(self.arguments) <= set(state.hyperparams)
         update = jax.jit(chex.assert_max_traces(optimizer.update, n=1))
         _, state = update(gradients(0, tree), state, tree)
@@ -282,12 +285,13 @@ class InjectedTest(chex.TestCase):
         for name, value in changed.items():
             hyperparams = state.hyperparams | {name: jnp.float32(value)}
             updates, _ = update(gradients(1, tree), state._replace(hyperparams=hyperparams), tree)
-            plain = teon(**self.arguments | {name: value}, rules=RULES, method=QUICK)
+            arguments: Any = self.arguments | {name: value}
+            plain = teon(**arguments, rules=RULES, method=QUICK)
             expected, _ = plain.update(gradients(1, tree), state.inner_state, tree)
             assert_close(updates, expected)
 
     def test_a_schedule_is_a_hyperparameter(self):
-        arguments = self.arguments | {"learning_rate": SCHEDULE}
+        arguments: Any = self.arguments | {"learning_rate": SCHEDULE}
         updates, state = run(self.injected(learning_rate=SCHEDULE), params())
         expected, _ = run(teon(**arguments, rules=RULES, method=QUICK), params())
         assert_close(updates, expected)

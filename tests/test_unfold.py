@@ -2,15 +2,15 @@
 
 import functools
 
-import chex
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+import variants
 from absl.testing import parameterized
+from spectra import function_of
 
 from teon_optax import mode_orthogonalize, polar, polar_express
-from teon_optax._polar.coefficients import resolve
 
 EPS = np.finfo(np.float32).eps
 
@@ -56,8 +56,8 @@ def test_polar_refuses_an_unknown_method():
         polar(jnp.eye(2), "nope")
 
 
-class ModeOrthogonalizeTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class ModeOrthogonalizeTest(variants.TestCase):
+    @variants.with_and_without_jit
     @parameterized.product(mode=[1, 2, 3], method=["svd", "polynomial"])
     def test_unfolding_of_each_stack_is_orthogonalized_and_folded_back(self, mode, method):
         """T[:, :, k] = W_k is a transposed kernel; no two of m, n and K agree."""
@@ -65,7 +65,7 @@ class ModeOrthogonalizeTest(chex.TestCase):
         method = "svd" if method == "svd" else polar_express(2, 0.1)
         orthogonalize = functools.partial(mode_orthogonalize, mode=mode, method=method)
         result = self.variant(orthogonalize)(jnp.float32(T))
-        function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(method))
+        function = function_of(method)
         for stack in range(2):
             kernels = [T[stack, :, :, k].T for k in range(3)]
             tolerance = oracles.rounding(singular_values(kernels, mode), method != "svd")

@@ -1,6 +1,7 @@
 """`normalize_matrices` against Muon+ in float64."""
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from teon_optax import contrib
 def test_normalize_matrices_is_muon_plus(normalize, holding):
     shape, rule, to_weights, back = WEIGHTS[holding]
     update = np.random.default_rng(1).normal(size=shape).astype(np.float32)
-    transform = contrib.normalize_matrices([rule], normalize=normalize)
+    transform: Any = contrib.normalize_matrices([rule], normalize=normalize)
     tree = {"w": jnp.asarray(update), "bias": jnp.ones(3)}
     result, _ = transform.update(tree, transform.init(tree))
     weights = to_weights(np.float64(update))

@@ -1,6 +1,7 @@
 """`scale_by_normuon` against NorMuon in float64."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from teon_optax import Rule, contrib
 @pytest.mark.parametrize("rms", [None, 0.2])
 def test_scale_by_normuon_is_normuon_on_each_layer(rms, holding):
     shape, rule, to_weights, back = WEIGHTS[holding]
-    transform, moments = contrib.scale_by_normuon([rule], beta2=0.9, rms=rms), None
-    state = types = None
+    transform: Any = contrib.scale_by_normuon([rule], beta2=0.9, rms=rms)
+    moments = state = types = None
     for step in range(3):
         update = np.random.default_rng(step).normal(size=shape).astype(np.float32)
         tree = {"w": jnp.asarray(update), "bias": jnp.ones(3)}
@@ -38,7 +39,7 @@ def test_scale_by_normuon_is_normuon_on_each_layer(rms, holding):
 
 def test_normuon_of_zero_is_zero_and_16_bits_keep_their_dtype():
     tree = {"w": jnp.zeros((4, 6), "bfloat16")}
-    transform = contrib.scale_by_normuon([Rule("w")])
+    transform: Any = contrib.scale_by_normuon([Rule("w")])
     updates, state = transform.update(tree, transform.init(tree))
     assert updates["w"].dtype == "bfloat16" and not updates["w"].any()
     assert state.nu["w"].dtype == "float32" and state.nu["w"].shape == (1, 6)
@@ -46,10 +47,10 @@ def test_normuon_of_zero_is_zero_and_16_bits_keep_their_dtype():
 
 def test_the_second_moment_mirrors_params():
     params = {"w": jnp.ones((4, 6)), "bias": jnp.ones(6), "frozen": None}
-    transform = contrib.scale_by_normuon([Rule("w")])
+    transform: Any = contrib.scale_by_normuon([Rule("w")])
     state = transform.init(params)
     assert state.nu["bias"] == optax.MaskedNode() and state.nu["frozen"] is None
-    marked = optax.tree.map_params(
+    marked: Any = optax.tree.map_params(
         transform, lambda leaf: leaf.shape, state, transform_non_params=lambda leaf: "other"
     )
     assert marked.nu["w"] == (1, 6)

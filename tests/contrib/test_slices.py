@@ -3,22 +3,23 @@
 import dataclasses
 import functools
 import re
+from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracles
 import pytest
+import variants
 from holdings import FAN_IN, HEADS, HOLDINGS, LAYER, SLICE, gaussian, kernels, updated
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from spectra import function_of
 from test_transforms import basis
 
 from benchmarks.counting import count_products
 from teon_optax import Rule, contrib, orthogonalize, plan, polar_express
-from teon_optax._polar.coefficients import resolve
 
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1), "schatten": "schatten"}
 # Of K = 1, 2, 3, 4, 6 and 12, of which a shorter last group has fewer.
@@ -68,26 +69,37 @@ def compiled(holdings, transform, **arguments):
     return jax.jit(lambda tree: update(tree, optax.EmptyState())[0])
 
 
-@functools.cache
-def updates_of(transform, method):
-    holdings = [holding for of_table, holding in TABLE if of_table == transform]
-    return compiled(holdings, transform, method=METHODS[method])(tree_of(holdings))
+@pytest.fixture(scope="module", params=METHODS)
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def updates(method):
+    """Of all cases, in one compilation for each transform."""
+    result = {}
+    for transform in ("haar", "dct", "dft"):
+        holdings = [holding for of_table, holding in TABLE if of_table == transform]
+        update = compiled(holdings, transform, method=METHODS[method])
+        result[transform] = update(tree_of(holdings))
+    return result
 
 
 @pytest.mark.parametrize("case", TABLE, ids=", ".join)
-@pytest.mark.parametrize("method", METHODS)
-def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(case, method):
+def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(
+    case, method, updates
+):
     transform, holding = case
-    function = np.ones_like if method == "svd" else oracles.polynomial(*resolve(METHODS[method]))
+    function = function_of(METHODS[method])
     expected, tolerance = expected_of(transform, holding, gaussian(), function)
-    result = updates_of(transform, method)[holding]["x"]
+    result = updates[transform][holding]["x"]
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, atol=tolerance, rtol=0), result, expected
     )
 
 
-class VariantTest(chex.TestCase):
-    @chex.variants(with_jit=True, without_jit=True)
+class VariantTest(variants.TestCase):
+    @variants.with_and_without_jit
     def test_four_layers_and_a_last_group_of_three_two_or_one(self):
         rules = [Rule(r"(?P<layer>\d)", 4, dims=optax.contrib.MuonDimensionNumbers(1, 0))]
         for transform in ("dct", "dft", "haar"):
@@ -95,7 +107,7 @@ class VariantTest(chex.TestCase):
                 M = np.random.default_rng(count).normal(size=(count, 3, 4)).astype(np.float32)
                 update = contrib.orthogonalize_slices(rules, transform, method="svd").update
                 tree = {str(i): jnp.asarray(M[i]) for i in range(count)}
-                result = self.variant(lambda tree, update=update: update(tree, None)[0])(tree)
+                result, _ = self.variant(update)(tree, optax.EmptyState())
                 expected = t_svd(M[:4], transform)[0] + t_svd(M[4:], transform)[0]
                 for i in range(count):  # W is (fan_out, fan_in) = (3, 4)
                     expected_i = np.sqrt(3 / 4) * expected[i]
@@ -106,9 +118,12 @@ class VariantTest(chex.TestCase):
 FEW = ["siblings of layers", "heads of parts", "heads of siblings", "scanned siblings"]
 
 
-@functools.cache
-def compiled_few():
-    return compiled(FEW, "dft")
+@pytest.fixture(scope="module")
+def update_few():
+    """The update of their trees, compiled for float32."""
+    update = compiled(FEW, "dft")
+    update(tree_of(FEW))
+    return update
 
 
 def assert_near(result, expected, tolerance):
@@ -118,20 +133,20 @@ def assert_near(result, expected, tolerance):
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e30])
-def test_zero_gives_zero_and_scale_does_not_matter(scale):
+def test_zero_gives_zero_and_scale_does_not_matter(scale, update_few):
     tree = tree_of(FEW)
-    result = compiled_few()(jax.tree.map(lambda leaf: leaf * np.float32(scale), tree))
-    expected = compiled_few()(tree)
+    result = update_few(jax.tree.map(lambda leaf: leaf * np.float32(scale), tree))
+    expected = update_few(tree)
     expected = expected if scale else jax.tree.map(jnp.zeros_like, expected)
     assert_near(result, expected, 1e-3)
 
 
-def test_what_is_not_finite_shows_in_its_group_and_in_no_other():
+def test_what_is_not_finite_shows_in_its_group_and_in_no_other(update_few):
     tree = tree_of(FEW)
     spoilt = jax.tree_util.tree_map_with_path(
         lambda keys, leaf: leaf.at[(0,) * leaf.ndim].set(np.nan) if "9" in str(keys) else leaf, tree
     )
-    result, expected = compiled_few()(spoilt), compiled_few()(tree)
+    result, expected = update_few(spoilt), update_few(tree)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(result):
         if "9" in str(keys) or "block_10" in str(keys):
             assert not np.isfinite(leaf).any()
@@ -143,18 +158,18 @@ def test_what_is_not_finite_shows_in_its_group_and_in_no_other():
         )
 
 
-def test_each_leaf_keeps_its_dtype():
+def test_each_leaf_keeps_its_dtype(update_few):
     tree = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tree_of(FEW))
-    result = compiled_few()(tree)
+    result = update_few(tree)
     assert {leaf.dtype for leaf in jax.tree.leaves(result)} == {jnp.dtype("bfloat16")}
-    wide = compiled_few()(jax.tree.map(lambda leaf: leaf.astype("float32"), tree))
+    wide = update_few(jax.tree.map(lambda leaf: leaf.astype("float32"), tree))
     assert_near(result, wide, 1e-2)
 
 
 def test_updates_of_one_group_may_have_unlike_dtypes():
     params = {str(i): jnp.asarray(M[0, 0]) for i, M in enumerate(gaussian())}
     updates = params | {"1": params["1"].astype("bfloat16")}
-    transform = contrib.orthogonalize_slices([Rule(r"(?P<layer>\d)", 3)], "dct")
+    transform: Any = contrib.orthogonalize_slices([Rule(r"(?P<layer>\d)", 3)], "dct")
     result, _ = transform.update(updates, transform.init(params), params)
     assert {name: leaf.dtype.name for name, leaf in result.items()} == {
         "0": "float32",
@@ -180,8 +195,9 @@ def test_a_group_of_one_is_that_of_orthogonalize_and_other_leaves_pass(dtype):
     tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), kernels(gaussian()))
     tree |= {"bias": jnp.ones(3), "frozen": None}
     rules = [Rule("query|key")]
-    result, _ = contrib.orthogonalize_slices(rules, "dft").update(tree, None)
-    expected, _ = orthogonalize(rules).update(tree, None)
+    transform: Any = contrib.orthogonalize_slices(rules, "dft")
+    result, _ = transform.update(tree, optax.EmptyState())
+    expected, _ = orthogonalize(rules).update(tree, optax.EmptyState())
     assert result["bias"] is tree["bias"] and result["frozen"] is None
     assert result["block_9"]["value"] is tree["block_9"]["value"]
     # The scale is multiplied to another operand, which rounds two products differently.
@@ -191,7 +207,8 @@ def test_a_group_of_one_is_that_of_orthogonalize_and_other_leaves_pass(dtype):
 def test_without_rules_it_takes_those_that_default_rules_finds():
     M = np.random.default_rng(5).normal(size=(2, 8, 8)).astype(np.float32)
     tree = {f"block_{i}": {"attn": {"query": {"kernel": jnp.asarray(M[i])}}} for i in range(2)}
-    result, _ = contrib.orthogonalize_slices(None, "haar", method="svd").update(tree, None)
+    transform = contrib.orthogonalize_slices(None, "haar", method="svd")
+    result, _ = transform.update(tree, optax.EmptyState())
     assert [len(group.members) for group in plan(tree).groups] == [2]
     expected, values = t_svd(M, "haar")
     tolerance = 2 * oracles.rounding(values, squared=False)
@@ -209,7 +226,7 @@ def assert_same_on_a_mesh(update_with, tree, specs, axis_type):
     assert_near(result, update_with()(tree), 1e-4)
     for leaf, before in zip(jax.tree.leaves(result), jax.tree.leaves(put), strict=True):
         assert leaf.sharding.is_equivalent_to(before.sharding, leaf.ndim)
-    return program.as_text()
+    return program.as_text() or ""
 
 
 @pytest.mark.slow
@@ -287,8 +304,9 @@ def test_a_mode_of_what_is_coupled_is_refused_at_once(rule):
 
 
 def test_arguments_are_checked_before_any_tree_is_seen():
+    rules: Any = "w"
     with pytest.raises(ValueError, match="`rules='w'` should be a tuple of `Rule`"):
-        contrib.orthogonalize_slices("w", "dct")
+        contrib.orthogonalize_slices(rules, "dct")
     with pytest.raises(ValueError, match="`scale=-1` should be"):
         contrib.orthogonalize_slices([], "dct", scale=-1)
     with pytest.raises(ValueError, match="`method='none'`"):

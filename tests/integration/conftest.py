@@ -8,7 +8,7 @@ import pytest
 from examples.model_sizes import MODELS
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def strict_arithmetic():
     """Flax and Optax promote dtypes and ranks."""
 

@@ -6,6 +6,7 @@ same. Where one side is compiled, rounding may differ.
 
 import functools
 import logging
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -52,7 +53,7 @@ GRADIENTS = [tree(seed) for seed in (1, 2, 3)]
 TAKEN = jax.tree_util.tree_map_with_path(lambda path, _: "kernel" in str(path[-1]), PARAMS)
 
 
-def run(optimizer, params=PARAMS, gradients=GRADIENTS, state=None, **extra_args):
+def run(optimizer, params=PARAMS, gradients=GRADIENTS, state: Any = None, **extra_args) -> Any:
     """The update of each step, params following, and the last state."""
     state = optimizer.init(params) if state is None else state
     updates = []
@@ -178,7 +179,7 @@ def injected(*args, **kwargs):
     return optax.GradientTransformationExtraArgs(optimizer.init, jax.jit(optimizer.update))
 
 
-HYPERPARAMETERS = {"beta": 0.5, "scale": 0.25, "weight_decay": 0.25}
+HYPERPARAMETERS: dict[str, Any] = {"beta": 0.5, "scale": 0.25, "weight_decay": 0.25}
 
 
 def test_every_number_can_be_injected_without_static_args():
@@ -194,7 +195,7 @@ def test_every_number_can_be_injected_without_static_args():
 def test_an_injected_number_can_be_changed_between_steps(name, value):
     optimizer = injected(LR, RULES, **HYPERPARAMETERS)
     _, state = run(optimizer, gradients=GRADIENTS[:1])
-    before = {"learning_rate": LR} | HYPERPARAMETERS
+    before: dict[str, Any] = {"learning_rate": LR} | HYPERPARAMETERS
     direct, after = teon(rules=RULES, **before), teon(rules=RULES, **before | {name: value})
     _, direct_state = run(direct, gradients=GRADIENTS[:1])
     changed = state._replace(hyperparams=state.hyperparams | {name: jnp.float32(value)})
@@ -246,7 +247,7 @@ def test_apply_if_finite_leaves_out_the_step_of_a_nan():
 def test_lookahead_moves_the_slow_params_towards_the_fast_ones():
     optimizer = teon(LR, RULES, weight_decay=0.5)
     lookahead = optax.lookahead(optimizer, sync_period=2, slow_step_size=0.25)
-    params = optax.LookaheadParams.init_synced(PARAMS)
+    params: Any = optax.LookaheadParams.init_synced(PARAMS)
     state = lookahead.init(params)
     for gradient in GRADIENTS:
         updates, state = lookahead.update(gradient, state, params)
@@ -292,7 +293,7 @@ def test_selective_transform_freezes_a_layer_and_its_partner_goes_on_alone():
     def first(trees):
         return [{"block_0": one["block_0"]} for one in trees]
 
-    alone, _ = run(teon(LR, RULES), *first([PARAMS]), first(GRADIENTS))
+    alone, _ = run(teon(LR, RULES), first([PARAMS])[0], first(GRADIENTS))
     chex.assert_trees_all_equal(first(updates), alone)
     for update in updates:
         chex.assert_trees_all_equal(update["block_1"], optax.tree.zeros_like(PARAMS["block_1"]))
@@ -527,7 +528,7 @@ def loss(output):
 
 def test_a_linen_train_state_does_the_steps_of_optax():
     model, optimizer = Linen(), teon(LR, weight_decay=0.1)
-    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
+    params: Any = jax.jit(model.init)(jax.random.key(0), X)["params"]
 
     def gradient(params):
         return jax.grad(lambda params: loss(model.apply({"params": params}, X)))(params)
@@ -537,7 +538,7 @@ def test_a_linen_train_state_does_the_steps_of_optax():
     for _ in range(3):
         state = step(state)
     assert state.step == 3
-    direct = trained(optimizer, params, gradient, 3)
+    direct: Any = trained(optimizer, params, gradient, 3)
     chex.assert_trees_all_close(state.params, direct, atol=10 * ROUNDING)
     assert loss(model.apply({"params": direct}, X)) < loss(model.apply({"params": params}, X))
 

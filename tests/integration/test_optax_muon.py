@@ -4,6 +4,7 @@ import functools
 import inspect
 import re
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, orthogonalize, teon
 
-MUON = {"method": "jordan", "scale": "muon"}
+MUON: dict[str, Any] = {"method": "jordan", "scale": "muon"}
 STEPS = 20
 SCHEDULE = optax.warmup_cosine_decay_schedule(0.0, 0.05, 5, STEPS)
 

@@ -215,8 +215,8 @@ sys.exit(exit_code("train_gpt", run))
 
 def claim(out, how):
     command = [sys.executable, "-c", CLAIM, str(out), how]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 def test_of_runs_started_at_once_one_has_the_folder_until_it_ends(tmp_path, capsys):
@@ -229,7 +229,7 @@ def test_of_runs_started_at_once_one_has_the_folder_until_it_ends(tmp_path, caps
             started.remove(process)
             refusals.append((process.returncode, *process.communicate()))
     (holder,) = started
-    assert holder.stdout.readline() == "claimed\n"
+    assert holder.stdout and holder.stdout.readline() == "claimed\n"
     for code, output, error in refusals:
         assert (code, output, error.count("\n")) == (2, "", 1)
         assert "another process is training in" in error or "holds a run" in error
