@@ -25,20 +25,17 @@ import argparse
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from benchmarks import results, training
 from benchmarks.configurations import CONFIGURATIONS, MUON_SCALE, PARTS, STACKED
-from benchmarks.training import Job, Setup, train
+from benchmarks.training import Job, Setup
 
 COMMITTED = results.FOLDER / "reproduce"
 FRESH = Path(__file__).parent.parent / "runs" / "reproduce"
@@ -51,6 +48,7 @@ FIRST_REST = 2
 REST_RATES = (2, 0, 4)
 SPACING = 2  # of a sweep, in k: a factor of 2
 MOST_RATES = 7
+PAUSE = 1.0  # seconds between two looks at the runs
 
 Record = Mapping[str, Any]
 
@@ -105,43 +103,33 @@ def keep_setup(out: Path, setup: Setup, steps: int) -> None:
 
 
 def run(out: Path, setup: Setup, options: argparse.Namespace) -> None:
-    """Runs what is missing, a worker on each core, and appends each record as its run ends."""
+    """Runs what is missing, each run in a process of its own, which appends its record itself."""
     end = time.monotonic() + 60 * options.minutes
-    context = multiprocessing.get_context("spawn")
-    cores = context.Queue()
-    for worker in range(options.workers):
-        cores.put(worker % (os.cpu_count() or 1) if options.workers > 1 else None)
-    with ProcessPoolExecutor(options.workers, context, start_worker, (cores,)) as pool:
-        running: dict[Future[dict[str, Any]], Job] = {}
-        while True:
-            for job in missing(read(out), options.steps):
-                if len(running) == options.workers or time.monotonic() > end:
-                    break
-                if job not in running.values():
-                    running[pool.submit(train, job, setup)] = job
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                del running[future]
-                keep(out, future.result())
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+    while True:
+        for job in missing(read(out), options.steps):
+            free = [worker for worker in range(options.workers) if worker not in running]
+            if not free or time.monotonic() > end:
+                break
+            if job not in [other for other, _ in running.values()]:
+                running[free[0]] = job, start(job, setup, out, free[0], options.workers)
+        if not running:
+            return
+        time.sleep(PAUSE)
+        for worker, (job, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[worker]
+                if process.returncode:
+                    raise SystemExit(f"{job} has failed; what has ended is kept")
 
 
-def start_worker(cores: Any) -> None:
-    """One thread on one core: small matrices gain little from a second core each."""
-    core = cores.get()
-    if core is not None and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
-        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
-    jax.config.update("jax_compilation_cache_dir", str(training.CACHE / "jax"))
-
-
-def keep(out: Path, record: Record) -> None:
-    """Appends a record, and says so."""
-    with open(out / RUNS, "a") as file:
-        file.write(json.dumps(record) + "\n")
-    shown = "configuration", "rate", "rest_rate", "seed", "steps", "nudge", "val_loss", "wall"
-    print(time.strftime("%H:%M:%S"), {key: record[key] for key in shown}, flush=True)
+def start(job: Job, setup: Setup, out: Path, worker: int, workers: int) -> subprocess.Popen[bytes]:
+    """A run on a core of its own: small matrices gain little from a second core each."""
+    text = json.dumps({"job": job, "setup": dataclasses.asdict(setup)})
+    command = [sys.executable, "-m", "benchmarks.training", text, str(out / RUNS)]
+    if workers > 1:
+        command += ["--core", str(worker % (os.cpu_count() or 1))]
+    return subprocess.Popen(command)
 
 
 def read(out: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,15 @@
-"""One training run of `reproduce`: from first parameters to a line of JSON."""
+"""One training run of `reproduce`: from first parameters to a line of JSON.
 
+`reproduce` starts it as `python -m benchmarks.training JOB RUNS --core 0`.
+"""
+
+import argparse
 import dataclasses
 import functools
+import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,6 +85,31 @@ class Program(NamedTuple):
     init: Callable[[jax.Array], State]
     train_step: Callable[..., tuple[State, jax.Array]]
     eval_step: Callable[[Any, Any], jax.Array]
+
+
+def main() -> int:
+    """Makes the run that the command line names, and appends its record when it has ended."""
+    parser = argparse.ArgumentParser("benchmarks.training")
+    parser.add_argument("job")
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--core", type=int)
+    options = parser.parse_args()
+    if options.core is not None and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {options.core})
+        flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
+    asked = json.loads(options.job)
+    keep(options.runs, train(Job(*asked["job"]), Setup(**asked["setup"])))
+    return 0
+
+
+def keep(runs: Path, record: dict[str, Any]) -> None:
+    """Appends a record, and says so."""
+    with open(runs, "a") as file:
+        file.write(json.dumps(record) + "\n")
+    shown = "configuration", "rate", "rest_rate", "seed", "steps", "nudge", "val_loss", "wall"
+    print(time.strftime("%H:%M:%S"), {key: record[key] for key in shown}, flush=True)
 
 
 def rate_of(k: float) -> float:
@@ -235,3 +267,7 @@ def compiled(configuration: Configuration, steps: int, setup: Setup, vocab_size:
         return State(params, opt_state, average), value
 
     return Program(jax.jit(init), jax.jit(train_step, donate_argnums=0), jax.jit(loss))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
