@@ -2,7 +2,7 @@
 
     python -m benchmarks.reproduce                                     # all, into runs/reproduce
     python -m benchmarks.reproduce --out benchmarks/results/reproduce  # go on with the committed
-    python -m benchmarks.reproduce --aggregate --update-pages          # tables, figure of these
+    python -m benchmarks.reproduce --aggregate --update-readme          # tables, figure of these
     python -m benchmarks.reproduce --model llama-60m --data fineweb10B --context 1024 \
         --batch-size 512 --steps 2100 --dtype bfloat16 --workers 1     # the paper's scale
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(out, setup, options)
     from benchmarks import reproduce_report  # matplotlib and scipy only where they are needed
 
-    reproduce_report.report(out, options.update_pages)
+    reproduce_report.report(out, options.update_readme)
     return 0
 
 
@@ -77,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, help="default: runs/reproduce; to aggregate, the committed runs")
     add("--aggregate", action="store_true", help="run nothing")
-    add("--update-pages", action="store_true", help="put tables into README and docs, too")
+    add("--update-readme", action="store_true", help="put tables into README and docs, too")
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: one for each core")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
     add("--model", choices=["small", *training.MODELS], default="small")

@@ -54,7 +54,7 @@ class Difference(NamedTuple):
         return f"{self.mean:+.4f} ± {self.half:.4f}"
 
 
-def report(out: Path, update_pages: bool = False) -> None:
+def report(out: Path, update_readme: bool = False) -> None:
     """Writes `reproduce.json`, `.md` and `.png` beside the runs."""
     records = reproduce.read(out)
     if not records:
@@ -80,7 +80,7 @@ def report(out: Path, update_pages: bool = False) -> None:
     swept = {name: sweep(records, name, setup["steps"] // 2) for name in CONFIGURATIONS}
     against = {name: difference(headline, name, REFERENCE) for name in headline}
     results.write(out, "reproduce", record, page, draw(headline, swept, against))
-    if update_pages:
+    if update_readme:
         for (name, path), text in zip(PAGES.items(), (summary, page), strict=True):
             results.update_readme(name, text, path)
 
