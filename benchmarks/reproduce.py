@@ -12,8 +12,8 @@ when time runs out can be used:
 
 1. noise: one configuration from first parameters that differ by rounding;
 2. the learning rate of what AdamW keeps (embedding, norms), with Muon; all share it;
-3. a sweep over learning rates for each optimizer, until both neighbours of the best are known; our
-   Muon in both scales, of which TEON takes the better one;
+3. a sweep over learning rates for each optimizer, until both neighbours of the best are known; in
+   the paper's scale, and in Muon's where that is better for our Muon;
 4. the headline: each optimizer at its best, five seeds;
 5. parts: one thing changed, three seeds.
 
@@ -23,6 +23,7 @@ held-out sequences, and differ in nothing but the optimizer.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -43,7 +44,7 @@ RUNS, SETUP = "runs.jsonl", "setup.json"
 SWEEP_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 PART_SEEDS = (1, 2, 3)
-NOISE_RUNS = 4
+NOISE_RUNS = 2
 FIRST_REST = 2
 REST_RATES = (2, 0, 4)
 SPACING = 2  # of a sweep, in k: a factor of 2
@@ -169,31 +170,33 @@ def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
         return
     yield from sweeps(records, rest_k, half)
     names = headline(records, rest_k, half)
-    best = {name: best_rate(records, name, rest_k, half) for name in names}
-    if names == [] or None in best.values():
+    known = {name: best_rate(records, name, rest_k, half) for name in names}
+    best = {name: k for name, k in known.items() if k is not None}
+    if not names or best.keys() != known.keys():
         return
-    yield from (
-        Job(name, k, rest_k, seed, steps)
-        for seed in SEEDS
-        for name, k in best.items()
-        if k is not None
-    )
-    scale = MUON_SCALE if f"stack-1{MUON_SCALE}" in names else ""
+    for seed in SEEDS:
+        yield from (Job(name, k, rest_k, seed, steps) for name, k in best.items())
+        if seed == SEEDS[0]:  # rounding again, at full length
+            yield Job("muon", best["muon"], rest_k, seed, steps, 1)
+    scale = MUON_SCALE if names[1].endswith(MUON_SCALE) else ""
     for seed in PART_SEEDS:
         for part in PARTS:
-            k = best[f"{part.base}{scale}"]
-            if k is not None:
-                yield Job(part.name, k, rest_k, seed, steps)
+            yield Job(part.name, best[f"{part.base}{scale}"], rest_k, seed, steps)
 
 
 def sweeps(records: Sequence[Record], rest_k: int, steps: int) -> Iterator[Job]:
-    """Of every optimizer; TEON's in one scale, as soon as it is known which."""
+    """Of every optimizer: all at the rate that they begin with before any at the next."""
     both = [f"stack-1{scale}" for scale in ("", MUON_SCALE)]
-    for name in ["muon", *both, *headline(records, rest_k, steps)]:
-        configuration = CONFIGURATIONS[name]
-        losses = sweep_losses(records, name, rest_k, steps)
-        ks = [*configuration.first_rates, *neighbours(losses, configuration.first_rates)]
-        yield from (Job(name, k, rest_k, SWEEP_SEED, steps) for k in ks)
+    for names in (["muon", *STACKED, "adamw", *both], headline(records, rest_k, steps)):
+        rates = []
+        for name in names:
+            first = CONFIGURATIONS[name].first_rates
+            losses = sweep_losses(records, name, rest_k, steps)
+            rates.append([*first, *neighbours(losses, first)])
+        for ks in itertools.zip_longest(*rates):
+            for name, k in zip(names, ks, strict=True):
+                if k is not None:
+                    yield Job(name, k, rest_k, SWEEP_SEED, steps)
 
 
 def headline(records: Sequence[Record], rest_k: int, steps: int) -> list[str]:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from benchmarks import reproduce, results
 from benchmarks.configurations import CONFIGURATIONS, PARTS
-from benchmarks.reproduce import SWEEP_SEED, Record, job_of, loss_of
+from benchmarks.reproduce import Record, job_of, loss_of
 from benchmarks.reproduce_figure import draw
 from benchmarks.training import Job, rate_of
 
@@ -73,7 +73,10 @@ def report(out: Path, update_readme: bool = False) -> None:
         **setup,
         "runs": len(records),
         "verdict": verdict(headline),
-        "noise": noise(records, setup["steps"] // 2),
+        "noise": [
+            {**job._asdict(), "val_losses": [record["val_loss"] for record in runs]}
+            for job, runs in noise(records).items()
+        ],
         "headline": {name: as_json(name, found) for name in found},
         "environment": records[-1]["environment"],
     }
@@ -89,7 +92,11 @@ def series(records: Sequence[Record], steps: int) -> dict[str, Series]:
     """The full-length runs, in the order of the configurations."""
     found = {}
     for name, configuration in CONFIGURATIONS.items():
-        runs = [r for r in records if r["configuration"] == name and r["steps"] == steps]
+        runs = [
+            record
+            for record in records
+            if (record["configuration"], record["steps"], record["nudge"]) == (name, steps, 0)
+        ]
         if runs:
             k, rest_k = runs[-1]["k"], runs[-1]["rest_k"]
             by_seed = {r["seed"]: r for r in runs if (r["k"], r["rest_k"]) == (k, rest_k)}
@@ -233,7 +240,7 @@ def details(
     """What is beyond the headline, as far as there are runs of it."""
     half = setup["steps"] // 2
     headline = {name: each for name, each in found.items() if name not in IN_PART}
-    pages = [noise_table(records, half), rest_table(records, half), sweep_table(records, half)]
+    pages = [noise_table(records), rest_table(records, half), sweep_table(records, half)]
     pairs = [
         [f"{found[a].title} - {found[b].title}", str(value.seeds), str(value)]
         for number, a in enumerate(headline)
@@ -257,29 +264,27 @@ def _part_row(name: str, found: Mapping[str, Series]) -> list[str]:
     return [] if value is None else [found[name].title, str(value.seeds), str(value)]
 
 
-def noise(records: Sequence[Record], steps: int) -> dict[str, list[float]]:
-    """End losses of equal runs that differ in first parameters by rounding."""
-    k = CONFIGURATIONS[REFERENCE].first_rates[0]
-    runs = [
-        record
-        for record in records
-        if job_of(record)
-        == Job(REFERENCE, k, reproduce.FIRST_REST, SWEEP_SEED, steps, record["nudge"])
-    ]
-    keys = "val_loss", "val_loss_last"
-    return {key: [record[key] for record in runs if record[key] is not None] for key in keys}
+def noise(records: Sequence[Record]) -> dict[Job, list[Record]]:
+    """Runs that differ in first parameters by rounding alone, by the job that is not nudged."""
+    nudged = {job_of(record)._replace(nudge=0) for record in records if record["nudge"]}
+    equal = {
+        job: [record for record in records if job_of(record)._replace(nudge=0) == job]
+        for job in sorted(nudged, key=lambda job: job.steps)
+    }
+    return {job: runs for job, runs in equal.items() if len(runs) > 1}
 
 
-def noise_table(records: Sequence[Record], steps: int) -> str:
+def noise_table(records: Sequence[Record]) -> str:
     """How far equal algorithms end from each other."""
     titles = {"val_loss": "averaged over the last 5 %", "val_loss_last": "as they ended"}
     rows = []
-    for key, losses in noise(records, steps).items():
-        if len(losses) > 1:
-            shown = ", ".join(f"{loss:.4f}" for loss in losses)
-            spread = f"{np.std(losses, ddof=1):.4f}"
-            rows.append([titles[key], shown, spread, f"{max(losses) - min(losses):.4f}"])
-    header = "noise: weights", "losses of equal runs", "standard deviation", "range"
+    for job, runs in noise(records).items():
+        for key, title in titles.items():
+            losses = [record[key] for record in runs]
+            shown = ", ".join(f"{loss:.5f}" for loss in losses)
+            apart = f"{max(losses) - min(losses):.5f}"
+            rows.append([f"{job.steps} steps, weights {title}", shown, apart])
+    header = "equal but for rounding", "validation losses", "apart by"
     return results.markdown(header, rows) if rows else ""
 
 

@@ -65,7 +65,7 @@ def jobs_of(records, **fields):
 
 
 def test_the_noise_comes_first_and_is_half_as_long():
-    assert missing([], STEPS)[:4] == [Job("muon", 2, 2, 0, STEPS // 2, nudge) for nudge in range(4)]
+    assert missing([], STEPS)[:2] == [Job("muon", 2, 2, 0, STEPS // 2, nudge) for nudge in (0, 1)]
 
 
 def test_no_run_is_made_twice(grid):
@@ -96,9 +96,21 @@ def test_teon_is_compared_in_the_scale_that_is_better_for_stack_1(grid):
     assert full == {"muon", "adamw", *(f"{n}-muon-scale" for n in ("stack-1", "teon-1", "teon-2"))}
 
 
+def test_every_optimizer_is_swept_at_one_rate_before_any_at_the_next(grid):
+    swept = jobs_of(grid, seed=0, rest_k=4, nudge=0)
+    first = {job.configuration for job in swept[:6]}
+    assert first == {"muon", "stack-1", "teon-1", "teon-2", "adamw", "stack-1-muon-scale"}
+
+
+def test_rounding_is_measured_at_full_length_too(grid):
+    assert jobs_of(grid, steps=STEPS, nudge=1) == [Job("muon", 2, 4, 1, STEPS, 1)]
+
+
 def test_headline_runs_are_made_seed_by_seed_at_the_best_rate(grid):
     full = [
-        job for job in jobs_of(grid, steps=STEPS) if CONFIGURATIONS[job.configuration].base is None
+        job
+        for job in jobs_of(grid, steps=STEPS, nudge=0)
+        if CONFIGURATIONS[job.configuration].base is None
     ]
     assert [job.seed for job in full] == [seed for seed in (1, 2, 3, 4, 5) for _ in range(5)]
     assert {job.k for job in full} == {2, 1}  # AdamW's grid has odd numbers
@@ -162,7 +174,7 @@ def test_the_report_says_in_its_first_line_what_it_can_tell(grid, written, tmp_p
 def test_a_report_of_too_few_runs_says_so_and_shows_what_there_is(grid, written, seeds):
     text = written([record for record in grid if record["seed"] <= seeds])
     assert text.startswith("**These runs cannot tell the optimizers apart yet**")
-    assert "noise: weights" in text and "learning rate of the fallback" in text
+    assert "equal but for rounding" in text and "learning rate of the fallback" in text
     assert ("(one seed)" in text) == bool(seeds)
 
 
