@@ -48,42 +48,50 @@ class Configuration:
     base: str | None = None
 
 
-def _in_both_scales(name: str, title: str, rules: tuple[Rule, ...]) -> list[Configuration]:
-    """The paper's scale, and that of `optax.contrib.muon`, longer for narrowing matrices."""
-    paper = Configuration(name, title, rules=rules)
-    muons = Configuration(name + MUON_SCALE, f"{title}, Muon's scale", rules=rules, scale="muon")
-    return [paper, muons]
-
-
-def _part(name: str, title: str, base: str, rules: tuple[Rule, ...], **settings: Any) -> Any:
-    return Configuration(name, title, rules=rules, base=base, **settings)
-
-
 MUON_SCALE = "-muon-scale"
 MUON = Configuration("muon", "Muon (optax.contrib.muon)", "muon")
 ADAMW = Configuration("adamw", "AdamW", "adamw", first_rates=(-3, -5, -1))
-# Name and title of what the headline has beside these two, in the better of two scales.
-STACKED = {
-    "stack-1": "Muon (teon_optax, stack 1)",
-    "teon-1": "TEON mode 1",
-    "teon-2": "TEON mode 2",
-}
-_RULES = {"stack-1": STACK_1, "teon-1": TEON_1, "teon-2": TEON_2}
-# What the differences are made of: one thing changed, at the learning rate of the base.
-PARTS = [
-    _part("stack-1-schatten", "stack 1, schatten", "stack-1", STACK_1, method="schatten"),
-    _part("teon-1-schatten", "mode 1, schatten", "teon-1", TEON_1, method="schatten"),
-    _part("stack-1-short", "stack 1, Q K V / sqrt 2", "stack-1", STACK_1, qkv_factor=0.5**0.5),
-    _part("teon-1-long", "mode 1, Q K V x sqrt 2", "teon-1", TEON_1, qkv_factor=math.sqrt(2)),
-    _part("teon-1-reach", "mode 1, 7 steps", "teon-1", TEON_1, method=polar_express(7, 1e-4)),
-    _part("teon-1-svd", "mode 1, exact", "teon-1", TEON_1, method="svd"),
-    _part("teon-1-k4", "mode 1, K = 4", "teon-1", (Rule(QKV, 4), *STACK_1)),
-    _part("teon-1-all", "mode 1, all matrices", "teon-1", (Rule(BLOCKS, 2),)),
+# What the headline has beside these two.
+STACKED = [
+    Configuration("stack-1", "Muon (teon_optax, stack 1)", rules=STACK_1),
+    Configuration("teon-1", "TEON mode 1", rules=TEON_1),
+    Configuration("teon-2", "TEON mode 2", rules=TEON_2),
 ]
-_ALL = [MUON]
-for _name, _title in STACKED.items():
-    _ALL += _in_both_scales(_name, _title, _RULES[_name])
-CONFIGURATIONS = {each.name: each for each in [*_ALL, ADAMW, *PARTS]}
+
+
+def _part(name: str, title: str, base: str, **settings: Any) -> Configuration:
+    """One thing changed, at the learning rate of the base."""
+    own = next(each for each in STACKED if each.name == base)
+    return dataclasses.replace(own, name=name, title=title, base=base, **settings)
+
+
+PARTS = [
+    _part("stack-1-schatten", "stack 1, schatten", "stack-1", method="schatten"),
+    _part("teon-1-schatten", "mode 1, schatten", "teon-1", method="schatten"),
+    _part("stack-1-short", "stack 1, Q K V / sqrt 2", "stack-1", qkv_factor=math.sqrt(0.5)),
+    _part("teon-1-long", "mode 1, Q K V x sqrt 2", "teon-1", qkv_factor=math.sqrt(2)),
+    _part("teon-1-reach", "mode 1, 7 steps", "teon-1", method=polar_express(7, 1e-4)),
+    _part("teon-1-svd", "mode 1, exact", "teon-1", method="svd"),
+    _part("teon-1-k4", "mode 1, K = 4", "teon-1", rules=(Rule(QKV, 4), *STACK_1)),
+    _part("teon-1-all", "mode 1, all matrices", "teon-1", rules=(Rule(BLOCKS, 2),)),
+]
+
+
+def _in_muons_scale(configuration: Configuration) -> Configuration:
+    """The same in the scale of `optax.contrib.muon`, longer for narrowing matrices."""
+    return dataclasses.replace(
+        configuration,
+        name=configuration.name + MUON_SCALE,
+        title=f"{configuration.title}, Muon's scale",
+        scale="muon",
+        base=configuration.base and configuration.base + MUON_SCALE,
+    )
+
+
+_SCALED = [*STACKED, *PARTS]
+CONFIGURATIONS = {
+    each.name: each for each in [MUON, *_SCALED, *map(_in_muons_scale, _SCALED), ADAMW]
+}
 
 
 def build(

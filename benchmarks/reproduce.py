@@ -181,13 +181,16 @@ def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
     scale = MUON_SCALE if names[1].endswith(MUON_SCALE) else ""
     for seed in PART_SEEDS:
         for part in PARTS:
-            yield Job(part.name, best[f"{part.base}{scale}"], rest_k, seed, steps)
+            yield Job(part.name + scale, best[f"{part.base}{scale}"], rest_k, seed, steps)
 
 
 def sweeps(records: Sequence[Record], rest_k: int, steps: int) -> Iterator[Job]:
     """Of every optimizer: all at the rate that they begin with before any at the next."""
     both = [f"stack-1{scale}" for scale in ("", MUON_SCALE)]
-    for names in (["muon", *STACKED, "adamw", *both], headline(records, rest_k, steps)):
+    for names in (
+        ["muon", *(each.name for each in STACKED), "adamw", both[1]],
+        headline(records, rest_k, steps),
+    ):
         rates = []
         for name in names:
             first = CONFIGURATIONS[name].first_rates
@@ -208,7 +211,7 @@ def headline(records: Sequence[Record], rest_k: int, steps: int) -> list[str]:
             return []
         losses[scale] = sweep_losses(records, name, rest_k, steps)[k]
     better = min(losses, key=losses.__getitem__)
-    return ["muon", *(name + better for name in STACKED), "adamw"]
+    return ["muon", *(each.name + better for each in STACKED), "adamw"]
 
 
 def best_rate(records: Sequence[Record], name: str, rest_k: int, steps: int) -> int | None:

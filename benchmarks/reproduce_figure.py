@@ -17,13 +17,15 @@ def draw(
     found: Mapping[str, Any],
     swept: Mapping[str, Mapping[int, float]],
     against: Mapping[str, Any],
+    which: str,
 ) -> Figure:
     """Curves, their end, sweeps and paired differences.
 
     Args:
-        found: Full-length runs of the headline, by name.
+        found: Runs whose curves are drawn, by name.
         swept: Losses by k, by name.
         against: Differences from Muon, by name.
+        which: What runs the curves are of.
 
     Returns:
         The figure.
@@ -31,7 +33,9 @@ def draw(
     figure = Figure(figsize=(12, 8.5), layout="constrained")
     (curves, ends), (sweeps, differences) = figure.subplots(2, 2)
     draw_curves(curves, found)
+    curves.set_title(f"{which}: the whole run")
     draw_curves(ends, found, last=0.5)
+    ends.set_title("its second half")
     draw_sweeps(sweeps, swept)
     draw_differences(differences, found, against)
     lines = {}
@@ -60,13 +64,7 @@ def draw_curves(axes: Any, found: Mapping[str, Any], last: float = 1.0) -> None:
         axes.set_ylim(
             min(low for _, low, _ in matrices) - 0.02, max(high for high, _, _ in matrices) + 0.02
         )
-    axes.set(
-        xlabel="million tokens",
-        ylabel="validation loss",
-        title="the whole run" if last == 1 else "its second half",
-    )
-    if not found:
-        axes.text(0.5, 0.5, "no full-length runs yet", ha="center", transform=axes.transAxes)
+    axes.set(xlabel="million tokens", ylabel="validation loss")
 
 
 def draw_sweeps(axes: Any, swept: Mapping[str, Mapping[int, float]]) -> None:
@@ -75,11 +73,14 @@ def draw_sweeps(axes: Any, swept: Mapping[str, Mapping[int, float]]) -> None:
         if losses and CONFIGURATIONS[name].base is None:
             ks = [k for k in sorted(losses) if math.isfinite(losses[k])]
             axes.plot([rate_of(k) for k in ks], [losses[k] for k in ks], marker="o", **style(name))
+    ks = sorted({k for losses in swept.values() for k in losses})
     axes.set_xscale("log")
+    axes.set_xticks([rate_of(k) for k in ks], [f"{rate_of(k):.2g}" for k in ks], fontsize=8)
+    axes.minorticks_off()
     axes.set(
         xlabel="learning rate of the matrices",
         ylabel="validation loss",
-        title="sweeps, half as long, seed 0",
+        title="sweeps, half as long, one seed",
     )
     axes.grid(alpha=0.3)
 
@@ -91,8 +92,11 @@ def draw_differences(axes: Any, found: Mapping[str, Any], against: Mapping[str, 
         value = against[name]
         half = 0.0 if math.isnan(value.half) else value.half
         axes.errorbar(value.mean, -place, xerr=half, fmt="o", color=colour(name), capsize=4)
+        # In the panel: beside it, names would take the width of the curves.
+        side = axes.get_yaxis_transform()
+        axes.text(0.02, 0.2 - place, found[name].title, transform=side, fontsize=9)
     axes.axvline(0, color=colour("muon"), linewidth=1)
-    axes.set_yticks([-place for place in range(len(names))], [found[n].title for n in names])
+    axes.set_yticks([])
     axes.set_ylim(-len(names), 1)
     axes.set(xlabel="validation loss minus Muon's, 95 % interval", title="paired by seed")
     if not names:

@@ -2,56 +2,34 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from benchmarks import reproduce, results
-from benchmarks.configurations import CONFIGURATIONS, PARTS
-from benchmarks.reproduce import Record, job_of, loss_of
+from benchmarks.configurations import CONFIGURATIONS, STACKED
+from benchmarks.reproduce import Record, loss_of
 from benchmarks.reproduce_figure import draw
-from benchmarks.training import Job, rate_of
+from benchmarks.reproduce_statistics import (
+    CONFIDENCE,
+    REFERENCE,
+    Series,
+    best_of_sweeps,
+    difference,
+    noise,
+    series,
+    sweep,
+    tokens_to_reach,
+)
+from benchmarks.training import rate_of
 
 ROOT = Path(__file__).parent.parent
 PAGES = {"reproduce-headline": ROOT / "README.md", "reproduce": ROOT / "docs/results.md"}
-REFERENCE = "muon"
-CONFIDENCE = 0.95
 WANTED = 0.005  # half the width of an interval that tells what users ask
-IN_PART = {part.name for part in PARTS}
-
-
-class Series(NamedTuple):
-    """The full-length runs of one configuration at its learning rate.
-
-    Attributes:
-        title: Of the configuration.
-        rate: Peak learning rate of the matrices.
-        runs: Records by seed.
-    """
-
-    title: str
-    rate: float
-    runs: dict[int, Record]
-
-    def losses(self, seeds: Sequence[int]) -> np.ndarray:
-        """Validation losses of the averaged weights."""
-        return np.array([loss_of(self.runs[seed]) for seed in seeds])
-
-
-class Difference(NamedTuple):
-    """Mean of paired differences; `half` is half the width of its interval, nan for one seed."""
-
-    mean: float
-    half: float
-    seeds: int
-
-    def __str__(self) -> str:
-        if math.isnan(self.half):
-            return f"{self.mean:+.4f} (one seed)"
-        return f"{self.mean:+.4f} ± {self.half:.4f}"
+IN_PART = {name for name, each in CONFIGURATIONS.items() if each.base is not None}
 
 
 def report(out: Path, update_readme: bool = False) -> None:
@@ -62,12 +40,11 @@ def report(out: Path, update_readme: bool = False) -> None:
     setup = json.loads((out / reproduce.SETUP).read_text())
     found = series(records, setup["steps"])
     headline = {name: each for name, each in found.items() if name not in IN_PART}
-    tables = [verdict(headline)]
-    if headline:
-        tables.append(headline_table(headline))
-    tables.append(caption(setup, records))
-    summary = "\n\n".join(tables)
-    page = "\n\n".join([summary, *details(records, found, setup)])
+    half = setup["steps"] // 2
+    parts = [verdict(headline), headline_table(headline), caption(setup, records)]
+    page = "\n\n".join(part for part in [*parts, *details(records, found, half)] if part)
+    parts[1] = parts[1] or sweep_table(records, half)  # what the README shows until then
+    summary = "\n\n".join(part for part in parts if part)
     record = {
         "benchmark": "reproduce",
         **setup,
@@ -80,60 +57,18 @@ def report(out: Path, update_readme: bool = False) -> None:
         "headline": {name: as_json(name, found) for name in found},
         "environment": records[-1]["environment"],
     }
-    swept = {name: sweep(records, name, setup["steps"] // 2) for name in CONFIGURATIONS}
+    swept = {name: sweep(records, name, half) for name in CONFIGURATIONS}
     against = {name: difference(headline, name, REFERENCE) for name in headline}
-    results.write(out, "reproduce", record, page, draw(headline, swept, against))
+    drawn = draw(
+        headline or best_of_sweeps(records, half),
+        swept,
+        against,
+        "headline" if headline else "half as long, one seed",
+    )
+    results.write(out, "reproduce", record, page, drawn)
     if update_readme:
         for (name, path), text in zip(PAGES.items(), (summary, page), strict=True):
             results.update_readme(name, text, path)
-
-
-def series(records: Sequence[Record], steps: int) -> dict[str, Series]:
-    """The full-length runs, in the order of the configurations."""
-    found = {}
-    for name, configuration in CONFIGURATIONS.items():
-        runs = [
-            record
-            for record in records
-            if (record["configuration"], record["steps"], record["nudge"]) == (name, steps, 0)
-        ]
-        if runs:
-            k, rest_k = runs[-1]["k"], runs[-1]["rest_k"]
-            by_seed = {r["seed"]: r for r in runs if (r["k"], r["rest_k"]) == (k, rest_k)}
-            found[name] = Series(configuration.title, rate_of(k), dict(sorted(by_seed.items())))
-    return found
-
-
-def pooled(found: Mapping[str, Series]) -> tuple[float, int]:
-    """Standard deviation of one run once means of optimizers and seeds are taken out.
-
-    Returns:
-        It, and its degrees of freedom; over the seeds that all have. Chaos is the same for all of
-        them, so that one estimate from all pairs is better than one from each pair alone.
-    """
-    seeds = sorted(set.intersection(*(set(each.runs) for each in found.values())))
-    freedom = (len(seeds) - 1) * (len(found) - 1)
-    if freedom < 1:
-        return math.nan, 0
-    table = np.array([each.losses(seeds) for each in found.values()])
-    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    return float(np.sqrt((rest**2).sum() / freedom)), freedom
-
-
-def difference(found: Mapping[str, Series], ours: str, theirs: str) -> Difference | None:
-    """Over the seeds that both have, with the pooled interval; None where there are none."""
-    if ours not in found or theirs not in found or ours == theirs:
-        return None
-    seeds = sorted(found[ours].runs.keys() & found[theirs].runs.keys())
-    if not seeds:
-        return None
-    spread, freedom = pooled(found)
-    half = math.nan
-    if freedom and len(seeds) > 1:
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-        half = quantile * spread * math.sqrt(2 / len(seeds))
-    values = found[ours].losses(seeds) - found[theirs].losses(seeds)
-    return Difference(float(values.mean()), half, len(seeds))
 
 
 def verdict(found: Mapping[str, Series]) -> str:
@@ -145,13 +80,15 @@ def verdict(found: Mapping[str, Series]) -> str:
     }
     halves = [value.half for value in values.values() if not math.isnan(value.half)]
     if not halves:
+        have = sum(len(each.runs) for each in found.values())
+        wanted = len(reproduce.SEEDS) * (2 + len(STACKED))
         return (
-            "**These runs cannot tell the optimizers apart yet**: the headline needs two seeds or "
-            "more of each, and has fewer. What is there, one run each, is below."
+            f"**These runs cannot tell the optimizers apart yet**: of the headline's {wanted} runs "
+            f"there are {have}, too few for an interval."
         )
     reached = max(halves)
     told = [found[name].title for name, value in values.items() if abs(value.mean) > value.half]
-    names = f"beyond it: {', '.join(told)}" if told else "none is beyond it"
+    names = f"beyond it: {'; '.join(told)}" if told else "none is beyond it"
     start = (
         f"The 95 % interval of a difference from Muon is ± {reached:.3f}"
         if reached <= WANTED
@@ -163,6 +100,8 @@ def verdict(found: Mapping[str, Series]) -> str:
 
 def headline_table(found: Mapping[str, Series]) -> str:
     """One row for each optimizer."""
+    if not found:
+        return ""
     header = (
         "optimizer",
         "learning rate",
@@ -192,53 +131,28 @@ def _row(name: str, found: Mapping[str, Series]) -> list[str]:
     ]
 
 
-def tokens_to_reach(found: Mapping[str, Series], name: str) -> float | None:
-    """Share of a run's tokens after which the mean curve is at the end of the reference's."""
-    if name not in found or REFERENCE not in found:
-        return None
-    seeds = sorted(found[name].runs.keys() & found[REFERENCE].runs.keys())
-    if not seeds:
-        return None
-    tokens, ours = mean_curve(found[name], seeds)
-    goal = mean_curve(found[REFERENCE], seeds)[1][-1]
-    below = np.flatnonzero(ours <= goal)
-    if not below.size:
-        return math.inf
-    first = int(below[0])
-    if first == 0:
-        return float(tokens[0] / tokens[-1])
-    between = slice(first - 1, first + 1)
-    crossing = np.interp(goal, ours[between][::-1], tokens[between][::-1])
-    return float(crossing / tokens[-1])
-
-
-def mean_curve(own: Series, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and validation loss, mean over seeds."""
-    curves = np.array([own.runs[seed]["validation"] for seed in seeds], float)
-    return curves[0, :, 0], curves[:, :, 1].mean(0)
-
-
 def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
     """What was run, under the headline."""
     tokens = setup["batch_size"] * setup["context"]
+    lengths = Counter(record["steps"] for record in records)
+    counts = " and ".join(
+        f"{lengths[steps]} of {steps * tokens / 1e6:.2f} million tokens ({steps} steps)"
+        for steps in sorted(lengths, reverse=True)
+    )
     commits = sorted({record["environment"]["commit"] for record in records})
     where = dict(records[-1]["environment"]) | {"commit": " and ".join(commits)}
     return (
-        f"Runs of {setup['steps']} steps of {tokens:,} tokens ({setup['steps'] * tokens / 1e6:.2f} "
-        f"million), model `{setup['model']}`; losses are those of the averaged weights on "
-        f"{setup['eval_tokens']:,} held-out tokens. Differences are paired by seed, with a "
-        f"{CONFIDENCE:.0%} interval from what is left of the losses once means of optimizers and "
-        "seeds are taken out. Tokens to Muon's end: where the mean validation curve crosses the "
-        "end of Muon's. A step: processor time on one core, median. "
-        f"{len(records)} runs in all. {results.caption({'environment': where})}"
+        f"{len(records)} runs: {counts}, of {tokens:,} tokens a step; model `{setup['model']}`. "
+        f"Losses are those of the averaged weights on {setup['eval_tokens']:,} held-out tokens. "
+        f"Differences are paired by seed, with a {CONFIDENCE:.0%} interval from what is left of "
+        "the losses once means of optimizers and seeds are taken out. Tokens to Muon's end: where "
+        "the mean validation curve crosses the end of Muon's. A step: processor time on one core, "
+        f"median. {results.caption({'environment': where})}"
     )
 
 
-def details(
-    records: Sequence[Record], found: Mapping[str, Series], setup: Mapping[str, Any]
-) -> list[str]:
-    """What is beyond the headline, as far as there are runs of it."""
-    half = setup["steps"] // 2
+def details(records: Sequence[Record], found: Mapping[str, Series], half: int) -> list[str]:
+    """What is beyond the headline; empty where there are no runs of it."""
     headline = {name: each for name, each in found.items() if name not in IN_PART}
     pages = [noise_table(records), rest_table(records, half), sweep_table(records, half)]
     pairs = [
@@ -253,25 +167,12 @@ def details(
     rows = [_part_row(name, found) for name in found if name in IN_PART]
     if rows := [row for row in rows if row]:
         pages.append(results.markdown(("one thing changed", "seeds", "minus its base's"), rows))
-    pages.append(alignment_table(records))
-    return [page for page in pages if page]
+    return [*pages, alignment_table(records)]
 
 
 def _part_row(name: str, found: Mapping[str, Series]) -> list[str]:
-    base = str(CONFIGURATIONS[name].base)
-    base = next((each for each in found if each.startswith(base) and each not in IN_PART), base)
-    value = difference({key: found[key] for key in (name, base) if key in found}, name, base)
+    value = difference(found, name, str(CONFIGURATIONS[name].base))
     return [] if value is None else [found[name].title, str(value.seeds), str(value)]
-
-
-def noise(records: Sequence[Record]) -> dict[Job, list[Record]]:
-    """Runs that differ in first parameters by rounding alone, by the job that is not nudged."""
-    nudged = {job_of(record)._replace(nudge=0) for record in records if record["nudge"]}
-    equal = {
-        job: [record for record in records if job_of(record)._replace(nudge=0) == job]
-        for job in sorted(nudged, key=lambda job: job.steps)
-    }
-    return {job: runs for job, runs in equal.items() if len(runs) > 1}
 
 
 def noise_table(records: Sequence[Record]) -> str:
@@ -296,35 +197,29 @@ def rest_table(records: Sequence[Record], steps: int) -> str:
     return _sweeps_of("learning rate of the fallback", {"Muon": losses})
 
 
-def sweep(records: Sequence[Record], name: str, steps: int) -> dict[int, float]:
-    """Losses by k at the fallback's best rate, as far as it is known."""
-    rest = reproduce.rest_losses(records, steps)
-    if not rest:
-        return {}
-    rest_k = min(rest, key=rest.__getitem__)
-    return reproduce.sweep_losses(records, name, rest_k, steps)
-
-
 def sweep_table(records: Sequence[Record], steps: int) -> str:
     """One column for each learning rate, one row for each optimizer."""
-    swept = {
-        configuration.title: losses
-        for name, configuration in CONFIGURATIONS.items()
-        if (losses := sweep(records, name, steps))
-    }
-    return _sweeps_of("learning rate of the matrices", swept) if swept else ""
+    swept, times = {}, {}
+    for name, configuration in CONFIGURATIONS.items():
+        if losses := sweep(records, name, steps):
+            cpus = [r["cpu_per_step"] for r in records if r["configuration"] == name]
+            swept[configuration.title] = losses
+            times[configuration.title] = f"{np.median(cpus):.3f} s"
+    return _sweeps_of("learning rate of the matrices", swept, times) if swept else ""
 
 
-def _sweeps_of(title: str, swept: Mapping[str, Mapping[int, float]]) -> str:
+def _sweeps_of(
+    title: str, swept: Mapping[str, Mapping[int, float]], times: Mapping[str, str] | None = None
+) -> str:
     ks = sorted({k for losses in swept.values() for k in losses})
     rows = []
     for name, losses in swept.items():
         best = min(losses, key=losses.__getitem__)
-        cells = [f"{losses[k]:.4f}" if k in losses else "" for k in ks]
-        rows.append(
-            [name, *(f"**{c}**" if k == best else c for k, c in zip(ks, cells, strict=True))]
-        )
-    return results.markdown((title, *(f"{rate_of(k):.2g}" for k in ks)), rows)
+        cells = {k: f"{losses[k]:.4f}" if k in losses else "" for k in ks}
+        cells[best] = f"**{cells[best]}**"
+        rows.append([name, *cells.values(), *([times[name]] if times else [])])
+    header = title, *(f"{rate_of(k):.2g}" for k in ks), *(["a step"] if times else [])
+    return results.markdown(header, rows)
 
 
 def alignment_table(records: Sequence[Record]) -> str:
