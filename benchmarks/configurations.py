@@ -1,130 +1,97 @@
-"""The optimizers that `reproduce` compares, in the order in which they are run."""
+"""The optimizers that `reproduce` compares."""
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
+from optax import contrib
 
 from examples.optimizers import CLIP, schedule
 from examples.options import ADAM_B1, ADAM_B2
-from teon_optax import Rule, contrib, scale_by_teon
+from teon_optax import Rule, polar_express, scale_by_teon
 
 QKV = r"block_(?P<layer>\d+)/attn/(query|key|value)/"
-SIBLINGS = r"block_(?P<layer>\d+)/attn/(?P<slice>query|key|value)/"
 BLOCKS = r"block_(?P<layer>\d+)/"
-HEADS = 4  # of the default model
-ALL_LAYERS = 10**6
-HEADLINE_SEEDS = (1, 2, 3, 4, 5)
-FEW_SEEDS = (1, 2)
+STACK_1 = (Rule(BLOCKS),)
+TEON_1 = (Rule(QKV, 2), *STACK_1)
+TEON_2 = (Rule(QKV, 2, mode=2), *STACK_1)
+WEIGHT_DECAY = 0.1
+BETA = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """One optimizer, without its learning rate.
+    """One optimizer of the blocks' matrices, without its learning rate.
 
     Attributes:
-        name: Also of its file of results.
-        coupling: The rule of query, key and value projections, or of all matrices of the blocks;
-            what it does not take is Muon's. None is AdamW for everything.
-        method: What approximates the polar factor.
-        after: What follows it: "normalize", "normuon" or "cautious" weight decay.
-        transform: Along the stack of the matrices that `coupling` couples, instead of mode 1.
-        qkv_factor: Multiplies the updates of Q, K and V.
-        rest_rate: Learning rate of what AdamW keeps: embedding and norms. None: that of the rest.
-        weight_decay: Of the blocks' matrices.
-        start: First values of k in the sweep over learning rates 0.01 * 2^(k / 2).
-        spacing: How near to the best, in k, its neighbours must be.
-        seeds: What runs at the best rate.
-        base: A configuration whose best rate is taken over, instead of a sweep.
+        name: What its records say.
+        title: What tables and figures say.
+        of_matrices: The library: `optax.contrib.muon`, `optax.adamw`, or ours.
+        rules: Ours: which matrices are orthogonalized jointly.
+        method: Ours: what approximates the polar factor.
+        scale: Ours: how long an update is.
+        qkv_factor: Ours: multiplies the updates of query, key and value projections.
+        first_rates: The sweep's first k, where the learning rate is 0.01 * 2^(k / 2).
+        base: A configuration whose best learning rate is taken over, instead of a sweep.
     """
 
     name: str
-    coupling: Rule | None
-    method: str = "polar_express"
-    after: str | None = None
-    transform: str | None = None
+    title: str
+    of_matrices: Literal["muon", "adamw", "teon_optax"] = "teon_optax"
+    rules: tuple[Rule, ...] = STACK_1
+    method: Any = "polar_express"
+    scale: Literal["spectral", "muon"] = "spectral"
     qkv_factor: float = 1.0
-    rest_rate: float | None = 0.01
-    weight_decay: float = 0.1
-    start: tuple[int, ...] = (-1, 0, 1, 2)
-    spacing: int = 1
-    seeds: tuple[int, ...] = HEADLINE_SEEDS
+    first_rates: tuple[int, ...] = (2, 0, 4)
     base: str | None = None
 
-    @property
-    def headline(self) -> bool:
-        """Whether it gets all seeds."""
-        return len(self.seeds) > len(FEW_SEEDS)
+
+MUON_SCALE = "-muon-scale"
+MUON = Configuration("muon", "Muon (optax.contrib.muon)", "muon")
+ADAMW = Configuration("adamw", "AdamW", "adamw", first_rates=(-3, -5, -1))
+# What the headline has beside these two.
+STACKED = [
+    Configuration("stack-1", "Muon (teon_optax, stack 1)", rules=STACK_1),
+    Configuration("teon-1", "TEON mode 1", rules=TEON_1),
+    Configuration("teon-2", "TEON mode 2", rules=TEON_2),
+]
 
 
-def _ablation(name: str, coupling: Rule) -> Configuration:
-    return Configuration(name, coupling, start=(-1, 1), spacing=2, seeds=FEW_SEEDS)
+def _part(name: str, title: str, base: str, **settings: Any) -> Configuration:
+    """One thing changed, at the learning rate of the base."""
+    own = next(each for each in STACKED if each.name == base)
+    return dataclasses.replace(own, name=name, title=title, base=base, **settings)
 
 
-def _coupling(
-    name: str, coupling: Rule, length: float = 1.0, transform: str | None = None
-) -> Configuration:
-    """With updates of Q, K and V as long as Muon's: `length` is what these are longer by."""
-    return Configuration(name, coupling, transform=transform, qkv_factor=length, start=(-1,))
+PARTS = [
+    _part("stack-1-schatten", "stack 1, schatten", "stack-1", method="schatten"),
+    _part("teon-1-schatten", "mode 1, schatten", "teon-1", method="schatten"),
+    _part("stack-1-short", "stack 1, Q K V / sqrt 2", "stack-1", qkv_factor=math.sqrt(0.5)),
+    _part("teon-1-long", "mode 1, Q K V x sqrt 2", "teon-1", qkv_factor=math.sqrt(2)),
+    _part("teon-1-reach", "mode 1, 7 steps", "teon-1", method=polar_express(7, 1e-4)),
+    _part("teon-1-svd", "mode 1, exact", "teon-1", method="svd"),
+    _part("teon-1-k4", "mode 1, K = 4", "teon-1", rules=(Rule(QKV, 4), *STACK_1)),
+    _part("teon-1-all", "mode 1, all matrices", "teon-1", rules=(Rule(BLOCKS, 2),)),
+]
 
 
-def _variation(name: str, base: Configuration, **settings: Any) -> Configuration:
-    """The base at its best learning rate with one setting changed."""
-    return dataclasses.replace(base, name=name, base=base.name, seeds=FEW_SEEDS, **settings)
+def _in_muons_scale(configuration: Configuration) -> Configuration:
+    """The same in the scale of `optax.contrib.muon`, longer for narrowing matrices."""
+    return dataclasses.replace(
+        configuration,
+        name=configuration.name + MUON_SCALE,
+        title=f"{configuration.title}, Muon's scale",
+        scale="muon",
+        base=configuration.base and configuration.base + MUON_SCALE,
+    )
 
 
-MUON = Configuration("muon", Rule(QKV))
-TEON = Configuration("teon-1", Rule(QKV, 2))
-_ALL: Iterable[Configuration] = (
-    MUON,
-    TEON,
-    Configuration("teon-2", Rule(QKV, 2, mode=2)),
-    Configuration("muon-schatten", Rule(QKV), method="schatten"),
-    Configuration("teon-1-schatten", Rule(QKV, 2), method="schatten"),
-    Configuration("teon-2-schatten", Rule(QKV, 2, mode=2), method="schatten"),
-    # As long as TEON's, were both exact: a joint factor of K layers is sqrt(K) times shorter.
-    Configuration("muon-short-qkv", Rule(QKV), qkv_factor=1 / math.sqrt(2)),
-    Configuration("adamw", None, start=(-5, -3)),
-    _ablation("teon-1-k4", Rule(QKV, 4)),
-    _ablation("teon-1-all-layers", Rule(QKV, ALL_LAYERS)),
-    _ablation("teon-3", Rule(QKV, 2, mode=3)),
-    _ablation("teon-1-everything", Rule(BLOCKS, 2)),
-    _variation("muon-jordan", MUON, method="jordan"),
-    _variation("teon-1-jordan", TEON, method="jordan"),
-    _variation("muon-you", MUON, method="you"),
-    _variation("teon-1-you", TEON, method="you"),
-    _variation("muon-no-decay", MUON, weight_decay=0.0),
-    _variation("muon-rest-high", MUON, rest_rate=0.02),
-    _variation("muon-rest-low", MUON, rest_rate=0.005),
-    _variation("teon-1-svd", TEON, method="svd"),
-    _variation("muon-svd", MUON, method="svd"),
-    _variation("teon-1-no-decay", TEON, weight_decay=0.0),
-    # What AdamW is without a rate of its own for embedding and norms.
-    Configuration("adamw-one-rate", None, rest_rate=None, start=(-5, -3), seeds=FEW_SEEDS),
-    _coupling("siblings-1", Rule(SIBLINGS), math.sqrt(3)),
-    _coupling("layers-dct", Rule(QKV, 2), transform="dct"),
-    _coupling("heads-alone", Rule(QKV, split=HEADS), math.sqrt(HEADS)),
-    dataclasses.replace(MUON, name="muon-normalize", after="normalize", start=(-1,)),
-    dataclasses.replace(MUON, name="muon-normuon", after="normuon", start=(-1,)),
-    dataclasses.replace(MUON, name="muon-cautious", after="cautious", start=(-1,)),
-    _coupling("layers-1", Rule(QKV, 2), math.sqrt(2)),
-    _coupling("siblings-dct", Rule(SIBLINGS), transform="dct"),
-    _coupling("heads-1", Rule(QKV, split=HEADS, join="parts"), HEADS),
-    _coupling("heads-dct", Rule(QKV, split=HEADS, join="parts"), math.sqrt(HEADS), "dct"),
-    _coupling("layers-siblings-1", Rule(SIBLINGS, 2), math.sqrt(6)),
-    _coupling("siblings-heads-1", Rule(SIBLINGS, split=HEADS, join="parts"), HEADS * math.sqrt(3)),
-    _coupling("layers-dct-4", Rule(QKV, 4), transform="dct"),
-    _coupling("layers-dft-4", Rule(QKV, 4), transform="dft"),
-    _coupling("layers-haar-4", Rule(QKV, 4), transform="haar"),
-    _coupling("siblings-2", Rule(SIBLINGS, mode=2), math.sqrt(3)),
-    dataclasses.replace(TEON, name="teon-1-normalize", after="normalize", start=(-1,)),
-    dataclasses.replace(TEON, name="teon-1-normuon", after="normuon", start=(-1,)),
-    dataclasses.replace(TEON, name="teon-1-cautious", after="cautious", start=(-1,)),
-)
-CONFIGURATIONS = {configuration.name: configuration for configuration in _ALL}
+_SCALED = [*STACKED, *PARTS]
+CONFIGURATIONS = {
+    each.name: each for each in [MUON, *_SCALED, *map(_in_muons_scale, _SCALED), ADAMW]
+}
 
 
 def build(
@@ -132,50 +99,44 @@ def build(
     steps: int,
     rate: jax.Array | float,
     rest_rate: jax.Array | float,
-    weight_decay: jax.Array | float,
 ) -> optax.GradientTransformation:
-    """The optimizer; the three numbers may be traced.
+    """The optimizer; both peak learning rates may be traced.
 
     Args:
         configuration: Which.
         steps: Length of the schedule.
         rate: Peak learning rate of the blocks' matrices.
-        rest_rate: Peak learning rate of embedding and norms.
-        weight_decay: Of the blocks' matrices.
+        rest_rate: Peak learning rate of embedding and norms, which AdamW keeps.
 
     Returns:
         Clipping, then two optimizers for the two parts of the tree.
     """
-    of_matrices: Any = schedule(rate, steps)  # pyright: ignore[reportArgumentType]
-    of_rest: Any = schedule(rest_rate, steps)  # pyright: ignore[reportArgumentType]
-    cautious = configuration.after == "cautious"
-    decay = contrib.add_cautious_weight_decay if cautious else optax.add_decayed_weights
-    matrices = optax.chain(
-        _direction(configuration),
-        decay(weight_decay),
-        optax.scale_by_learning_rate(of_matrices),
-    )
-    rest = optax.adamw(of_rest, ADAM_B1, ADAM_B2, weight_decay=0.0)
+    rest = optax.adamw(_schedule(rest_rate, steps), ADAM_B1, ADAM_B2, weight_decay=0.0)
+    matrices = _of_matrices(configuration, _schedule(rate, steps))
     parts = optax.partition({"matrices": matrices, "rest": rest}, _parts)
     return optax.chain(optax.clip_by_global_norm(CLIP), parts)
 
 
-def _direction(configuration: Configuration) -> optax.GradientTransformation:
-    if configuration.coupling is None:
-        return optax.scale_by_adam(ADAM_B1, ADAM_B2)
-    rules = configuration.coupling, Rule(BLOCKS)
-    method, transform = configuration.method, configuration.transform
-    if transform is None:
-        steps = [scale_by_teon(rules, method=method)]
-    else:  # The same momentum, since rules that take nothing orthogonalize nothing.
-        steps = [scale_by_teon(()), contrib.orthogonalize_slices(rules, transform, method=method)]
-    if configuration.qkv_factor != 1.0:
-        steps.append(optax.masked(optax.scale(configuration.qkv_factor), _qkv))
-    if configuration.after == "normalize":
-        steps.append(contrib.normalize_matrices(rules))
-    if configuration.after == "normuon":
-        steps.append(contrib.scale_by_normuon(rules))
-    return optax.chain(*steps)
+def _of_matrices(configuration: Configuration, rate: Any) -> optax.GradientTransformation:
+    if configuration.of_matrices == "muon":
+        return contrib.muon(rate, beta=BETA, weight_decay=WEIGHT_DECAY)
+    if configuration.of_matrices == "adamw":
+        return optax.adamw(rate, ADAM_B1, ADAM_B2, weight_decay=WEIGHT_DECAY)
+    return optax.chain(
+        scale_by_teon(
+            configuration.rules,
+            beta=BETA,
+            method=configuration.method,
+            scale=configuration.scale,
+        ),
+        optax.masked(optax.scale(configuration.qkv_factor), _qkv),
+        optax.add_decayed_weights(WEIGHT_DECAY),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _schedule(peak: Any, steps: int) -> Any:
+    return schedule(peak, steps)
 
 
 def _parts(params: Any) -> Any:

@@ -1,92 +1,71 @@
-"""AdamW, Muon and TEON, each at its own best learning rate: the paper's comparison and ablations.
+"""AdamW, Muon and TEON, each at its own best learning rate: the paper's comparison, at small scale.
 
-    python -m benchmarks.reproduce                         # on two cores: two hours
-    python -m benchmarks.reproduce --only muon teon-1      # some configurations
-    python -m benchmarks.reproduce --aggregate             # table and plots of what is there
-    python -m benchmarks.reproduce --model llama-60m --data fineweb10B --batch-size 512 \
-        --steps 2100 --dtype bfloat16 --workers 1          # the paper's scale, on an accelerator
+    python -m benchmarks.reproduce                                     # all, into runs/reproduce
+    python -m benchmarks.reproduce --out benchmarks/results/reproduce  # go on with the committed
+    python -m benchmarks.reproduce --aggregate --update-readme          # tables, figure of these
+    python -m benchmarks.reproduce --model llama-60m --data fineweb10B --context 1024 \
+        --batch-size 512 --steps 2100 --dtype bfloat16 --workers 1     # the paper's scale
 
-Every run leaves one JSON line in the folder `--out`, one file per configuration. What is there is
-not run again, so that the command may be stopped and repeated. A configuration is swept on seed 0:
-its learning rates are 0.01 * 2^(k / 2), and the sweep goes on until both neighbours of the best are
-known. Other seeds run at that best. Runs of one seed share first parameters, batches and held-out
-sequences, and differ in nothing but the optimizer.
+Every run appends one JSON line to `runs.jsonl` in the folder `--out` when it ends; what is there is
+not run again, so that the command may be killed and repeated. The order, so that what is known
+when time runs out can be used:
+
+1. noise: one configuration from first parameters that differ by rounding;
+2. the learning rate of what AdamW keeps (embedding, norms), with Muon; all share it;
+3. a sweep over learning rates for each optimizer, until both neighbours of the best are known; in
+   the paper's scale, and in Muon's where that is better for our Muon;
+4. the headline: each optimizer at its best, five seeds;
+5. parts: one thing changed, three seeds.
+
+1 to 3 are on seed 0 and half as long. Runs of one seed share first parameters, batches and
+held-out sequences, and differ in nothing but the optimizer.
 """
 
 import argparse
 import dataclasses
-import fcntl
-import functools
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+from benchmarks import results, training
+from benchmarks.configurations import CONFIGURATIONS, MUON_SCALE, PARTS, STACKED
+from benchmarks.training import Job, Setup
 
-from benchmarks import results
-from benchmarks.configurations import CONFIGURATIONS, FEW_SEEDS, Configuration, build
-from examples import data, shards
-from examples.model import GPT, MODELS, ModelConfig, llama
-
-FOLDER = results.FOLDER / "reproduce"
-CACHE = Path(__file__).parent.parent / "runs" / "cache"
-SMALL = dataclasses.replace(llama(160, 432, 8, 4), tied=True)
+COMMITTED = results.FOLDER / "reproduce"
+FRESH = Path(__file__).parent.parent / "runs" / "reproduce"
+RUNS, SETUP = "runs.jsonl", "setup.json"
 SWEEP_SEED = 0
-MOST_RATES = 10
-PAUSE = 5.0  # seconds until a worker without work looks again
+SEEDS = (1, 2, 3, 4, 5)
+PART_SEEDS = (1, 2, 3)
+NOISE_RUNS = 2
+FIRST_REST = 2
+REST_RATES = (2, 0, 4)
+SPACING = 2  # of a sweep, in k: a factor of 2
+MOST_RATES = 7
+PAUSE = 1.0  # seconds between two looks at the runs
 
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What all runs of a folder have in common."""
-
-    model: str
-    data: str | None
-    vocab_size: int
-    context: int
-    batch_size: int
-    steps: int
-    eval_tokens: int
-    dtype: str
-
-
-class Run(NamedTuple):
-    """One training run, at the learning rate `rate_of(k)`."""
-
-    k: int
-    seed: int
-
-
-class Program(NamedTuple):
-    """What is compiled for a configuration; rates and decay are arguments."""
-
-    init: Callable[[jax.Array], Any]
-    train_step: Callable[..., Any]
-    eval_step: Callable[..., jax.Array]
+Record = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what is missing, and says what there is."""
+    """Runs what is missing, then says what there is."""
     options = parser().parse_args(argv)
+    out = options.out or (COMMITTED if options.aggregate else FRESH)
     if not options.aggregate:
         setup = Setup(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Setup)})
-        keep_setup(options.out, setup)
-        if options.core is not None:
-            return work(options, setup)
-        corpus_of(setup)  # once, before the workers ask for it
-        run_workers(options.workers, sys.argv[1:] if argv is None else argv)
-    from benchmarks import reproduce_report
+        keep_setup(out, setup, options.steps)
+        training.corpus_of(setup)  # into the cache, once, before the workers ask for it
+        run(out, setup, options)
+    from benchmarks import reproduce_report  # matplotlib and scipy only where they are needed
 
-    reproduce_report.report(options.out, options.update_readme)
+    reproduce_report.report(out, options.update_readme)
     return 0
 
 
@@ -97,149 +76,67 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--out", type=Path, default=FOLDER, help="default: benchmarks/results/reproduce")
-    add("--only", nargs="+", choices=CONFIGURATIONS, default=list(CONFIGURATIONS), metavar="NAME")
+    add("--out", type=Path, help="default: runs/reproduce; to aggregate, the committed runs")
     add("--aggregate", action="store_true", help="run nothing")
-    add("--update-readme", action="store_true", help="put the tables into the pages, too")
+    add("--update-readme", action="store_true", help="put tables into README and docs, too")
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: one for each core")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
-    add("--core", type=int, help=argparse.SUPPRESS)  # what makes a worker of this process
-    add("--model", choices=["small", *MODELS], default="small")
+    add("--model", choices=["small", *training.MODELS], default="small")
     add("--data", help="as for examples.train_gpt; default: the standard library's source")
-    add("--vocab-size", type=int, default=4096, help="default: 4096")
-    add("--context", type=int, default=64, help="default: 64")
-    add("--batch-size", type=int, default=8, help="sequences per step; default: 8")
-    add("--steps", type=int, default=80, help="default: 80")
-    add("--eval-tokens", type=int, default=16384, help="held out; default: 16384")
+    add("--tokenizer", choices=("byte", "bpe"), default="byte", help="default: byte")
+    add("--vocab-size", type=int, default=256, help="default: 256")
+    add("--context", type=int, default=128, help="default: 128")
+    add("--batch-size", type=int, default=32, help="sequences per step; default: 32")
+    add("--steps", type=int, default=640, help="of a headline run; default: 640")
+    add("--eval-tokens", type=int, default=262_144, help="held out; default: 262144")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser
 
 
-def keep_setup(out: Path, setup: Setup) -> None:
+def keep_setup(out: Path, setup: Setup, steps: int) -> None:
     """Runs of one folder are comparable: refuses to add others."""
     out.mkdir(parents=True, exist_ok=True)
-    path, wanted = out / "setup.json", dataclasses.asdict(setup)
+    path, wanted = out / SETUP, dataclasses.asdict(setup) | {"steps": steps}
     if not path.exists():
-        path.write_text(
-            json.dumps(wanted | {"environment": results.environment()}, indent=1) + "\n"
-        )
-    found = json.loads(path.read_text())
-    if any(found.get(key) != value for key, value in wanted.items()):
+        path.write_text(json.dumps(wanted, indent=1) + "\n")
+    if json.loads(path.read_text()) != wanted:
         raise SystemExit(f"{path} is of another set-up: choose another --out, or its flags")
 
 
-def run_workers(workers: int, argv: Sequence[str]) -> None:
-    """Starts this command once per core: small matrices gain little from a second core each."""
-    command = [sys.executable, "-m", "benchmarks.reproduce", *argv]
-    cores = [core % (os.cpu_count() or 1) for core in range(workers)] if workers > 1 else [-1]
-    processes = [subprocess.Popen([*command, "--core", str(core)]) for core in cores]
-    try:
-        codes = [process.wait() for process in processes]
-    except KeyboardInterrupt:
-        codes = [process.wait() for process in processes]
-    if any(codes):
-        raise SystemExit("a worker has failed; what it finished is kept")
-
-
-def work(options: argparse.Namespace, setup: Setup) -> int:
-    """One worker: takes configurations that no other has, in order, until nothing is missing."""
-    if options.core >= 0 and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {options.core})
-    jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
+def run(out: Path, setup: Setup, options: argparse.Namespace) -> None:
+    """Runs what is missing, each run in a process of its own, which appends its record itself."""
     end = time.monotonic() + 60 * options.minutes
-    corpus, waiting = corpus_of(setup), queue(options.only)
-    while waiting and time.monotonic() < end:
-        for configuration in list(waiting):
-            finished = finish(configuration, options.out, setup, corpus, end)
-            if finished:
-                waiting.remove(configuration)
-            if finished is not None:
-                break  # begin again with the first that is missing
-        else:
-            time.sleep(PAUSE)
-    return 0
+    running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
+    while True:
+        for job in missing(read(out), options.steps):
+            free = [worker for worker in range(options.workers) if worker not in running]
+            if not free or time.monotonic() > end:
+                break
+            if job not in [other for other, _ in running.values()]:
+                running[free[0]] = job, start(job, setup, out, free[0], options.workers)
+        if not running:
+            return
+        time.sleep(PAUSE)
+        for worker, (job, process) in list(running.items()):
+            if process.poll() is not None:
+                del running[worker]
+                if process.returncode:
+                    raise SystemExit(f"{job} has failed; what has ended is kept")
 
 
-def queue(names: Sequence[str]) -> list[Configuration]:
-    """First a few seeds of the headline, then all of them, then the ablations.
-
-    Wherever time runs out, what is there can be compared.
-    """
-    headline = [CONFIGURATIONS[name] for name in names if CONFIGURATIONS[name].headline]
-    few = [dataclasses.replace(each, seeds=FEW_SEEDS) for each in headline]
-    return few + headline + [CONFIGURATIONS[n] for n in names if not CONFIGURATIONS[n].headline]
-
-
-def finish(
-    configuration: Configuration, out: Path, setup: Setup, corpus: data.Corpus, end: float
-) -> bool | None:
-    """Runs what is missing of a configuration; None where it must wait or another has it."""
-    with open(out / f"{configuration.name}.jsonl", "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return None
-        program = None
-        while (run := next_run(configuration, out)) is not None:
-            if run == WAIT:
-                return None
-            if time.monotonic() > end:
-                return False
-            program = program or compiled(
-                dataclasses.replace(configuration, seeds=()), setup, corpus.vocab_size
-            )
-            record = train(configuration, program, run, setup, corpus)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            shown = {key: record[key] for key in ("rate", "seed", "val_loss", "wall", "cpu")}
-            print(time.strftime("%H:%M:%S"), configuration.name, shown, flush=True)
-    return True
+def start(job: Job, setup: Setup, out: Path, worker: int, workers: int) -> subprocess.Popen[bytes]:
+    """A run on a core of its own: small matrices gain little from a second core each."""
+    text = json.dumps({"job": job, "setup": dataclasses.asdict(setup)})
+    command = [sys.executable, "-m", "benchmarks.training", text, str(out / RUNS)]
+    if workers > 1:
+        command += ["--core", str(worker % (os.cpu_count() or 1))]
+    return subprocess.Popen(command)
 
 
-WAIT = Run(0, -1)
-
-
-def next_run(configuration: Configuration, out: Path) -> Run | None:
-    """The first run that is missing; WAIT for one that hangs on another configuration."""
-    done = read(out, configuration.name)
-    if configuration.base is not None:
-        base = CONFIGURATIONS[configuration.base]
-        losses = sweep_losses(read(out, base.name))
-        if next_rate(base, losses) is not None:
-            return WAIT
-        best = min(losses, key=losses.__getitem__)
-    else:
-        losses = sweep_losses(done)
-        if (k := next_rate(configuration, losses)) is not None:
-            return Run(k, SWEEP_SEED)
-        best = min(losses, key=losses.__getitem__)
-    known = {(record["k"], record["seed"]) for record in done}
-    missing = [seed for seed in configuration.seeds if (best, seed) not in known]
-    return Run(best, missing[0]) if missing else None
-
-
-def rate_of(k: float) -> float:
-    """The learning rate number k of every sweep."""
-    return 0.01 * 2 ** (k / 2)
-
-
-def next_rate(configuration: Configuration, losses: dict[int, float]) -> int | None:
-    """The sweep: first the rates it starts from, then the neighbours of the best."""
-    for k in configuration.start:
-        if k not in losses:
-            return k
-    best = min(losses, key=losses.__getitem__)
-    for k in (best - configuration.spacing, best + configuration.spacing):
-        if k not in losses and len(losses) < MOST_RATES:
-            return k
-    return None
-
-
-def read(out: Path, name: str) -> list[dict[str, Any]]:
-    """The records of a configuration; a line that was cut off is not one."""
-    path = out / f"{name}.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return list(_records(lines))
+def read(out: Path) -> list[dict[str, Any]]:
+    """The records of a folder; a line that was cut off is not one."""
+    path = out / RUNS
+    return list(_records(path.read_text().splitlines() if path.exists() else []))
 
 
 def _records(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -250,101 +147,116 @@ def _records(lines: Sequence[str]) -> Iterator[dict[str, Any]]:
             continue
 
 
-def sweep_losses(records: Sequence[dict[str, Any]]) -> dict[int, float]:
+def job_of(record: Record) -> Job:
+    """The job that a record is of."""
+    return Job(*(record[field] for field in Job._fields))
+
+
+def missing(records: Sequence[Record], steps: int) -> list[Job]:
+    """What is to be run, as far as it is known by now, the most important first."""
+    done = {job_of(record) for record in records}
+    return [job for job in wanted(records, steps) if job not in done]
+
+
+def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
+    """All runs, done or not, until one whose result decides what comes next."""
+    k, half = CONFIGURATIONS["muon"].first_rates[0], steps // 2
+    yield from (Job("muon", k, FIRST_REST, SWEEP_SEED, half, n) for n in range(NOISE_RUNS))
+    rest = rest_losses(records, half)
+    yield from (Job("muon", k, each, SWEEP_SEED, half) for each in REST_RATES)
+    rest_k = best_inside(rest, REST_RATES)
+    if rest_k is None:
+        yield from (Job("muon", k, each, SWEEP_SEED, half) for each in neighbours(rest, REST_RATES))
+        return
+    yield from sweeps(records, rest_k, half)
+    names = headline(records, rest_k, half)
+    known = {name: best_rate(records, name, rest_k, half) for name in names}
+    best = {name: k for name, k in known.items() if k is not None}
+    if not names or best.keys() != known.keys():
+        return
+    for seed in SEEDS:
+        yield from (Job(name, k, rest_k, seed, steps) for name, k in best.items())
+        if seed == SEEDS[0]:  # rounding again, at full length
+            yield Job("muon", best["muon"], rest_k, seed, steps, 1)
+    scale = MUON_SCALE if names[1].endswith(MUON_SCALE) else ""
+    for seed in PART_SEEDS:
+        for part in PARTS:
+            yield Job(part.name + scale, best[f"{part.base}{scale}"], rest_k, seed, steps)
+
+
+def sweeps(records: Sequence[Record], rest_k: int, steps: int) -> Iterator[Job]:
+    """Of every optimizer: all at the rate that they begin with before any at the next."""
+    both = [f"stack-1{scale}" for scale in ("", MUON_SCALE)]
+    for names in (
+        ["muon", *(each.name for each in STACKED), "adamw", both[1]],
+        headline(records, rest_k, steps),
+    ):
+        rates = []
+        for name in names:
+            first = CONFIGURATIONS[name].first_rates
+            losses = sweep_losses(records, name, rest_k, steps)
+            rates.append([*first, *neighbours(losses, first)])
+        for ks in itertools.zip_longest(*rates):
+            for name, k in zip(names, ks, strict=True):
+                if k is not None:
+                    yield Job(name, k, rest_k, SWEEP_SEED, steps)
+
+
+def headline(records: Sequence[Record], rest_k: int, steps: int) -> list[str]:
+    """Its configurations; none until the scale is known."""
+    losses = {}
+    for scale in ("", MUON_SCALE):
+        name = f"stack-1{scale}"
+        if (k := best_rate(records, name, rest_k, steps)) is None:
+            return []
+        losses[scale] = sweep_losses(records, name, rest_k, steps)[k]
+    better = min(losses, key=losses.__getitem__)
+    return ["muon", *(each.name + better for each in STACKED), "adamw"]
+
+
+def best_rate(records: Sequence[Record], name: str, rest_k: int, steps: int) -> int | None:
+    """The k of the best learning rate; None while its sweep goes on."""
+    losses = sweep_losses(records, name, rest_k, steps)
+    return best_inside(losses, CONFIGURATIONS[name].first_rates)
+
+
+def best_inside(losses: Mapping[int, float], first: Sequence[int]) -> int | None:
+    """The best k; None until all that a sweep begins with, and its neighbours, are known."""
+    if any(k not in losses for k in [*first, *neighbours(losses, first)]):
+        return None
+    return min(losses, key=losses.__getitem__)
+
+
+def neighbours(losses: Mapping[int, float], first: Sequence[int]) -> list[int]:
+    """Of the best, those that are not known, once the first are."""
+    if any(k not in losses for k in first) or len(losses) >= MOST_RATES:
+        return []
+    best = min(losses, key=losses.__getitem__)
+    return [k for k in (best - SPACING, best + SPACING) if k not in losses]
+
+
+def sweep_losses(records: Sequence[Record], name: str, rest_k: int, steps: int) -> dict[int, float]:
     """Validation loss by k, infinite for runs that diverged."""
     return {
-        record["k"]: math.inf if record["val_loss"] is None else record["val_loss"]
+        record["k"]: loss_of(record)
         for record in records
-        if record["seed"] == SWEEP_SEED
+        if job_of(record) == Job(name, record["k"], rest_k, SWEEP_SEED, steps)
     }
 
 
-def corpus_of(setup: Setup) -> data.Corpus:
-    """The corpus, read from the cache where it has been tokenized before."""
-    if setup.data is not None and shards.is_shards(Path(setup.data)):
-        return data.load(Path(setup.data), "shards", shards.VOCAB_SIZE)
-    source = None if setup.data is None else Path(setup.data)
-    key = "stdlib" if source is None else source.resolve().as_posix().strip("/").replace("/", "-")
-    path = CACHE / f"{key}-{setup.vocab_size}.npz"
-    if not path.exists():
-        corpus = data.load(source, "bpe", setup.vocab_size)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(
-            path,
-            training=corpus.training[0],
-            validation=corpus.validation[0],
-            vocab_size=corpus.vocab_size,
-            description=corpus.description,
-        )
-    with np.load(path) as file:
-        return data.Corpus(
-            [file["training"]],
-            [file["validation"]],
-            int(file["vocab_size"]),
-            str(file["description"]),
-        )
-
-
-def model_of(setup: Setup, vocab_size: int) -> ModelConfig:
-    base = SMALL if setup.model == "small" else MODELS[setup.model]
-    return dataclasses.replace(
-        base, vocab_size=vocab_size, context=setup.context, dtype=setup.dtype
-    )
-
-
-@functools.cache
-def compiled(configuration: Configuration, setup: Setup, vocab_size: int) -> Program:
-    """One program for all rates, decays and seeds of a configuration."""
-    model = GPT(model_of(setup, vocab_size))
-
-    def init(key: jax.Array) -> Any:
-        params = model.init(key, jnp.zeros((1, setup.context), jnp.int32))["params"]
-        return params, build(configuration, setup.steps, 1.0, 1.0, 1.0).init(params)
-
-    def loss(params: Any, batch: jax.Array) -> jax.Array:
-        logits: Any = model.apply({"params": params}, batch[:, :-1])
-        return optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
-
-    def train_step(state: Any, batch: jax.Array, rates: tuple[jax.Array, ...]) -> Any:
-        params, opt_state = state
-        value, gradients = jax.value_and_grad(loss)(params, batch)
-        optimizer = build(configuration, setup.steps, *rates)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), value
-
-    return Program(jax.jit(init), jax.jit(train_step, donate_argnums=0), jax.jit(loss))
-
-
-def train(
-    configuration: Configuration, program: Program, run: Run, setup: Setup, corpus: data.Corpus
-) -> dict[str, Any]:
-    """One run from its first step to its evaluation."""
-    wall, cpu = time.monotonic(), time.process_time()
-    rate = rate_of(run.k)
-    rest = rate if configuration.rest_rate is None else configuration.rest_rate
-    rates = tuple(jnp.float32(x) for x in (rate, rest, configuration.weight_decay))
-    state, losses = program.init(jax.random.key(run.seed)), []
-    for step in range(setup.steps):
-        batch = data.training_batch(corpus, setup.context, setup.batch_size, run.seed, step)
-        state, loss = program.train_step(state, batch, rates)
-        losses.append(loss)
-    batches = list(data.validation_batches(corpus, setup.context, setup.batch_size))
-    every = max(1, len(batches) * setup.batch_size * setup.context // setup.eval_tokens)
-    held_out = float(np.mean([program.eval_step(state[0], batch) for batch in batches[::every]]))
+def rest_losses(records: Sequence[Record], steps: int) -> dict[int, float]:
+    """Validation loss of Muon by the k of what AdamW keeps."""
+    k = CONFIGURATIONS["muon"].first_rates[0]
     return {
-        "configuration": configuration.name,
-        "k": run.k,
-        "rate": float(f"{rate:.4g}"),
-        "rest_rate": float(f"{rest:.4g}"),
-        "weight_decay": configuration.weight_decay,
-        "seed": run.seed,
-        "steps": setup.steps,
-        "tokens": setup.steps * setup.batch_size * setup.context,
-        "val_loss": round(held_out, 5) if math.isfinite(held_out) else None,
-        "wall": round(time.monotonic() - wall, 1),
-        "cpu": round(time.process_time() - cpu, 1),
-        "losses": [round(float(loss), 3) for loss in losses],
+        record["rest_k"]: loss_of(record)
+        for record in records
+        if job_of(record) == Job("muon", k, record["rest_k"], SWEEP_SEED, steps)
     }
+
+
+def loss_of(record: Record) -> float:
+    """Validation loss of the averaged weights."""
+    return math.inf if record["val_loss"] is None else record["val_loss"]
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ README = Path(__file__).parent / "README.md"
 PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch")
 
 
-def environment() -> dict[str, Any]:
-    """Commit, machine, device and versions of this process."""
-    commit = _git("rev-parse", "HEAD")
+def environment(folder: str = ".") -> dict[str, Any]:
+    """The last commit that changed a folder; machine, device and versions of this process."""
+    commit = _git("log", "-1", "--format=%H", "--", folder)
     changed = _git("status", "--porcelain", "--", "teon_optax", "benchmarks/*.py")
     return {
         "commit": commit and commit[:12] + ("+changes" if changed else ""),

@@ -1,6 +1,7 @@
-"""The grid: what it runs next, what it never runs twice, and what its table says."""
+"""The grid: what it runs next, what it never runs twice, and what its tables say."""
 
 import dataclasses
+import itertools
 import json
 import math
 import re
@@ -9,176 +10,274 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax import contrib
 
-from benchmarks import corpus, reproduce, reproduce_report
-from benchmarks.configurations import CONFIGURATIONS, build
-from benchmarks.reproduce import Run, next_rate
+from benchmarks import corpus, reproduce, reproduce_statistics, training
+from benchmarks.configurations import CONFIGURATIONS, PARTS, WEIGHT_DECAY, build
+from benchmarks.reproduce import Job, missing
+from benchmarks.training import Setup
 from examples.data import Corpus
 from examples.model import llama
 
 pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
-SETUP = reproduce.Setup("small", None, 300, 8, 2, 3, 32, "float32")
+SETUP = Setup("small", None, "byte", 300, 8, 2, 64, "float32")
 TEXT = Corpus([np.arange(400) % 300], [np.arange(100) % 300], 300, "numbers")
+STEPS = 8
 
 
-@pytest.fixture
-def trained(monkeypatch):
-    """Runs cost nothing: a valley at k = 3, a slope over seeds, TEON .05 better than Muon."""
-    runs = []
-
-    def train(configuration, program, run, setup, text):
-        runs.append((configuration.name, run))
-        loss = (
-            5 + 0.01 * (run.k - 3) ** 2 + 0.1 * run.seed - 0.05 * (configuration.name == "teon-1")
-        )
-        record = {"k": run.k, "seed": run.seed, "val_loss": loss, "losses": [6.0, loss]}
-        return record | {"rate": 0, "wall": 0, "cpu": 0}
-
-    monkeypatch.setattr(reproduce, "train", train)
-    monkeypatch.setattr(reproduce, "compiled", lambda *_: None)
-    return runs
+def loss(job):
+    """A valley at k = 2, rest_k = 4; a slope over seeds; chaos; mode 2 ahead by .05."""
+    better = {"teon-2-muon-scale": -0.05, "stack-1-muon-scale": -0.01}
+    chaos = 0.001 * ((7 * job.seed + len(job.configuration)) % 3)
+    valley = 0.01 * (job.k - 2) ** 2 + 0.01 * (job.rest_k - 4) ** 2
+    return 2 + valley + chaos + 0.1 * job.seed + better.get(job.configuration, 0) + 1e-4 * job.nudge
 
 
-def finish(out, *names):
-    return [reproduce.finish(CONFIGURATIONS[name], out, SETUP, TEXT, math.inf) for name in names]
+def record_of(job):
+    end = loss(job)
+    ours = job.configuration not in ("muon", "adamw")
+    return job._asdict() | {
+        "val_loss": end,
+        "val_loss_last": end + 0.01,
+        "cpu_per_step": 0.5,
+        "validation": [[500, end + 1], [750, end + 0.05], [1000, end]],
+        "alignment": [[250 * i, 1.1, 1.2] for i in (1, 2, 3, 4)] if ours else [],
+        "environment": {"commit": "abc", "date": "2026-11-26", "device": "cpu", "machine": "one"}
+        | {"load": 0, "python": "3", "versions": {}},
+    }
 
 
-def test_a_sweep_goes_on_until_the_best_lies_inside():
-    losses = {}
-    while (k := next_rate(CONFIGURATIONS["muon"], losses)) is not None:
-        losses[k] = (k + 3.2) ** 2
-    assert len(losses) >= 4
-    assert min(losses) < min(losses, key=losses.__getitem__) == -3 < max(losses)
+@pytest.fixture(scope="module")
+def grid():
+    """All records, in the order in which one worker makes them."""
+    records = []
+    while jobs := missing(records, STEPS):
+        records.append(record_of(jobs[0]))
+    return records
 
 
-def test_a_sweep_does_not_go_on_for_ever():
-    losses = {}
-    while (k := next_rate(CONFIGURATIONS["muon"], losses)) is not None:
-        losses[k] = -k
-    assert len(losses) == reproduce.MOST_RATES
-
-
-def test_a_configuration_is_swept_on_one_seed_and_run_on_others_at_its_best(trained, tmp_path):
-    assert finish(tmp_path, "muon") == [True]
-    runs = [run for _, run in trained]
-    swept = [run.k for run in runs if run.seed == reproduce.SWEEP_SEED]
-    assert len(swept) == len(set(swept)) >= 4 and {2, 3, 4} <= set(swept)
-    assert [run for run in runs if run.seed != reproduce.SWEEP_SEED] == [
-        Run(3, seed) for seed in range(1, 6)
+def jobs_of(records, **fields):
+    return [
+        job
+        for job in map(reproduce.job_of, records)
+        if all(getattr(job, key) == value for key, value in fields.items())
     ]
 
 
-def test_what_is_there_is_not_run_again_and_a_cut_line_is(trained, tmp_path):
-    finish(tmp_path, "muon")
-    path, count = tmp_path / "muon.jsonl", len(trained)
-    assert finish(tmp_path, "muon") == [True] and len(trained) == count
-    text = path.read_text()
-    path.write_text(text[:-10] + "\n")
-    assert finish(tmp_path, "muon") == [True]
-    assert trained[count:] == [("muon", Run(3, 5))]
+def test_the_noise_comes_first_and_is_half_as_long():
+    assert missing([], STEPS)[:2] == [Job("muon", 2, 2, 0, STEPS // 2, nudge) for nudge in (0, 1)]
 
 
-def test_a_variation_waits_for_the_rate_of_its_base(trained, tmp_path):
-    assert finish(tmp_path, "muon-no-decay", "muon", "muon-no-decay") == [None, True, True]
-    assert [run for name, run in trained if name == "muon-no-decay"] == [Run(3, 1), Run(3, 2)]
+def test_no_run_is_made_twice(grid):
+    assert len({reproduce.job_of(record) for record in grid}) == len(grid)
 
 
-def test_no_run_begins_after_the_time(trained, tmp_path):
-    end = -math.inf
-    assert reproduce.finish(CONFIGURATIONS["muon"], tmp_path, SETUP, TEXT, end) is False
-    assert trained == []
+def test_the_fallbacks_rate_is_found_once_and_shared(grid):
+    found = [job.rest_k for job in jobs_of(grid, configuration="muon", k=2, nudge=0, seed=0)]
+    assert found == [2, 0, 4, 6]
+    assert {job.rest_k for job in jobs_of(grid) if job.configuration != "muon"} == {4}
 
 
-def test_the_headline_comes_first_and_a_few_seeds_of_it_before_all():
-    names = ["teon-3", "muon", "teon-1"]
-    found = [(each.name, len(each.seeds)) for each in reproduce.queue(names)]
-    assert found == [("muon", 2), ("teon-1", 2), ("muon", 5), ("teon-1", 5), ("teon-3", 2)]
+def test_a_sweep_goes_on_until_the_best_lies_inside(grid):
+    swept = [job.k for job in jobs_of(grid, configuration="adamw", seed=0)]
+    assert swept == [-3, -5, -1, 1, 3]
+    assert min(swept) < reproduce.best_rate(grid, "adamw", 4, STEPS // 2) < max(swept)
+
+
+def test_a_sweep_does_not_go_on_for_ever():
+    losses = {2: 0.0, 0: 0.1, 4: -0.1}
+    while ks := reproduce.neighbours(losses, (2, 0, 4)):
+        losses |= {k: -k for k in ks}
+    assert len(losses) == reproduce.MOST_RATES
+
+
+def test_teon_is_compared_in_the_scale_that_is_better_for_stack_1(grid):
+    full = {job.configuration for job in jobs_of(grid, steps=STEPS)} - {
+        name for name, each in CONFIGURATIONS.items() if each.base
+    }
+    assert full == {"muon", "adamw", *(f"{n}-muon-scale" for n in ("stack-1", "teon-1", "teon-2"))}
+
+
+def test_every_optimizer_is_swept_at_one_rate_before_any_at_the_next(grid):
+    swept = jobs_of(grid, seed=0, rest_k=4, nudge=0)
+    first = {job.configuration for job in swept[:6]}
+    assert first == {"muon", "stack-1", "teon-1", "teon-2", "adamw", "stack-1-muon-scale"}
+
+
+def test_rounding_is_measured_at_full_length_too(grid):
+    assert jobs_of(grid, steps=STEPS, nudge=1) == [Job("muon", 2, 4, 1, STEPS, 1)]
+
+
+def test_headline_runs_are_made_seed_by_seed_at_the_best_rate(grid):
+    full = [
+        job
+        for job in jobs_of(grid, steps=STEPS, nudge=0)
+        if CONFIGURATIONS[job.configuration].base is None
+    ]
+    assert [job.seed for job in full] == [seed for seed in (1, 2, 3, 4, 5) for _ in range(5)]
+    assert {job.k for job in full} == {2, 1}  # AdamW's grid has odd numbers
+
+
+def test_parts_take_over_the_rate_of_their_base(grid):
+    parts = {f"{part.name}-muon-scale" for part in PARTS}
+    found = [job for job in jobs_of(grid) if job.configuration in parts]
+    assert len(found) == 3 * len(PARTS) and {job.k for job in found} == {2}
+
+
+def test_what_is_there_is_not_run_again_and_a_cut_line_is(grid, tmp_path):
+    for record in grid:
+        training.keep(tmp_path / reproduce.RUNS, record | {"rate": 0, "rest_rate": 0, "wall": 0})
+    assert missing(reproduce.read(tmp_path), STEPS) == []
+    path = tmp_path / reproduce.RUNS
+    path.write_text(path.read_text()[:-10] + "\n")
+    assert missing(reproduce.read(tmp_path), STEPS) == [reproduce.job_of(grid[-1])]
 
 
 def test_runs_of_another_set_up_are_not_mixed(tmp_path):
-    reproduce.keep_setup(tmp_path, SETUP)
-    reproduce.keep_setup(tmp_path, SETUP)
+    reproduce.keep_setup(tmp_path, SETUP, STEPS)
+    reproduce.keep_setup(tmp_path, SETUP, STEPS)
     with pytest.raises(SystemExit, match="of another set-up"):
-        reproduce.keep_setup(tmp_path, dataclasses.replace(SETUP, steps=4))
+        reproduce.keep_setup(tmp_path, SETUP, STEPS + 1)
 
 
-def test_aggregation_pairs_seeds_and_works_on_what_there_is(trained, tmp_path, capsys):
-    reproduce.keep_setup(tmp_path, SETUP)
-    finish(tmp_path, "muon", "teon-1")
-    with open(tmp_path / "teon-2.jsonl", "w") as file:  # one run of a sweep
-        file.write(json.dumps({"k": 0, "seed": 0, "val_loss": None, "losses": [1.0]}) + "\n")
-    assert reproduce.main(["--aggregate", "--out", str(tmp_path)]) == 0
-    page = capsys.readouterr().out
-    assert "| TEON mode 1, `polar_express` | 0.028 | 5 | 5.2500 ± 0.1581 |" in page
-    assert "| `teon-1` - `muon` | 5 | -0.0500 ± 0.0000 | -4.9 % |" in page
-    assert "(sweep not done)" in page
-    record = json.loads((tmp_path / "reproduce.json").read_text())
-    assert record["configurations"]["muon"]["seeds"]["1"] == pytest.approx(5.1)
+def test_a_clone_runs_into_a_folder_of_its_own_and_aggregates_what_is_committed():
+    options = reproduce.parser().parse_args([])
+    assert options.out is None and reproduce.FRESH != reproduce.COMMITTED
+    assert reproduce.FRESH.parent.name == "runs"  # which git ignores
+    assert (reproduce.COMMITTED / reproduce.RUNS).exists()
+
+
+@pytest.fixture
+def written(grid, tmp_path):
+    """A folder with a set-up; a function that puts records into it and gives the page."""
+    reproduce.keep_setup(tmp_path, SETUP, STEPS)
+
+    def page(records):
+        (tmp_path / reproduce.RUNS).write_text("".join(json.dumps(r) + "\n" for r in records))
+        assert reproduce.main(["--aggregate", "--out", str(tmp_path)]) == 0
+        return (tmp_path / "reproduce.md").read_text()
+
+    return page
+
+
+def test_the_report_says_in_its_first_line_what_it_can_tell(grid, written, tmp_path):
+    text = written(grid)
+    first = text.splitlines()[0]
+    assert first.startswith("The 95 % interval of a difference from Muon is ± 0.00")
+    assert "TEON mode 2" in first and "TEON mode 1" not in first
+    assert re.search(r"\| TEON mode 2, Muon's scale \| 0.02 \| 5 \| 2.\d+ \| -0.0\d+ ± 0.00", text)
+    assert re.search(r"\| Muon \(optax.contrib.muon\) \| 0.02 \| 5 \| \d.\d+ \|  \| 100% \|", text)
     assert (tmp_path / "reproduce.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((tmp_path / "reproduce.json").read_text())
+    assert record["headline"]["teon-2-muon-scale"]["minus_muon"] == pytest.approx(-0.05, abs=2e-3)
 
 
-def test_a_difference_has_the_interval_of_students_t():
-    def summary(values):
-        losses = dict(enumerate(values, start=1))
-        return reproduce_report.Summary(0, {}, True, losses, {})
+@pytest.mark.parametrize("seeds", [0, 1])
+def test_a_report_of_too_few_runs_says_so_and_shows_what_there_is(grid, written, seeds):
+    text = written([record for record in grid if record["seed"] <= seeds])
+    assert text.startswith("**These runs cannot tell the optimizers apart yet**")
+    assert "equal but for rounding" in text and "learning rate of the fallback" in text
+    assert ("(one seed)" in text) == bool(seeds)
 
-    value = reproduce_report.difference(summary([1.0, 2.0, 4.0]), summary([1.0, 1.0, 2.0]))
+
+def test_a_wide_interval_is_the_first_thing_said(grid, written):
+    noisy = [
+        r | {"val_loss": r["val_loss"] + 0.1 * ((5 * r["seed"] + len(r["configuration"])) % 4)}
+        for r in grid
+    ]
+    assert written(noisy).startswith("**This table cannot tell differences below 0.")
+
+
+def series(losses):
+    runs = {seed: {"val_loss": value} for seed, value in enumerate(losses)}
+    return reproduce_statistics.Series("", 0.1, runs)
+
+
+def test_the_interval_of_two_optimizers_is_that_of_students_t_of_their_pairs():
+    found = {"muon": series([1.0, 1.0, 2.0]), "teon-1": series([1.0, 2.0, 4.0])}
+    value = reproduce_statistics.difference(found, "teon-1", "muon")
     assert value.mean == pytest.approx(1.0)
     assert value.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)  # t of 2 at .975
 
 
+def test_tokens_are_counted_to_where_the_curve_crosses_the_end_of_muons():
+    def own(*losses):
+        points = [[tokens, loss] for tokens, loss in zip((10, 20, 40), losses, strict=True)]
+        return reproduce_statistics.Series("", 0.1, {1: {"validation": points}})
+
+    found = {"muon": own(3.0, 2.5, 2.0), "teon-1": own(3.0, 2.5, 1.5), "adamw": own(4.0, 3.0, 2.1)}
+    share = [reproduce_statistics.tokens_to_reach(found, name) for name in found]
+    assert share == [1.0, pytest.approx(0.75), math.inf]
+
+
 def shapes():
-    kernels = {name: {"kernel": (8, 8)} for name in ("query", "key", "value", "out")}
-    blocks = {f"block_{i}": {"attn": kernels, "norm": {"scale": (8,)}} for i in range(2)}
-    return blocks | {"embed": {"embedding": (20, 8)}}
+    square = {name: {"kernel": (8, 8)} for name in ("query", "key", "value", "out")}
+    mlp = {"up": {"kernel": (8, 16)}, "down": {"kernel": (16, 8)}}
+    block = {"attn": square, "mlp": mlp, "norm": {"scale": (8,)}}
+    return {f"block_{i}": block for i in range(2)} | {"embed": {"embedding": (20, 8)}}
 
 
-def gradients():
+def updates_of(optimizer, decayed=1.0):
     generator = np.random.default_rng(0)
-    return jax.tree.map(
+    tree = jax.tree.map(
         lambda shape: jnp.asarray(generator.normal(size=shape), jnp.float32),
         shapes(),
         is_leaf=lambda x: isinstance(x, tuple),
     )
+    params = jax.tree.map(lambda x: decayed * x, tree)
+    updates, _ = optimizer.update(tree, optimizer.init(params), params)
+    return updates
 
 
-def norm(name, *projections):
-    """Of the updates of all blocks' projections, together."""
-    configuration = dataclasses.replace(CONFIGURATIONS[name], method="svd")
-    tree = gradients()
-    optimizer = build(configuration, 100, 1.0, 1.0, 0.0)
-    updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
-    attention = [updates[block]["attn"] for block in tree if block.startswith("block")]
-    return math.hypot(*(np.linalg.norm(own[p]["kernel"]) for own in attention for p in projections))
-
-
-def test_the_control_makes_updates_as_long_as_teons():
-    short, teon, muon = (norm(name, "query") for name in ("muon-short-qkv", "teon-1", "muon"))
-    assert short == pytest.approx(teon, rel=1e-4)
-    assert muon == pytest.approx(math.sqrt(2) * teon, rel=1e-4)
+def test_muon_is_that_of_optax_and_what_is_left_gets_a_rate_of_its_own():
+    first = CONFIGURATIONS["muon"]
+    updates = updates_of(build(first, 100, 1.0, 0.0))
+    alone = updates_of(contrib.muon(0.1, weight_decay=WEIGHT_DECAY))  # the first step of a warm-up
+    for path in itertools.product(("block_0", "block_1"), ("attn", "mlp")):
+        ours, theirs = updates[path[0]][path[1]], alone[path[0]][path[1]]
+        for name in ours:
+            np.testing.assert_allclose(ours[name]["kernel"], theirs[name]["kernel"], atol=1e-5)
+    assert not updates["embed"]["embedding"].any()
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in CONFIGURATIONS if re.match("layers|siblings|heads", n)]
+    ("short", "long"), [("stack-1-short", "stack-1"), ("teon-1", "teon-1-long")]
 )
-def test_couplings_move_queries_keys_and_values_as_far_as_muon(name):
-    qkv = "query", "key", "value"
-    assert norm(name, *qkv) == pytest.approx(norm("muon", *qkv), rel=1e-4)
+def test_a_factor_reaches_queries_keys_and_values_alone(short, long):
+    one, two = (updates_of(build(CONFIGURATIONS[n], 100, 1.0, 0.0), 0.0) for n in (short, long))
+    for name in ("query", "key", "value", "out"):
+        lengths = [np.linalg.norm(tree["block_0"]["attn"][name]["kernel"]) for tree in (one, two)]
+        expected = 1.0 if name == "out" else math.sqrt(2)
+        assert lengths[1] / lengths[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_nudge_differs_by_rounding_alone():
+    params = {"a": jnp.linspace(1.0, 2.0, 1000), "b": jnp.zeros(3)}
+    nudged = training.nudged(params, 1)
+    assert 0 < float(jnp.abs(nudged["a"] - params["a"]).max()) < 1e-5
+    assert not nudged["b"].any()
+    assert (nudged["a"] != training.nudged(params, 2)["a"]).any()
+
+
+def test_points_divide_a_run_into_equal_parts():
+    assert [step for step in range(8) if training.is_point(step, 8, 4)] == [1, 3, 5, 7]
+    assert sum(training.is_point(step, 640, 16) for step in range(640)) == 16
 
 
 @pytest.mark.slow
-def test_a_grid_of_a_small_model_runs_to_its_end(tmp_path, monkeypatch):
+def test_a_run_of_a_small_model_gives_a_record_that_repeats(monkeypatch):
     small = dataclasses.replace(llama(8, 12, 2, 2), tied=True)
-    monkeypatch.setattr(reproduce, "SMALL", small)
-    program = reproduce.compiled(CONFIGURATIONS["teon-1"], SETUP, 300)
-    first, again, other = (
-        reproduce.train(CONFIGURATIONS["teon-1"], program, run, SETUP, TEXT)
-        for run in (Run(0, 1), Run(0, 1), Run(4, 1))
-    )
-    assert first["losses"] == again["losses"] and first["val_loss"] == again["val_loss"]
-    assert first["losses"][0] == other["losses"][0]  # the same parameters and batch
+    monkeypatch.setattr(training, "SMALL", small)
+    monkeypatch.setattr(training, "corpus_of", lambda _: TEXT)
+    job = Job("teon-1", 0, 0, 1, STEPS)
+    first, again, other = (training.train(each, SETUP) for each in (job, job, job._replace(k=4)))
+    same = "training", "validation", "val_loss", "val_loss_last", "alignment"
+    assert all(first[key] == again[key] for key in same)
+    assert first["training"][0] == other["training"][0]  # the same parameters and batch
     assert first["val_loss"] != other["val_loss"]
-    assert first["losses"][0] == pytest.approx(math.log(300), rel=0.02)
+    assert first["training"][0] == pytest.approx(math.log(300), rel=0.02)
+    assert len(first["validation"]) == STEPS and len(first["alignment"]) == 4
+    assert first["tokens"] == STEPS * 16 and json.dumps(first)
 
 
 def test_a_corpus_keeps_every_text_once(tmp_path):

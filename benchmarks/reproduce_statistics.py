@@ -1,0 +1,155 @@
+"""What the runs of `reproduce` say: pairs, their intervals, tokens, noise."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from benchmarks import reproduce
+from benchmarks.configurations import CONFIGURATIONS
+from benchmarks.reproduce import Record, job_of, loss_of
+from benchmarks.training import Job, rate_of
+
+REFERENCE = "muon"
+CONFIDENCE = 0.95
+
+
+class Series(NamedTuple):
+    """The full-length runs of one configuration at its learning rate.
+
+    Attributes:
+        title: Of the configuration.
+        rate: Peak learning rate of the matrices.
+        runs: Records by seed.
+    """
+
+    title: str
+    rate: float
+    runs: dict[int, Record]
+
+    def losses(self, seeds: Sequence[int]) -> np.ndarray:
+        """Validation losses of the averaged weights."""
+        return np.array([loss_of(self.runs[seed]) for seed in seeds])
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences; `half` is half the width of its interval, nan for one seed."""
+
+    mean: float
+    half: float
+    seeds: int
+
+    def __str__(self) -> str:
+        if math.isnan(self.half):
+            return f"{self.mean:+.4f} (one seed)"
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+def series(records: Sequence[Record], steps: int) -> dict[str, Series]:
+    """The full-length runs, in the order of the configurations."""
+    found = {}
+    for name, configuration in CONFIGURATIONS.items():
+        runs = [
+            record
+            for record in records
+            if (record["configuration"], record["steps"], record["nudge"]) == (name, steps, 0)
+        ]
+        if runs:
+            k, rest_k = runs[-1]["k"], runs[-1]["rest_k"]
+            by_seed = {r["seed"]: r for r in runs if (r["k"], r["rest_k"]) == (k, rest_k)}
+            found[name] = Series(configuration.title, rate_of(k), dict(sorted(by_seed.items())))
+    return found
+
+
+def pooled(found: Mapping[str, Series]) -> tuple[float, int]:
+    """Standard deviation of one run once means of optimizers and seeds are taken out.
+
+    Returns:
+        It, and its degrees of freedom; over the seeds that all have. Chaos is the same for all of
+        them, so that one estimate from all pairs is better than one from each pair alone.
+    """
+    seeds = sorted(set.intersection(*(set(each.runs) for each in found.values())))
+    freedom = (len(seeds) - 1) * (len(found) - 1)
+    if freedom < 1:
+        return math.nan, 0
+    table = np.array([each.losses(seeds) for each in found.values()])
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    return float(np.sqrt((rest**2).sum() / freedom)), freedom
+
+
+def difference(found: Mapping[str, Series], ours: str, theirs: str) -> Difference | None:
+    """Over the seeds that both have, with the pooled interval; None where there are none."""
+    if ours not in found or theirs not in found or ours == theirs:
+        return None
+    seeds = sorted(found[ours].runs.keys() & found[theirs].runs.keys())
+    if not seeds:
+        return None
+    spread, freedom = pooled(found)
+    half = math.nan
+    if freedom and len(seeds) > 1:
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+        half = quantile * spread * math.sqrt(2 / len(seeds))
+    values = found[ours].losses(seeds) - found[theirs].losses(seeds)
+    return Difference(float(values.mean()), half, len(seeds))
+
+
+def tokens_to_reach(found: Mapping[str, Series], name: str) -> float | None:
+    """Share of a run's tokens after which the mean curve is at the end of the reference's."""
+    if name not in found or REFERENCE not in found:
+        return None
+    seeds = sorted(found[name].runs.keys() & found[REFERENCE].runs.keys())
+    if not seeds:
+        return None
+    tokens, ours = mean_curve(found[name], seeds)
+    goal = mean_curve(found[REFERENCE], seeds)[1][-1]
+    below = np.flatnonzero(ours <= goal)
+    if not below.size:
+        return math.inf
+    first = int(below[0])
+    if first == 0:
+        return float(tokens[0] / tokens[-1])
+    between = slice(first - 1, first + 1)
+    crossing = np.interp(goal, ours[between][::-1], tokens[between][::-1])
+    return float(crossing / tokens[-1])
+
+
+def mean_curve(own: Series, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and validation loss, mean over seeds."""
+    curves = np.array([own.runs[seed]["validation"] for seed in seeds], float)
+    return curves[0, :, 0], curves[:, :, 1].mean(0)
+
+
+def noise(records: Sequence[Record]) -> dict[Job, list[Record]]:
+    """Runs that differ in first parameters by rounding alone, by the job that is not nudged."""
+    nudged = {job_of(record)._replace(nudge=0) for record in records if record["nudge"]}
+    equal = {
+        job: [record for record in records if job_of(record)._replace(nudge=0) == job]
+        for job in sorted(nudged, key=lambda job: job.steps)
+    }
+    return {job: runs for job, runs in equal.items() if len(runs) > 1}
+
+
+def sweep(records: Sequence[Record], name: str, steps: int) -> dict[int, float]:
+    """Losses by k at the fallback's best rate, as far as it is known."""
+    rest = reproduce.rest_losses(records, steps)
+    if not rest:
+        return {}
+    rest_k = min(rest, key=rest.__getitem__)
+    return reproduce.sweep_losses(records, name, rest_k, steps)
+
+
+def best_of_sweeps(records: Sequence[Record], steps: int) -> dict[str, Series]:
+    """Of each sweep the best run so far."""
+    found = {}
+    for name, configuration in CONFIGURATIONS.items():
+        losses = sweep(records, name, steps)
+        if losses:
+            k = min(losses, key=losses.__getitem__)
+            rest = reproduce.rest_losses(records, steps)
+            rest_k = min(rest, key=rest.__getitem__)
+            job = Job(name, k, rest_k, reproduce.SWEEP_SEED, steps)
+            run = next(record for record in records if job_of(record) == job)
+            found[name] = Series(configuration.title, rate_of(k), {job.seed: run})
+    return found
