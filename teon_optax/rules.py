@@ -45,7 +45,8 @@ def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
     """Muon: the same matrices as `paper`, each alone (and each part of a fused projection).
 
     Args:
-      params, first: As for `paper`.
+      params: As for `paper`.
+      first: As for `paper`.
 
     Returns:
       As of `paper`.
@@ -59,7 +60,8 @@ def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules
     The paper found this worse than stacking Q, K and V alone.
 
     Args:
-      params, first: As for `paper`.
+      params: As for `paper`.
+      first: As for `paper`.
       stack: K.
 
     Returns:
@@ -76,7 +78,8 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     Q, K and V alone.
 
     Args:
-      params, first: As for `paper`.
+      params: As for `paper`.
+      first: As for `paper`.
       stack: K.
 
     Returns:
@@ -93,7 +96,8 @@ def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:
     out, to train the factors alone.
 
     Args:
-      params, first: As for `paper`.
+      params: As for `paper`.
+      first: As for `paper`.
 
     Returns:
       As of `paper`.
@@ -132,7 +136,8 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     A fused projection needs no answer here: its heads are `head_dim` long wherever they lie.
 
     Args:
-      params, first: As for `paper`.
+      params: As for `paper`.
+      first: As for `paper`.
       head_dim: Length of a head, where shapes do not show it: of projections with one fan_out axis.
 
     Returns:
