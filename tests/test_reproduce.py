@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,6 +124,7 @@ def test_a_difference_has_the_interval_of_students_t():
         return reproduce_report.Summary(0, {}, True, losses, {})
 
     value = reproduce_report.difference(summary([1.0, 2.0, 4.0]), summary([1.0, 1.0, 2.0]))
+    assert value is not None
     assert value.mean == pytest.approx(1.0)
     assert value.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)  # t of 2 at .975
 
@@ -146,7 +148,7 @@ def norm(name, *projections):
     """Of the updates of all blocks' projections, together."""
     configuration = dataclasses.replace(CONFIGURATIONS[name], method="svd")
     tree = gradients()
-    optimizer = build(configuration, 100, 1.0, 1.0, 0.0)
+    optimizer: Any = build(configuration, 100, 1.0, 1.0, 0.0)
     updates, _ = optimizer.update(tree, optimizer.init(tree), tree)
     attention = [updates[block]["attn"] for block in tree if block.startswith("block")]
     return math.hypot(*(np.linalg.norm(own[p]["kernel"]) for own in attention for p in projections))
