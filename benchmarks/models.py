@@ -24,26 +24,18 @@ from benchmarks.architectures import ARCHITECTURES, Tree
 from benchmarks.update_cost import BASE, products
 from teon_optax import Rule, default_rules, plan, teon
 
-# For what the default rules leave to the reader: axes (in, layer, head, size) and their output.
-_LATENT_ATTENTION = (
-    Rule(
-        r"self_attention/w(q|kv)_b/kernel",
-        dims=contrib.MuonDimensionNumbers(0, (2, 3)),
-        layer_axis=1,
-    ),
-    Rule(r"self_attention/out/kernel", dims=contrib.MuonDimensionNumbers((0, 2), 3), layer_axis=1),
-)
-_PAIRS_OF_LAYERS = (
-    Rule(
-        r"GptOssAttention/(query|key|value)/kernel",
-        stack=2,
-        dims=contrib.MuonDimensionNumbers(0, (2, 3)),
-        layer_axis=1,
-    ),
-    Rule(r"GptOssAttention/out/kernel", dims=contrib.MuonDimensionNumbers((0, 2), 3), layer_axis=1),
-    Rule(r"GptOssMlp/(wi_\d+|wo)$", dims=contrib.MuonDimensionNumbers(2, 3), layer_axis=1),
-)
-WRITTEN_RULES = {"DeepSeek-V3": _LATENT_ATTENTION, "gpt-oss-20b": _PAIRS_OF_LAYERS}
+# Where the default rules ask: they cannot know that layers count along the scanned axis, among
+# those with a sliding window (layers_0) and among those without (layers_1).
+WRITTEN_RULES = {
+    "gpt-oss-20b": (
+        Rule(
+            r"GptOssAttention/(query|key|value)/kernel",
+            stack=2,
+            dims=contrib.MuonDimensionNumbers(0, (2, 3)),
+            layer_axis=1,
+        ),
+    )
+}
 # Column -> of which optimizer which figure.
 RATIOS = {
     "products": ("teon polar_express", "flops"),
