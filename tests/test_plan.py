@@ -354,7 +354,8 @@ def test_a_row_says_that_its_layers_alone_cost_less_and_which_mode_would_too(
     def traced(**settings):
         rules, params = [Rule(r"block_(?P<layer>\d+)", **settings)], blocks(range(2), *shape)
         jax.clear_caches()  # a trace for another backend is another one
-        counted = count_products(lambda tree: orthogonalize(rules).update(tree, None), params)
+        state: Any = optax.EmptyState()
+        counted = count_products(lambda tree: orthogonalize(rules).update(tree, state), params)
         return counted.flops, str(plan(params, rules))
 
     (joint, text), (alone, plain) = traced(stack=2, mode=mode), traced()

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -81,7 +82,8 @@ def test_the_fallbacks_rate_is_found_once_and_shared(grid):
 def test_a_sweep_goes_on_until_the_best_lies_inside(grid):
     swept = [job.k for job in jobs_of(grid, configuration="adamw", seed=0)]
     assert swept == [-3, -5, -1, 1, 3]
-    assert min(swept) < reproduce.best_rate(grid, "adamw", 4, STEPS // 2) < max(swept)
+    best = reproduce.best_rate(grid, "adamw", 4, STEPS // 2)
+    assert best is not None and min(swept) < best < max(swept)
 
 
 def test_a_sweep_does_not_go_on_for_ever():
@@ -189,13 +191,14 @@ def test_a_wide_interval_is_the_first_thing_said(grid, written):
 
 
 def series(losses):
-    runs = {seed: {"val_loss": value} for seed, value in enumerate(losses)}
+    runs: dict[int, Any] = {seed: {"val_loss": value} for seed, value in enumerate(losses)}
     return reproduce_statistics.Series("", 0.1, runs)
 
 
 def test_the_interval_of_two_optimizers_is_that_of_students_t_of_their_pairs():
     found = {"muon": series([1.0, 1.0, 2.0]), "teon-1": series([1.0, 2.0, 4.0])}
     value = reproduce_statistics.difference(found, "teon-1", "muon")
+    assert value is not None
     assert value.mean == pytest.approx(1.0)
     assert value.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)  # t of 2 at .975
 
@@ -217,7 +220,7 @@ def shapes():
     return {f"block_{i}": block for i in range(2)} | {"embed": {"embedding": (20, 8)}}
 
 
-def updates_of(optimizer, decayed=1.0):
+def updates_of(optimizer, decayed=1.0) -> Any:
     generator = np.random.default_rng(0)
     tree = jax.tree.map(
         lambda shape: jnp.asarray(generator.normal(size=shape), jnp.float32),
