@@ -82,7 +82,8 @@ def test_a_configuration_compiles_for_abstract_arrays(name):
         pytest.skip("minutes: set TEON_LARGE=1")
     options, built_program = built(name)
     batch = jax.ShapeDtypeStruct((options.batch_size, options.context + 1), jnp.int32)
-    compiled = built_program.train_step.lower(built_program.shapes, batch).compile()
+    train_step: Any = built_program.train_step
+    compiled = train_step.lower(built_program.shapes, batch).compile()
     assert jax.tree.structure(compiled.out_info[0]) == jax.tree.structure(built_program.shapes)
 
 

@@ -1,6 +1,7 @@
 """`teon_optax.rules`: what each ready set does to every model family, and its text as code."""
 
 import re
+from typing import Any
 
 import pytest
 from optax.contrib import MuonDimensionNumbers
@@ -130,8 +131,8 @@ def test_per_head_has_each_head_alone():
     heads = shapes_of((8, 4, 2), (8, 2, 2), (8, 2, 2))
     for block in heads.values():
         block["attn"]["out"]["kernel"] = array(4, 2, 8)
-    for tree, arguments in ((heads, {}), (shapes_of((8, 8), (8, 4), (8, 4)), {"head_dim": 2})):
-        planned = plan(tree, rules.per_head(tree, **arguments))
+    for tree, head_dim in ((heads, None), (shapes_of((8, 8), (8, 4), (8, 4)), 2)):
+        planned = plan(tree, rules.per_head(tree, head_dim))
         found = {}
         for group in planned.groups:
             assert len(group.members) == 1
@@ -144,7 +145,8 @@ def test_per_head_has_each_head_alone():
     for head_dim in (None, 3):
         with pytest.raises(ValueError, match="does not show its heads: pass a head_dim"):
             rules.per_head(shapes_of((8, 8), (8, 4), (8, 4)), head_dim)
-    for head_dim in (0, -2, 2.0, "2"):
+    wrong: tuple[Any, ...] = (0, -2, 2.0, "2")
+    for head_dim in wrong:
         with pytest.raises(ValueError, match="'block_0/attn/key/kernel', shape .*its heads"):
             rules.per_head(shapes_of((8, 8), (8, 8), (8, 8)), head_dim)
 

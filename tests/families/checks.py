@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from optax.contrib import MuonDimensionNumbers
 from teon_optax import Rule, default_rules, orthogonalize, plan, teon
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
-FALLBACK = "fallback"
+FALLBACK: str = "fallback"
 # Programs this small compile for longer than they run.
 QUICKLY: dict = {"xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):

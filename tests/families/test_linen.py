@@ -182,8 +182,9 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        untyped: Any = nn.vmap  # `in_axes=None`, which it documents, is no int
         vmap = functools.partial(
-            nn.vmap,
+            untyped,
             in_axes=None,
             out_axes=-1,
             axis_size=E,

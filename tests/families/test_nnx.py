@@ -1,6 +1,7 @@
 """Flax nnx."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ class Block(nnx.Module):
 
 
 class Model(nnx.Module):
-    def __init__(self, rngs, make=Block):
+    def __init__(self, rngs, make: Any = Block):
         self.emb = nnx.Embed(V, D, rngs=rngs)
         self.blocks = nnx.List([make(rngs) for _ in range(2)])
         self.head = nnx.Linear(D, V, use_bias=False, rngs=rngs)

@@ -7,10 +7,8 @@ from tasks import TOKENS, D, F, G, V, next_token_loss
 
 from teon_optax import Rule, default_rules, plan
 
-library("penzai")
-
-from penzai import pz  # noqa: E402
-from penzai.models.transformer.variants import llamalike_common as llamalike  # noqa: E402
+pz = library("penzai.pz")
+llamalike = library("penzai.models.transformer.variants.llamalike_common")
 
 
 def problem():

@@ -1,6 +1,7 @@
 """Trees without a library: dicts, dataclasses, lists of weights and biases."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ def test_dicts():
         x = params["wte"][TOKENS]
         for layer in params["layers"]:
             h = x * (1 + layer["norm"])
-            x = x + attention(*(layer[name] for name in ("wq", "wk", "wv", "wo")), h)
+            x = x + attention(layer["wq"], layer["wk"], layer["wv"], layer["wo"], h)
             x = x + jax.nn.gelu(x @ layer["w1"]) @ layer["w2"]
         return next_token_loss(x @ params["wte"].T)
 
@@ -49,27 +50,27 @@ def test_dicts():
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Attention:
-    query: jax.Array
-    key: jax.Array
-    value: jax.Array
-    out: jax.Array
+    query: Any
+    key: Any
+    value: Any
+    out: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Layer:
     attention: Attention
-    up: jax.Array
-    up_bias: jax.Array
-    down: jax.Array
+    up: Any
+    up_bias: Any
+    down: Any
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Transformer:
-    embed: jax.Array
+    embed: Any
     layers: list[Layer]
-    head: jax.Array
+    head: Any
 
     def __call__(self, tokens):
         x = self.embed[tokens]

@@ -35,7 +35,9 @@ def read(name):
     lines = (FOLDER / f"{name}.txt").read_text("utf-8").splitlines()
     head, rows = [line.removeprefix("# ") for line in lines[:3]], {}
     for line in lines[3:]:
-        path, shape, verdict = re.fullmatch(r"(\S+): ([\dx]+) ?(.*)", line).groups()
+        row = re.fullmatch(r"(\S+): ([\dx]+) ?(.*)", line)
+        assert row is not None, line
+        path, shape, verdict = row.groups()
         sizes = tuple(map(int, shape.split("x")))
         numbers = re.search(r"\d+(?:,\d+)+", path)
         for number in numbers[0].split(",") if numbers else [""]:
@@ -158,7 +160,9 @@ def test_the_page_shows_every_tree_and_the_ready_sets_of_three():
     for name, head_dim in SHOWN.items():
         sections.append(sets(name, head_dim))
     pattern = r"(?s:(.*))(<!-- trees -->\n\n(?:\|.*\n)*)(?s:(.*)(<!-- sections.*))"
-    before, shown_table, between, shown_sections = re.fullmatch(pattern, page).groups()
+    parts = re.fullmatch(pattern, page)
+    assert parts is not None
+    before, shown_table, between, shown_sections = parts.groups()
     if os.environ.get("WRITE_OUTPUT"):
         PAGE.write_text("".join([before, table, between, "\n".join(sections)]), "utf-8")
     else:

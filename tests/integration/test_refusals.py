@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -281,7 +282,7 @@ def test_another_error_of_jax_is_not_called_out_of_memory():
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_microbatches_make_evaluation_smaller_too(microbatches, small_model):
     given = {"batch_size": 4, "context": 16, "microbatches": microbatches}
-    compiled = program.build(options.resolve(given), 256)
+    compiled: Any = program.build(options.resolve(given), 256)
     batch = jax.ShapeDtypeStruct((4, 17), "int32")
     text = compiled.eval_step.lower(compiled.shapes.params, batch).as_text()
     assert (f"tensor<{4 // microbatches}x16x256xf32>" in text, "tensor<4x16x256xf32>" in text) == (
