@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
