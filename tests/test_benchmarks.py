@@ -201,7 +201,17 @@ def test_readme_takes_a_page_where_it_has_a_place_for_it(tmp_path):
         results.update_readme("c", "new", readme)
 
 
-def test_planning_shows_another_version_beside(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "measured",
+    [
+        lambda depth, _: dict.fromkeys(planning.FIGURES, depth / 1000),
+        # Optax's Muon compiles at every eager update.
+        pytest.param(planning.measured, marks=pytest.mark.slow),
+    ],
+    ids=["given", "measured"],
+)
+def test_planning_shows_another_version_beside(measured, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(planning, "measured", measured)
     planning.main(["--depths", "1,2", "--repetitions", "1", "--out", str(tmp_path)])
     first = json.loads((tmp_path / "planning.json").read_text())
     assert {*first["depths"]} == {"1", "2"} and {*first["depths"]["1"]} == {*planning.FIGURES}

@@ -69,7 +69,10 @@ def compiled(holdings, transform, **arguments):
     return jax.jit(lambda tree: update(tree, optax.EmptyState())[0])
 
 
-@pytest.fixture(scope="module", params=METHODS)
+@pytest.fixture(
+    scope="module",
+    params=["svd", "polynomial", pytest.param("schatten", marks=pytest.mark.slow)],
+)
 def method(request):
     return request.param
 
@@ -101,17 +104,24 @@ def test_the_update_is_that_of_the_definition_however_leaves_hold_the_matrices(
 class VariantTest(variants.TestCase):
     @variants.with_and_without_jit
     def test_four_layers_and_a_last_group_of_three_two_or_one(self):
-        rules = [Rule(r"(?P<layer>\d)", 4, dims=optax.contrib.MuonDimensionNumbers(1, 0))]
+        rules = [Rule(r"/(?P<layer>\d)$", 4, dims=optax.contrib.MuonDimensionNumbers(1, 0))]
+        kernels = {
+            count: np.random.default_rng(count).normal(size=(count, 3, 4)).astype(np.float32)
+            for count in (5, 6, 7)
+        }
+        tree = {
+            f"{n} layers": {str(i): jnp.asarray(M[i]) for i in range(n)} for n, M in kernels.items()
+        }
         for transform in ("dct", "dft", "haar"):
-            for count in (5, 6, 7):
-                M = np.random.default_rng(count).normal(size=(count, 3, 4)).astype(np.float32)
-                update = contrib.orthogonalize_slices(rules, transform, method="svd").update
-                tree = {str(i): jnp.asarray(M[i]) for i in range(count)}
-                result, _ = self.variant(update)(tree, optax.EmptyState())
+            update = contrib.orthogonalize_slices(rules, transform, method="svd").update
+            result, _ = self.variant(update)(tree, optax.EmptyState())
+            for count, M in kernels.items():
                 expected = t_svd(M[:4], transform)[0] + t_svd(M[4:], transform)[0]
                 for i in range(count):  # W is (fan_out, fan_in) = (3, 4)
-                    expected_i = np.sqrt(3 / 4) * expected[i]
-                    np.testing.assert_allclose(result[str(i)], expected_i, atol=2e-6, rtol=0)
+                    ours = result[f"{count} layers"][str(i)]
+                    np.testing.assert_allclose(
+                        ours, np.sqrt(3 / 4) * expected[i], atol=2e-6, rtol=0
+                    )
 
 
 # Every kind of joining, unequal runs, and an axis of layers.
@@ -169,7 +179,8 @@ def test_each_leaf_keeps_its_dtype(update_few):
 def test_updates_of_one_group_may_have_unlike_dtypes():
     params = {str(i): jnp.asarray(M[0, 0]) for i, M in enumerate(gaussian())}
     updates = params | {"1": params["1"].astype("bfloat16")}
-    transform: Any = contrib.orthogonalize_slices([Rule(r"(?P<layer>\d)", 3)], "dct")
+    rules = [Rule(r"(?P<layer>\d)", 3)]
+    transform: Any = contrib.orthogonalize_slices(rules, "dct", method=METHODS["polynomial"])
     result, _ = transform.update(updates, transform.init(params), params)
     assert {name: leaf.dtype.name for name, leaf in result.items()} == {
         "0": "float32",
