@@ -25,7 +25,7 @@ NO_NUMBERS = [
     0.5 + 0j,
     jnp.array(0.5 + 0j),
     np.array("0.5"),
-    np.array(object()),
+    np.array(None, dtype=object),
     "a",
     None,
     [0.5],
