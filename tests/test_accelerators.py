@@ -20,8 +20,6 @@ from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
 from teon_optax._polar.precision import Numerics, chunk_bytes
 
-pytestmark = pytest.mark.slow
-
 # A backend, and what a one-pass product of that device multiplies.
 DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]
 METHODS = ["polar_express", "schatten"]
@@ -77,9 +75,10 @@ def gradients(kind):
     return result
 
 
-@functools.cache
-def joint_updates(kind, method, backend, one_pass):
+@pytest.fixture(scope="module")
+def joint_updates(request):
     """The joint updates of `gradients` as the device computes them, without their scale."""
+    kind, method, backend, one_pass = request.param
     scanned = {}
     for (shape, K, dtype), batch in gradients(kind).items():
         layers = jnp.asarray(batch, dtype).reshape(len(batch), K, *SHAPES[shape])
@@ -115,20 +114,33 @@ def kept(gradients, updates, share):
     return least
 
 
+EACH = [
+    pytest.param((dense, method, *device), method, id="-".join([method, *device]))
+    for method in METHODS
+    for device in DEVICES
+]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "K", "dtype"), GROUPS)
-@pytest.mark.parametrize(("backend", "one_pass"), DEVICES)
-@pytest.mark.parametrize("method", METHODS)
-def test_joint_update_stays_in_its_bands(method, backend, one_pass, shape, K, dtype):
-    updates = joint_updates(dense, method, backend, one_pass)[shape, K, dtype]
+@pytest.mark.parametrize(("joint_updates", "method"), EACH, indirect=["joint_updates"])
+def test_joint_update_stays_in_its_bands(joint_updates, method, shape, K, dtype):
+    updates = joint_updates[shape, K, dtype]
     assert largest(updates) <= LARGEST[method]
     assert kept(gradients(dense)[shape, K, dtype], updates, 3e-2) > 0.7
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_joint_update_stays_in_its_bands_where_few_coordinates_carry_the_gradient(method):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("joint_updates", "method"),
+    [pytest.param((sparse, method, *DEVICES[0]), method, id=method) for method in METHODS],
+    indirect=["joint_updates"],
+)
+def test_joint_update_stays_in_its_bands_where_few_coordinates_carry_the_gradient(
+    joint_updates, method
+):
     """Rounding errors of 8 coordinates do not average out."""
-    updates = joint_updates(sparse, method, *DEVICES[0])
-    for group, matrices in updates.items():
+    for group, matrices in joint_updates.items():
         assert largest(matrices) <= LARGEST[method]
         assert kept(gradients(sparse)[group], matrices, 3e-2) > 0.7
 
@@ -163,6 +175,7 @@ def worst_of_a_search(run, d, N, count=300, rounds=3):
     return best[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_pass", ["bf16", "fp16", "tf32"])
 @pytest.mark.parametrize(
     ("method", "restarts", "most"),
@@ -185,6 +198,7 @@ def test_no_spectrum_of_few_levels_leaves_the_band(method, restarts, most, one_p
     assert worst_of_a_search(run, d, N, count=300 if d < 64 else 45) <= most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("d", "N"), [(8, 8), (8, 18), (8, 64)])
 @pytest.mark.parametrize(("steps", "lower"), [(10, 1e-6), (15, 1e-8), (30, 1e-12)])
 def test_no_spectrum_makes_any_polar_express_diverge_with_one_pass_products(steps, lower, d, N):
@@ -260,6 +274,7 @@ def temporary_bytes(rules, params):
     return compiled(rules, params).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_experts():
     def of_experts(count):
         shapes = {"up": (count, 64, 256), "down": (count, 256, 64)}
@@ -272,6 +287,7 @@ def test_memory_does_not_grow_with_the_number_of_experts():
     assert many <= 4 * chunk_bytes("cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("depth", [4, 16])
 def test_memory_is_a_copy_of_the_gradients_and_a_few_chunks(depth):
     params = gpt(depth, 128)

@@ -16,9 +16,10 @@ from teon_optax._rules.axes import (
     writer_dims,
     writer_layout,
 )
+from teon_optax._rules.blocks import is_end
 from teon_optax._rules.names import says
 from teon_optax._rules.roles import Role, ask_axes, others, projections, refused
-from teon_optax._rules.siblings import Siblings, is_end
+from teon_optax._rules.siblings import Siblings
 from teon_optax._rules.tree import Leaf
 
 

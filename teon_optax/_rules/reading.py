@@ -4,11 +4,12 @@ from typing import Any
 
 from teon_optax._rules.attention import fused, latent, output, projection
 from teon_optax._rules.axes import bias_axis, fans, shifted
+from teon_optax._rules.blocks import is_end
 from teon_optax._rules.feedforward import gating, hidden, low_rank, mixture
 from teon_optax._rules.layers import layer_columns
 from teon_optax._rules.names import says
 from teon_optax._rules.roles import FALLBACK, Role, ask_axes, others, refused, unknown
-from teon_optax._rules.siblings import Siblings, is_end, siblings_of
+from teon_optax._rules.siblings import Siblings, siblings_of
 from teon_optax._rules.tree import Leaf, leaves_of
 
 
