@@ -136,10 +136,12 @@ def test_what_is_there_is_not_run_again_and_a_cut_line_is(grid, tmp_path):
 
 
 def test_runs_of_another_set_up_are_not_mixed(tmp_path):
-    reproduce.keep_setup(tmp_path, SETUP, STEPS)
-    reproduce.keep_setup(tmp_path, SETUP, STEPS)
+    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
+    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
     with pytest.raises(SystemExit, match="of another set-up"):
-        reproduce.keep_setup(tmp_path, SETUP, STEPS + 1)
+        reproduce.keep_setup(tmp_path, SETUP, STEPS + 1, "a text")
+    with pytest.raises(SystemExit, match="that of another Python"):
+        reproduce.keep_setup(tmp_path, SETUP, STEPS, "another text")
 
 
 def test_a_clone_runs_into_a_folder_of_its_own_and_aggregates_what_is_committed():
@@ -152,7 +154,7 @@ def test_a_clone_runs_into_a_folder_of_its_own_and_aggregates_what_is_committed(
 @pytest.fixture
 def written(grid, tmp_path):
     """A folder with a set-up; a function that puts records into it and gives the page."""
-    reproduce.keep_setup(tmp_path, SETUP, STEPS)
+    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
 
     def page(records):
         (tmp_path / reproduce.RUNS).write_text("".join(json.dumps(r) + "\n" for r in records))
