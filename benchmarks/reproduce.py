@@ -37,6 +37,7 @@ from typing import Any
 from benchmarks import results, training
 from benchmarks.configurations import CONFIGURATIONS, MUON_SCALE, PARTS, STACKED
 from benchmarks.training import Job, Setup
+from examples import data
 
 COMMITTED = results.FOLDER / "reproduce"
 FRESH = Path(__file__).parent.parent / "runs" / "reproduce"
@@ -60,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = options.out or (COMMITTED if options.aggregate else FRESH)
     if not options.aggregate:
         setup = Setup(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Setup)})
-        keep_setup(out, setup, options.steps)
-        training.corpus_of(setup)  # into the cache, once, before the workers ask for it
+        corpus = training.corpus_of(setup)  # into the cache, before the runs ask for it
+        keep_setup(out, setup, options.steps, data.fingerprint(corpus))
         run(out, setup, options)
     from benchmarks import reproduce_report  # matplotlib and scipy only where they are needed
 
@@ -93,14 +94,17 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def keep_setup(out: Path, setup: Setup, steps: int) -> None:
-    """Runs of one folder are comparable: refuses to add others."""
+def keep_setup(out: Path, setup: Setup, steps: int, corpus: str) -> None:
+    """Runs of one folder are comparable: refuses to add others, or any on another text."""
     out.mkdir(parents=True, exist_ok=True)
-    path, wanted = out / SETUP, dataclasses.asdict(setup) | {"steps": steps}
+    path, wanted = out / SETUP, dataclasses.asdict(setup) | {"steps": steps, "corpus": corpus}
     if not path.exists():
         path.write_text(json.dumps(wanted, indent=1) + "\n")
     if json.loads(path.read_text()) != wanted:
-        raise SystemExit(f"{path} is of another set-up: choose another --out, or its flags")
+        raise SystemExit(
+            f"{path} is of another set-up: choose another --out, or its flags. Where only the "
+            f"corpus differs ({corpus} here), the text is that of another Python."
+        )
 
 
 def run(out: Path, setup: Setup, options: argparse.Namespace) -> None:

@@ -74,6 +74,8 @@ def draw_sweeps(axes: Any, swept: Mapping[str, Mapping[int, float]]) -> None:
             ks = [k for k in sorted(losses) if math.isfinite(losses[k])]
             axes.plot([rate_of(k) for k in ks], [losses[k] for k in ks], marker="o", **style(name))
     ks = sorted({k for losses in swept.values() for k in losses})
+    low, high = axes.get_ylim()
+    axes.set_ylim(low - 0.01, high + 0.01)  # a few points should not look far apart
     axes.set_xscale("log")
     axes.set_xticks([rate_of(k) for k in ks], [f"{rate_of(k):.2g}" for k in ks], fontsize=8)
     axes.minorticks_off()

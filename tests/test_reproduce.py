@@ -135,11 +135,51 @@ def test_what_is_there_is_not_run_again_and_a_cut_line_is(grid, tmp_path):
     assert missing(reproduce.read(tmp_path), STEPS) == [reproduce.job_of(grid[-1])]
 
 
+class Ended:
+    """A process that has ended."""
+
+    def __init__(self, returncode):
+        self.returncode = returncode
+
+    def poll(self):
+        return self.returncode
+
+
+def run(out, monkeypatch, start, minutes="inf"):
+    monkeypatch.setattr(reproduce, "start", start)
+    monkeypatch.setattr(reproduce, "PAUSE", 0.0)
+    argv = ["--workers", "2", "--steps", str(STEPS), "--minutes", minutes]
+    reproduce.run(out, SETUP, reproduce.parser().parse_args(argv))
+
+
+def test_workers_make_every_run_once_and_each_on_a_core_of_its_own(grid, tmp_path, monkeypatch):
+    cores = []
+
+    def start(job, setup, out, worker, workers):
+        record = record_of(job) | {"rate": 0, "rest_rate": 0, "wall": 0}
+        training.keep(out / reproduce.RUNS, record)
+        cores.append(worker)
+        return Ended(0)
+
+    run(tmp_path, monkeypatch, start)
+    jobs = [reproduce.job_of(record) for record in reproduce.read(tmp_path)]
+    assert sorted(jobs) == sorted(reproduce.job_of(record) for record in grid)
+    assert set(cores) == {0, 1}
+
+
+def test_no_run_begins_after_the_time_and_a_failed_one_is_told(tmp_path, monkeypatch):
+    run(tmp_path, monkeypatch, lambda *_: pytest.fail("begun"), minutes="-1")
+    with pytest.raises(SystemExit, match="has failed; what has ended is kept"):
+        run(tmp_path, monkeypatch, lambda *_: Ended(1))
+
+
 def test_runs_of_another_set_up_are_not_mixed(tmp_path):
-    reproduce.keep_setup(tmp_path, SETUP, STEPS)
-    reproduce.keep_setup(tmp_path, SETUP, STEPS)
+    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
+    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
     with pytest.raises(SystemExit, match="of another set-up"):
-        reproduce.keep_setup(tmp_path, SETUP, STEPS + 1)
+        reproduce.keep_setup(tmp_path, SETUP, STEPS + 1, "a text")
+    with pytest.raises(SystemExit, match="that of another Python"):
+        reproduce.keep_setup(tmp_path, SETUP, STEPS, "another text")
 
 
 def test_a_clone_runs_into_a_folder_of_its_own_and_aggregates_what_is_committed():
@@ -152,7 +192,7 @@ def test_a_clone_runs_into_a_folder_of_its_own_and_aggregates_what_is_committed(
 @pytest.fixture
 def written(grid, tmp_path):
     """A folder with a set-up; a function that puts records into it and gives the page."""
-    reproduce.keep_setup(tmp_path, SETUP, STEPS)
+    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
 
     def page(records):
         (tmp_path / reproduce.RUNS).write_text("".join(json.dumps(r) + "\n" for r in records))
