@@ -184,11 +184,11 @@ def _newton_schulz(
 
 
 def _in_chunks(
-    function: Callable[[jax.Array], jax.Array], batch: jax.Array, chunk_bytes: int
+    function: Callable[[jax.Array], jax.Array], batch: jax.Array, budget: int
 ) -> jax.Array:
-    """`function` of some matrices at a time, in the batch's own memory."""
+    """Replaces a batch by `function` of it, of `budget` bytes at a time, in the batch's memory."""
     B, m, n = batch.shape
-    size = chunk_size(B, chunk_bytes // batch[0].nbytes)
+    size = chunk_size(B, budget // batch[0].nbytes)
 
     def one_chunk(start: jax.typing.ArrayLike, count: int, rows: jax.Array) -> jax.Array:
         chunk = jax.lax.dynamic_slice_in_dim(rows, start, count * m).reshape(count, m, n)

@@ -183,7 +183,7 @@ def chunk_bytes(backend: str) -> int:
 def chunk_size(count: int, most: int) -> int:
     """How many of `count` matrices to take at a time: a divisor if one is near `most`.
 
-    `jax.lax.map` compiles its function a second time for a remainder.
+    A remainder is a chunk of another size, for which the function is compiled a second time.
     """
     most = max(1, min(most, count))
     sizes = range(most, most // 2, -1)

@@ -1,4 +1,4 @@
-"""What a parameter tree shows of a model: leaves, numbers in paths, scanned layers, siblings."""
+"""What a parameter tree shows of each leaf: its names, its numbers, its scanned layers."""
 
 import dataclasses
 import os
