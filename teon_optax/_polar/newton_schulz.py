@@ -15,13 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import (
-    Numerics,
-    chunk_bytes,
-    chunk_size,
-    is_exact,
-    takes_one_more,
-)
+from teon_optax._polar.precision import Numerics, chunk_bytes, chunk_size, is_exact, takes_one_more
 
 
 def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -132,7 +126,7 @@ def orthogonalize_together(
     numerics: Numerics,
     restarts: Sequence[int],
 ) -> list[jax.Array]:
-    """One polynomial for all batches, of which those that are higher than wide are transposed."""
+    """Scaled polar factors of batches of equal d, whose Gram matrices share one polynomial."""
     high = [batch.shape[1] > batch.shape[2] for batch in batches]
     wide = [jax.vmap(_scaled)(batch) for batch in _turned(batches, high)]
     if numerics.method is None:
@@ -184,15 +178,19 @@ def _newton_schulz(
 
 
 def _in_chunks(
-    function: Callable[[jax.Array], jax.Array], batch: jax.Array, budget: int
+    together: Callable[..., list[jax.Array]],
+    batch: jax.Array,
+    scale: jax.typing.ArrayLike,
+    budget: int,
 ) -> jax.Array:
-    """Replaces a batch by `function` of it, of `budget` bytes at a time, in the batch's memory."""
+    """Replaces a batch by its scaled polar factors, `budget` bytes at a time, in its own memory."""
     B, m, n = batch.shape
     size = chunk_size(B, budget // batch[0].nbytes)
 
     def one_chunk(start: jax.typing.ArrayLike, count: int, rows: jax.Array) -> jax.Array:
         chunk = jax.lax.dynamic_slice_in_dim(rows, start, count * m).reshape(count, m, n)
-        done = function(chunk).astype(rows.dtype).reshape(count * m, n)
+        (factors,) = together([chunk], [scale])
+        done = factors.astype(rows.dtype).reshape(count * m, n)
         return jax.lax.dynamic_update_slice_in_dim(rows, done, start, axis=0)
 
     # Rows, since a leaf is read from these without a reshape in its own kernel.
@@ -206,17 +204,10 @@ def _in_chunks(
 
 
 def weighted_sums(weights: np.ndarray, stack: jax.Array) -> jax.Array:
-    """Of K arrays, by rows of weights [rows, K]: [B, K, ...] to [B, rows, ...]."""
+    """Adds K arrays up with each row of weights [rows, K]: [B, K, ...] becomes [B, rows, ...]."""
     # In one pass, rounding of A and B would be all that is left of a small A - B.
     exact, weights = jax.lax.Precision.HIGHEST, np.asarray(weights, stack.dtype)
     return jnp.moveaxis(jnp.tensordot(weights, stack, (1, 1), precision=exact), 0, 1)
-
-
-def _alone(
-    together: Callable[..., list[jax.Array]], scale: jax.typing.ArrayLike, batch: jax.Array
-) -> jax.Array:
-    (result,) = together([batch], [scale])
-    return result
 
 
 def orthogonalize_batches(
@@ -259,7 +250,7 @@ def _by_restarts(
             results = together(some, factors)
         else:
             results = [
-                _in_chunks(functools.partial(_alone, together, scale), batch, budget)
+                _in_chunks(together, batch, scale, budget)
                 for batch, scale in zip(some, factors, strict=True)
             ]
         done |= zip(indices, results, strict=True)
@@ -301,9 +292,3 @@ def orthogonalize_columns(
         else:
             M = multiply(_factor(precision, triples, first, G), M)
     return jnp.asarray(scale, M.dtype) * M
-
-
-def check_precision(precision: jax.lax.PrecisionLike) -> None:
-    """Raises what jax raises for a precision that it does not know, before any update."""
-    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    jax.eval_shape(lambda M: jnp.matmul(M, M, precision=precision), one)
