@@ -16,7 +16,7 @@ from teon_optax._groups.report import anonymous, columns, spans
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, checked_rules
 
-# Of nuclear norms in float32.
+# Relative rounding error of nuclear norms in float32.
 _ROUNDING = 1e-5
 
 
@@ -49,7 +49,7 @@ class Alignment(NamedTuple):
 
 
 class Alignments(tuple[Alignment, ...]):
-    """Of every group. `print` shows them as a table."""
+    """The alignment of every group. `print` shows them as a table."""
 
     @property
     def favoured(self) -> dict[str, tuple[int, int]]:
@@ -115,8 +115,8 @@ def alignment(
 
     Returns:
       A tuple with an `Alignment` per group, in the plan's order; its `favoured` has the mode and K
-      of each type. Of groups in a batch (experts), overlaps are averaged and nuclear norms summed.
-      r is NaN where all layers are zero.
+      of each series. Of groups in a batch (experts), overlaps are averaged and nuclear norms
+      summed. r is NaN where all layers are zero.
 
     Raises:
       ValueError: If `rank` is not a positive integer, or rules do not fit the tree.
@@ -145,7 +145,7 @@ def alignment(
 
 
 def _at(K: int | None, rule: Rule) -> Rule:
-    """With another K if it stacks."""
+    """The rule with another K, if it stacks layers and another is given."""
     return rule if K is None or rule.stack < 2 else dataclasses.replace(rule, stack=K)
 
 

@@ -14,7 +14,7 @@ class Layout(NamedTuple):
     """Where a leaf's matrices are: what each of its axes is for, and the sizes of its fused parts.
 
     Attributes:
-      shape: Of the leaf.
+      shape: Shape of the leaf.
       layer: The axis that counts layers, if there is one.
       batch: Axes along which matrices are orthogonalized each on its own.
       fan_in: Axes that are summed over.

@@ -92,7 +92,7 @@ def row_names(paths: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
     numbers that tell them apart: `fc{1, 3}`.
 
     Args:
-      paths: Of each row, which differ in their numbers alone.
+      paths: The paths of each row, which differ in their numbers alone.
     """
     numbers = {row: _numbers(some) for row, some in paths.items()}
     longest = {row: max(some, key=_count_of_numbers) for row, some in paths.items()}
@@ -142,9 +142,9 @@ def _named(path: str, numbers: Sequence[set[int]], common: Sequence[set[int]] | 
 
 
 def spans(layers: Iterable[Any]) -> str:
-    """Numbers of layers in short: `0-3, 6`; those of scanned leaves with a number: `0[0-3]`.
+    """Writes numbers of layers in short: `0-3, 6`, and `0[0-3]` for scanned leaves with a number.
 
-    What would be too long is told by its ends and its length: `0, 2 .. 10 (6)`.
+    A text that would be too long gives the ends and the count: `0, 2 .. 10 (6)`.
     """
     layers = set(layers)
     plain = sorted(layer for layer in layers if not isinstance(layer, tuple))

@@ -119,7 +119,7 @@ def _halves(leaf: Leaf, axis: int, around: Siblings) -> int:
 
 
 def hidden(leaf: Leaf, around: Siblings) -> Role:
-    """Any other matrix."""
+    """The role of a matrix that no other test has told."""
     axis = out_axis(leaf, around)
     if axis is None and leaf.shape[0] != leaf.shape[1]:
         return refused("haliax has (out, in) and (in, out).", others(leaf))

@@ -25,6 +25,7 @@ class _Segment(NamedTuple):
     is_optional: bool  # Haiku: block, block_1, block_2
 
     def regex(self, is_layer: bool) -> str:
+        """The pattern as a regular expression, whose number is the layer's if `is_layer`."""
         names = [re.sub(r"([][\\.^$*+?{}|()])", r"\\\1", name) for name in self.names]
         if self.numbers is None:
             return _one_of(names)
@@ -150,6 +151,7 @@ def _agree(one: Draft, other: Draft) -> bool:
 
 
 def _union(ours: tuple[_Segment, ...], theirs: tuple[_Segment, ...]) -> tuple[_Segment, ...] | None:
+    """The segments of one rule for both, if they differ in one name or number alone."""
     pairs = zip(ours, theirs, strict=False)
     differ = [place for place, (one, other) in enumerate(pairs) if one != other]
     if len(ours) != len(theirs) or len(differ) != 1:
@@ -166,6 +168,7 @@ def _union(ours: tuple[_Segment, ...], theirs: tuple[_Segment, ...]) -> tuple[_S
 
 
 def rule_of(draft: Draft, choice: Choice) -> Rule:
+    """Writes the rule of a draft, with one of its choices."""
     parts = [segment.regex(place == choice.layer) for place, segment in enumerate(draft.segments)]
     role = choice.role if choice.stack else FALLBACK
     pattern = "^" + "/".join(parts) + "$"

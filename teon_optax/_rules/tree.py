@@ -168,6 +168,7 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
 
 
 def _with_holes(key: str) -> Iterator[tuple[str, str]]:
+    """For each number in a segment: the segment with a hole in its place, and the number."""
     for found in re.finditer(r"\d+", key):
         yield key[: found.start()] + HOLE + key[found.end() :], found[0]
 
@@ -219,6 +220,7 @@ def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
 
 
 def _one_layer(leaf: Leaf, axes: dict[str, int]) -> Leaf:
+    """The leaf with the shape of one layer, if a module around it is scanned along an axis."""
     module = next((m for m in above(leaf.path) if m in axes), None)
     if module is None or not leaf.is_float:
         return leaf
