@@ -27,7 +27,8 @@ class Alignment(NamedTuple):
       members: Path of each layer's matrix.
       layers: Their numbers.
       ratios: r of mode 1 and of mode 2, each in [1, sqrt(K)].
-      overlaps: Of the left singular vectors (fan_out) and of the right ones (fan_in), in [0, 1].
+      overlaps: How much the left singular vectors (fan_out) and the right ones (fan_in) of layers
+        agree, each in [0, 1].
     """
 
     members: tuple[str, ...]
@@ -59,15 +60,15 @@ class Alignments(tuple[Alignment, ...]):
         """
         hurdles: dict[str, dict[tuple[int, int], list[float]]] = {}
         for group in self:
-            of_type = hurdles.setdefault(anonymous(group.members[0]), {})
+            of_series = hurdles.setdefault(anonymous(group.members[0]), {})
             for mode, hurdle in enumerate(group.hurdles, 1):
-                of_type.setdefault((mode, len(group.members)), []).append(hurdle)
+                of_series.setdefault((mode, len(group.members)), []).append(hurdle)
 
         def order(item: tuple[tuple[int, int], list[float]]) -> tuple[float, int, int]:
             (mode, K), found = item
             return round(float(np.nan_to_num(np.mean(found), nan=1.0)), 4), mode, -K
 
-        return {series: min(of_type.items(), key=order)[0] for series, of_type in hurdles.items()}
+        return {series: min(found.items(), key=order)[0] for series, found in hurdles.items()}
 
     def __str__(self) -> str:
         header = "group", "layers", "u overlap", "v overlap", "r mode 1", "r mode 2", "favours mode"

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
     Attributes:
       leaf: Position of the leaf in the tree.
-      part: Which of the leaf's arrays.
+      part: Which of the leaf's arrays it is of.
       start: The first matrix.
       stop: The one after the last.
     """
@@ -47,7 +47,8 @@ class BatchKey(NamedTuple):
       fan_out: Length of its fan_out, as far as one device holds it.
       mode: Mode of the unfolding.
       dtype: Dtype of the leaves.
-      axes: Axes of the mesh that cut fan_in and fan_out; none where every device holds them whole.
+      axes: Axes of the mesh that cut fan_in, and that cut fan_out; none where every device holds
+        these whole.
     """
 
     K: int
@@ -133,7 +134,7 @@ def pieces_by_batch(
     leaves: Mapping[int, Any],
     axes: Mapping[int, MeshAxes] | None = None,
 ) -> dict[BatchKey, list[Piece]]:
-    """All groups by what they agree in, as the pieces of leaves that make them up, in order.
+    """Finds the pieces of leaves that make up all groups, in order, by the batch they belong to.
 
     Args:
       all_series: Which matrices the leaves hold.

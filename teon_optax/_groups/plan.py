@@ -225,12 +225,14 @@ def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) 
 
 
 def _reason(rule: Rule | None, shape: tuple[int, ...]) -> str:
+    """Why a leaf goes to the fallback."""
     if rule is None:
         return "no rule"
     return "stack=0" if rule.stack == 0 else f"{len(shape)}-D: no matrix"
 
 
 def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
+    """The layout of a leaf, or an error if its dtype or its shape does not fit the rule."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"its dtype is {dtype}, and only real floating leaves have a polar factor here: put "

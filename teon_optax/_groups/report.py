@@ -205,6 +205,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _parameters(groups: Sequence[Any], untouched: Sequence[Any]) -> dict[str, int]:
+    """How many parameters TEON, Muon and the fallback get."""
     sizes = {"TEON": 0, "Muon": 0, "fallback": sum(math.prod(leaf.shape) for leaf in untouched)}
     for group in groups:
         name = "TEON" if len(group.members) > 1 or group.rule.mode == 3 else "Muon"
@@ -257,6 +258,7 @@ def _dearer_than_alone(group: Any) -> str:
 
 
 def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> list[str]:
+    """The lines below the table: who gets the parameters, and what an update costs."""
     sizes, (flops, muon) = _parameters(groups, untouched), _flops(groups)
     total = max(1, sum(sizes.values()))
     shares = ", ".join(f"{name} {size:,} ({size / total:.0%})" for name, size in sizes.items())

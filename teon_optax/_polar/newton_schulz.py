@@ -145,7 +145,7 @@ def _turned(batches: Sequence[jax.Array], high: Sequence[bool]) -> list[jax.Arra
 def _newton_schulz(
     batches: list[jax.Array], numerics: Numerics, method: Method, restarts: Sequence[int]
 ) -> list[jax.Array]:
-    """All steps on batches [B, d, N] of matrices that are not higher than wide.
+    """Takes all steps on batches [B, d, N] of matrices that are not higher than wide.
 
     Each segment forms Gram matrices of the (half-done) matrices and multiplies these once. Where
     every step is a segment, all but the first are one loop: a third less to compile, and .6 of the
@@ -238,6 +238,7 @@ def _by_restarts(
     numerics: tuple[Numerics, ...],
     budget: int,
 ) -> list[jax.Array]:
+    """Works off together what agrees in d, dtype, numerics and restarts, `budget` bytes at most."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (batch, used) in enumerate(zip(batches, numerics, strict=True)):
         (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
@@ -271,8 +272,8 @@ def orthogonalize_columns(
       scale: Factor of the result.
       total: Sum over the devices of a symmetric matrix.
       largest: Maximum over the devices of a number.
-      numerics: With a precision, and no SVD. A segment costs one `total`. One step alone multiplies
-        the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
+      numerics: A polynomial, no SVD, with a precision. A segment costs one `total`. One step alone
+        multiplies the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
     """
     method, precision = numerics
     assert method is not None

@@ -27,6 +27,7 @@ def writer_dims(layout: str) -> D | None:
 
 
 def _dims(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> D | None:
+    """Writes dims as a rule does: None for a matrix (fan_in, fan_out)."""
     if (fan_in, fan_out) == ((0,), (1,)):
         return None
     return D(*(axes[0] if len(axes) == 1 else axes for axes in (fan_in, fan_out)))

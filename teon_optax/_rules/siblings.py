@@ -34,8 +34,8 @@ class Siblings(NamedTuple):
         block = self.blocks.get(leaf.home)
         return self.widths if block is None else self.streams[block]
 
-    def series(self, leaf: Leaf, column: int) -> list[str]:
-        """The modules that differ from the one around a leaf in the number of a segment."""
+    def repeats(self, leaf: Leaf, column: int) -> list[str]:
+        """The modules that differ from the one around a leaf at most in the number of a segment."""
         return self.numbered["/".join(leaf.keys[:column]), leaf.names[column]]
 
     def inside(self, leaf: Leaf) -> list[Leaf]:

@@ -124,6 +124,7 @@ def leaves_of(params: Any) -> list[Leaf]:
 
 
 def _leaf(path: str, keys: tuple[Any, ...], value: Any) -> Leaf:
+    """A leaf before its path is taken apart, with the box that hides its axes' names, if any."""
     shape, dtype = tuple(getattr(value, "shape", ())), getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     box = ""

@@ -1,4 +1,4 @@
-"""How leaves enter the exchange, and which device is assigned which groups."""
+"""Decides how leaves enter the exchange, and which device is assigned which groups."""
 
 import itertools
 import math

@@ -66,6 +66,7 @@ def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
 
 
 def _names(names: Any) -> tuple[str, ...]:
+    """The axes of the mesh in one entry of a spec."""
     known = () if names is None or names is PartitionSpec.UNCONSTRAINED else names
     return (known,) if isinstance(known, str) else tuple(known)
 
@@ -236,6 +237,7 @@ def as_shardings(shardings: Any) -> Shardings:
 
 
 def _is_hidden(leaf: Any) -> bool:
+    """Whether a leaf is cut along axes of type Auto, which its type does not show."""
     own = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     named = isinstance(own, NamedSharding)
     return named and AxisType.Auto in own.mesh.axis_types and not own.is_fully_replicated

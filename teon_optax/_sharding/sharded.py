@@ -105,6 +105,7 @@ def _exchanged(
     sizes: tuple[tuple[str, int], ...],
     numerics: Numerics,
 ) -> dict[int, jax.Array]:
+    """Scaled polar factors of leaves that are cut as their entries say, and stay so."""
     specs = {leaf: own.spec for leaf, own in entries}
     axes = {leaf: own.axes for leaf, own in entries}
 

@@ -106,6 +106,8 @@ def orthogonalize_slices(
 
 
 def _check_modes(rules: Iterable[Rule]) -> None:
+    """Raises if a rule that couples matrices unfolds them in another mode than 1."""
+
     def couples(rule: Rule) -> bool:
         return rule.stack > 1 or bool(rule.join) or "slice" in rule.compiled.groupindex
 
