@@ -16,7 +16,7 @@ from teon_optax._groups.report import anonymous, columns, spans
 from teon_optax._rules.default import default_rules
 from teon_optax._rules.rule import Rule, checked_rules
 
-# Of nuclear norms in float32.
+# Relative rounding error of nuclear norms in float32.
 _ROUNDING = 1e-5
 
 
@@ -27,7 +27,8 @@ class Alignment(NamedTuple):
       members: Path of each layer's matrix.
       layers: Their numbers.
       ratios: r of mode 1 and of mode 2, each in [1, sqrt(K)].
-      overlaps: Of the left singular vectors (fan_out) and of the right ones (fan_in), in [0, 1].
+      overlaps: How much the left singular vectors (fan_out) and the right ones (fan_in) of layers
+        agree, each in [0, 1].
     """
 
     members: tuple[str, ...]
@@ -49,7 +50,7 @@ class Alignment(NamedTuple):
 
 
 class Alignments(tuple[Alignment, ...]):
-    """Of every group. `print` shows them as a table."""
+    """The alignment of every group. `print` shows them as a table."""
 
     @property
     def favoured(self) -> dict[str, tuple[int, int]]:
@@ -59,15 +60,15 @@ class Alignments(tuple[Alignment, ...]):
         """
         hurdles: dict[str, dict[tuple[int, int], list[float]]] = {}
         for group in self:
-            of_type = hurdles.setdefault(anonymous(group.members[0]), {})
+            of_series = hurdles.setdefault(anonymous(group.members[0]), {})
             for mode, hurdle in enumerate(group.hurdles, 1):
-                of_type.setdefault((mode, len(group.members)), []).append(hurdle)
+                of_series.setdefault((mode, len(group.members)), []).append(hurdle)
 
         def order(item: tuple[tuple[int, int], list[float]]) -> tuple[float, int, int]:
             (mode, K), found = item
             return round(float(np.nan_to_num(np.mean(found), nan=1.0)), 4), mode, -K
 
-        return {series: min(of_type.items(), key=order)[0] for series, of_type in hurdles.items()}
+        return {series: min(found.items(), key=order)[0] for series, found in hurdles.items()}
 
     def __str__(self) -> str:
         header = "group", "layers", "u overlap", "v overlap", "r mode 1", "r mode 2", "favours mode"
@@ -115,8 +116,8 @@ def alignment(
 
     Returns:
       A tuple with an `Alignment` per group, in the plan's order; its `favoured` has the mode and K
-      of each type. Of groups in a batch (experts), overlaps are averaged and nuclear norms summed.
-      r is NaN where all layers are zero.
+      of each series. Of groups in a batch (experts), overlaps are averaged and nuclear norms
+      summed. r is NaN where all layers are zero.
 
     Raises:
       ValueError: If `rank` is not a positive integer, or rules do not fit the tree.
@@ -145,7 +146,7 @@ def alignment(
 
 
 def _at(K: int | None, rule: Rule) -> Rule:
-    """With another K if it stacks."""
+    """The rule with another K, if it stacks layers and another is given."""
     return rule if K is None or rule.stack < 2 else dataclasses.replace(rule, stack=K)
 
 

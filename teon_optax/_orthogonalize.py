@@ -11,8 +11,7 @@ from teon_optax._groups.batching import in_batches, scaled_polar_factors
 from teon_optax._groups.plan import Plan, plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.memory import kept_beside, on_device
-from teon_optax._polar.newton_schulz import check_precision
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.precision import Numerics, check_precision
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
 from teon_optax._sharding.placement import Located, as_shardings
@@ -48,8 +47,8 @@ def orthogonalize(
         whole to the devices that orthogonalize them and come back, as fast as two all-to-alls go.
         Not needed on meshes of type Explicit, where types say how leaves lie, nor on one device. A
         wrong sharding costs time only.
-      precision: Of every product (`jax.lax.PrecisionLike`). None computes in float32 on CPU, and
-        with one-pass products, made accurate by the way they are used, on TPU and GPU.
+      precision: Precision of every product (`jax.lax.PrecisionLike`). None computes in float32 on
+        CPU, and with one-pass products, made accurate by the way they are used, on TPU and GPU.
 
     Returns:
       An `optax.GradientTransformation`. Updates keep their dtypes. Layers are coupled by the dtypes

@@ -47,6 +47,7 @@ def check_restored(state: Any, updates: Any) -> None:
 def _problem(
     state: Any, kept: Sequence[tuple[str, Any]], updates: Sequence[tuple[str, Any]]
 ) -> str | None:
+    """What tells that a state is not of these updates, if anything does."""
     if jnp.ndim(state.count):
         return f"The state's `count` has shape {jnp.shape(state.count)}, and should be one number"
     if len(kept) != len(updates):

@@ -270,7 +270,7 @@ def _correction(decay: float | jax.Array, count: jax.typing.ArrayLike) -> jax.Ar
 
 
 def _computable(leaf: jax.typing.ArrayLike) -> jax.Array:
-    """On the device, in float32 at least: float16 gradients may leave its range when corrected."""
+    """Moves a leaf to the device, in float32 at least: corrected float16 gradients may overflow."""
     leaf = jnp.asarray(on_device(leaf))
     wide = jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf

@@ -55,7 +55,7 @@ def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
 
 
 def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
-    """Every hidden matrix, K layers of its type jointly; what has no layer number stays alone.
+    """Every hidden matrix, K layers of a series jointly; what has no layer number stays alone.
 
     The paper found this worse than stacking Q, K and V alone.
 

@@ -26,7 +26,7 @@ class Piece(NamedTuple):
 
     Attributes:
       leaf: Position of the leaf in the tree.
-      part: Which of the leaf's arrays.
+      part: Which of the leaf's arrays it is of.
       start: The first matrix.
       stop: The one after the last.
     """
@@ -38,16 +38,17 @@ class Piece(NamedTuple):
 
 
 class BatchKey(NamedTuple):
-    """What groups agree in that are one array: all that is known of a batch but its numbers.
+    """What the groups of a batch agree in, which are one array.
 
     Attributes:
       K: How many matrices a group couples.
       batch: How many groups the batch axes and uncoupled parts of the leaves hold.
-      fan_in: Of one matrix, as far as one device holds it.
-      fan_out: The same of fan_out.
-      mode: Of the unfolding.
-      dtype: Of the leaves.
-      axes: Axes of the mesh that cut fan_in and fan_out; none where every device holds them whole.
+      fan_in: Length of one matrix's fan_in, as far as one device holds it.
+      fan_out: Length of its fan_out, as far as one device holds it.
+      mode: Mode of the unfolding.
+      dtype: Dtype of the leaves.
+      axes: Axes of the mesh that cut fan_in, and that cut fan_out; none where every device holds
+        these whole.
     """
 
     K: int
@@ -133,7 +134,7 @@ def pieces_by_batch(
     leaves: Mapping[int, Any],
     axes: Mapping[int, MeshAxes] | None = None,
 ) -> dict[BatchKey, list[Piece]]:
-    """All groups by what they agree in, as the pieces of leaves that make them up, in order.
+    """Finds the pieces of leaves that make up all groups, in order, by the batch they belong to.
 
     Args:
       all_series: Which matrices the leaves hold.
@@ -157,7 +158,10 @@ def pieces_by_batch(
 
 
 def _common_dtype(dtypes: Sequence[Any]) -> Any:
-    """That of all; where updates differ, although their params do not, float32 at least."""
+    """The dtype of all leaves, or a common one of float32 at least where they differ.
+
+    Updates may, although the params of a series do not.
+    """
     if len(set(dtypes)) == 1:
         return dtypes[0]
     return functools.reduce(np.promote_types, dtypes, np.dtype("float32"))

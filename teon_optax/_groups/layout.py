@@ -14,7 +14,7 @@ class Layout(NamedTuple):
     """Where a leaf's matrices are: what each of its axes is for, and the sizes of its fused parts.
 
     Attributes:
-      shape: Of the leaf.
+      shape: Shape of the leaf.
       layer: The axis that counts layers, if there is one.
       batch: Axes along which matrices are orthogonalized each on its own.
       fan_in: Axes that are summed over.
@@ -111,6 +111,7 @@ def layout_of(shape: tuple[int, ...], rule: Rule) -> Layout:
 
 
 def _normalized(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Counts axes from the front, or raises if the shape does not have them."""
     ndim = len(shape)
     if any(not -ndim <= axis < ndim for axis in axes):
         raise ValueError(
@@ -120,6 +121,7 @@ def _normalized(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...
 
 
 def _part_sizes(split: int | tuple[int, ...], length: int) -> tuple[int, ...]:
+    """The sizes of fused parts along an axis of this length, or an error if they do not fit."""
     sizes = (length // split,) * split if isinstance(split, int) else split
     if sum(sizes) != length or 0 in sizes:
         raise ValueError(

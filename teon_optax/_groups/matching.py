@@ -13,10 +13,10 @@ class SeriesKey(NamedTuple):
     """What the leaves of a series agree in.
 
     Attributes:
-      path: Of the leaves, without the layer's number and the sibling's name.
+      path: Path of the leaves, without the layer's number and the sibling's name.
       rule: The rule that took them.
-      layout: How each holds its matrices.
-      dtype: Of the leaves.
+      layout: How each leaf holds its matrices.
+      dtype: Dtype of the leaves.
     """
 
     path: str
@@ -29,10 +29,10 @@ class LeafMatch(NamedTuple):
     """What a rule's pattern says of one leaf. Sorted, leaves of a layer come sibling by sibling.
 
     Attributes:
-      number: Of the layer.
-      sibling: Its position among the alternatives of the group `slice`, and its name.
+      number: Number of the layer.
+      sibling: Position of the sibling among the alternatives of the group `slice`, and its name.
       leaf: Position of the leaf in the tree.
-      path: Of the leaf.
+      path: Path of the leaf.
     """
 
     number: int

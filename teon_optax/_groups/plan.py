@@ -65,15 +65,15 @@ class Series(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Matrices of one type, from a run of layers, that are orthogonalized jointly.
+    """Matrices of one series, from a run of its layers, that are orthogonalized jointly.
 
     Attributes:
-      members: Path of each of the K matrices; `path:0` is a fused part, `path[3]` a slice of a
+      members: Path of each of the K matrices; `path:0` is a fused part, `path[3]` a layer of a
         scanned leaf, `path#2` a joined head.
       rule: The rule that took them.
       layers: Numbers of their layers.
-      fan_in: Of one layer.
-      fan_out: Of one layer.
+      fan_in: Length of one layer's fan_in.
+      fan_out: Length of one layer's fan_out.
       batch: How many such groups the batch axes hold (experts).
     """
 
@@ -103,7 +103,7 @@ class Plan(NamedTuple):
 
     Attributes:
       groups: Groups of matrices that are orthogonalized jointly; one matrix alone is a group too.
-      series: The same matrices before they are cut into groups.
+      series: The same matrices before they are divided into groups.
       untouched: The leaves that go to the fallback optimizer.
       unused: Rules that took no leaf.
     """
@@ -128,10 +128,10 @@ class Plan(NamedTuple):
         return table(self.groups, self.untouched, self.unused)
 
     def as_dict(self) -> dict[str, Any]:
-        """The same in full, in what JSON can hold.
+        """The plan in full, as a dict of what JSON can hold.
 
-        `groups`, `fallback`, `unused`; totals as `parameters` (by treatment) and `flops` (of an
-        update's matrix products, `plan`'s and Muon's).
+        Its keys are `groups`, `fallback` and `unused`, and for totals `parameters` (by treatment)
+        and `flops` (of an update's matrix products, the plan's and Muon's).
         """
         return as_dict(self.groups, self.untouched, self.unused)
 
@@ -225,12 +225,14 @@ def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) 
 
 
 def _reason(rule: Rule | None, shape: tuple[int, ...]) -> str:
+    """Why a leaf goes to the fallback."""
     if rule is None:
         return "no rule"
     return "stack=0" if rule.stack == 0 else f"{len(shape)}-D: no matrix"
 
 
 def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
+    """The layout of a leaf, or an error if its dtype or its shape does not fit the rule."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"its dtype is {dtype}, and only real floating leaves have a polar factor here: put "

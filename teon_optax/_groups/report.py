@@ -92,7 +92,7 @@ def row_names(paths: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
     numbers that tell them apart: `fc{1, 3}`.
 
     Args:
-      paths: Of each row, which differ in their numbers alone.
+      paths: The paths of each row, which differ in their numbers alone.
     """
     numbers = {row: _numbers(some) for row, some in paths.items()}
     longest = {row: max(some, key=_count_of_numbers) for row, some in paths.items()}
@@ -142,9 +142,9 @@ def _named(path: str, numbers: Sequence[set[int]], common: Sequence[set[int]] | 
 
 
 def spans(layers: Iterable[Any]) -> str:
-    """Numbers of layers in short: `0-3, 6`; those of scanned leaves with a number: `0[0-3]`.
+    """Writes numbers of layers in short: `0-3, 6`, and `0[0-3]` for scanned leaves with a number.
 
-    What would be too long is told by its ends and its length: `0, 2 .. 10 (6)`.
+    A text that would be too long gives the ends and the count: `0, 2 .. 10 (6)`.
     """
     layers = set(layers)
     plain = sorted(layer for layer in layers if not isinstance(layer, tuple))
@@ -205,6 +205,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _parameters(groups: Sequence[Any], untouched: Sequence[Any]) -> dict[str, int]:
+    """How many parameters TEON, Muon and the fallback get."""
     sizes = {"TEON": 0, "Muon": 0, "fallback": sum(math.prod(leaf.shape) for leaf in untouched)}
     for group in groups:
         name = "TEON" if len(group.members) > 1 or group.rule.mode == 3 else "Muon"
@@ -257,6 +258,7 @@ def _dearer_than_alone(group: Any) -> str:
 
 
 def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> list[str]:
+    """The lines below the table: who gets the parameters, and what an update costs."""
     sizes, (flops, muon) = _parameters(groups, untouched), _flops(groups)
     total = max(1, sum(sizes.values()))
     shares = ", ".join(f"{name} {size:,} ({size / total:.0%})" for name, size in sizes.items())

@@ -1,4 +1,4 @@
-"""In which memory: what is computed lies in the device's, whatever is kept in the host's."""
+"""Moves arrays to the memory of the device to compute, and back to where they are kept."""
 
 from typing import Any
 

@@ -15,13 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import (
-    Numerics,
-    chunk_bytes,
-    chunk_size,
-    is_exact,
-    takes_one_more,
-)
+from teon_optax._polar.precision import Numerics, chunk_bytes, chunk_size, is_exact, takes_one_more
 
 
 def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -132,7 +126,7 @@ def orthogonalize_together(
     numerics: Numerics,
     restarts: Sequence[int],
 ) -> list[jax.Array]:
-    """One polynomial for all batches, of which those that are higher than wide are transposed."""
+    """Scaled polar factors of batches of equal d, whose Gram matrices share one polynomial."""
     high = [batch.shape[1] > batch.shape[2] for batch in batches]
     wide = [jax.vmap(_scaled)(batch) for batch in _turned(batches, high)]
     if numerics.method is None:
@@ -151,7 +145,7 @@ def _turned(batches: Sequence[jax.Array], high: Sequence[bool]) -> list[jax.Arra
 def _newton_schulz(
     batches: list[jax.Array], numerics: Numerics, method: Method, restarts: Sequence[int]
 ) -> list[jax.Array]:
-    """All steps on batches [B, d, N] of matrices that are not higher than wide.
+    """Takes all steps on batches [B, d, N] of matrices that are not higher than wide.
 
     Each segment forms Gram matrices of the (half-done) matrices and multiplies these once. Where
     every step is a segment, all but the first are one loop: a third less to compile, and .6 of the
@@ -184,15 +178,19 @@ def _newton_schulz(
 
 
 def _in_chunks(
-    function: Callable[[jax.Array], jax.Array], batch: jax.Array, chunk_bytes: int
+    together: Callable[..., list[jax.Array]],
+    batch: jax.Array,
+    scale: jax.typing.ArrayLike,
+    budget: int,
 ) -> jax.Array:
-    """`function` of some matrices at a time, in the batch's own memory."""
+    """Replaces a batch by its scaled polar factors, `budget` bytes at a time, in its own memory."""
     B, m, n = batch.shape
-    size = chunk_size(B, chunk_bytes // batch[0].nbytes)
+    size = chunk_size(B, budget // batch[0].nbytes)
 
     def one_chunk(start: jax.typing.ArrayLike, count: int, rows: jax.Array) -> jax.Array:
         chunk = jax.lax.dynamic_slice_in_dim(rows, start, count * m).reshape(count, m, n)
-        done = function(chunk).astype(rows.dtype).reshape(count * m, n)
+        (factors,) = together([chunk], [scale])
+        done = factors.astype(rows.dtype).reshape(count * m, n)
         return jax.lax.dynamic_update_slice_in_dim(rows, done, start, axis=0)
 
     # Rows, since a leaf is read from these without a reshape in its own kernel.
@@ -206,17 +204,10 @@ def _in_chunks(
 
 
 def weighted_sums(weights: np.ndarray, stack: jax.Array) -> jax.Array:
-    """Of K arrays, by rows of weights [rows, K]: [B, K, ...] to [B, rows, ...]."""
+    """Adds K arrays up with each row of weights [rows, K]: [B, K, ...] becomes [B, rows, ...]."""
     # In one pass, rounding of A and B would be all that is left of a small A - B.
     exact, weights = jax.lax.Precision.HIGHEST, np.asarray(weights, stack.dtype)
     return jnp.moveaxis(jnp.tensordot(weights, stack, (1, 1), precision=exact), 0, 1)
-
-
-def _alone(
-    together: Callable[..., list[jax.Array]], scale: jax.typing.ArrayLike, batch: jax.Array
-) -> jax.Array:
-    (result,) = together([batch], [scale])
-    return result
 
 
 def orthogonalize_batches(
@@ -247,6 +238,7 @@ def _by_restarts(
     numerics: tuple[Numerics, ...],
     budget: int,
 ) -> list[jax.Array]:
+    """Works off together what agrees in d, dtype, numerics and restarts, `budget` bytes at most."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (batch, used) in enumerate(zip(batches, numerics, strict=True)):
         (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
@@ -259,7 +251,7 @@ def _by_restarts(
             results = together(some, factors)
         else:
             results = [
-                _in_chunks(functools.partial(_alone, together, scale), batch, budget)
+                _in_chunks(together, batch, scale, budget)
                 for batch, scale in zip(some, factors, strict=True)
             ]
         done |= zip(indices, results, strict=True)
@@ -280,8 +272,8 @@ def orthogonalize_columns(
       scale: Factor of the result.
       total: Sum over the devices of a symmetric matrix.
       largest: Maximum over the devices of a number.
-      numerics: With a precision, and no SVD. A segment costs one `total`. One step alone multiplies
-        the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
+      numerics: A polynomial, no SVD, with a precision. A segment costs one `total`. One step alone
+        multiplies the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
     """
     method, precision = numerics
     assert method is not None
@@ -301,9 +293,3 @@ def orthogonalize_columns(
         else:
             M = multiply(_factor(precision, triples, first, G), M)
     return jnp.asarray(scale, M.dtype) * M
-
-
-def check_precision(precision: jax.lax.PrecisionLike) -> None:
-    """Raises what jax raises for a precision that it does not know, before any update."""
-    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
-    jax.eval_shape(lambda M: jnp.matmul(M, M, precision=precision), one)

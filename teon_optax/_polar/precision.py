@@ -75,8 +75,8 @@ def restarts(
 
     Args:
       triples: Coefficients of the steps.
-      shape: Of the matrices, m x n; the ratio is that of the longer side to d, the shorter one.
-      precision: Of the products.
+      shape: Shape of the matrices; the ratio is that of the longer side to d, the shorter one.
+      precision: Precision of the products.
     """
     steps, ratio = len(triples), max(shape) / min(shape)
     if ratio < _DIRECT_BELOW:
@@ -94,7 +94,7 @@ def restarts(
 
 
 def _equal_parts(steps: int, count: int) -> tuple[int, ...]:
-    """So many numbers whose sum is `steps`, longer ones first."""
+    """Divides `steps` into `count` numbers that differ by 1 at most, larger ones first."""
     return tuple(steps // count + (i < steps % count) for i in range(count))
 
 
@@ -122,7 +122,7 @@ class Numerics(NamedTuple):
     precision: jax.lax.PrecisionLike = None  # None is for `of` to choose
 
     def of(self, dtype: jnp.dtype) -> "Numerics":
-        """With the default precision for arrays of a dtype where none is given."""
+        """Fills in the default precision for arrays of this dtype, if none is given."""
         chosen = default_precision(jax.default_backend(), np.promote_types(dtype, np.float32))
         return self if self.precision is not None else self._replace(precision=chosen)
 
@@ -147,6 +147,12 @@ class Numerics(NamedTuple):
         return (*others, last)
 
 
+def check_precision(precision: jax.lax.PrecisionLike) -> None:
+    """Raises what jax raises for a precision that it does not know, before any update."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    jax.eval_shape(lambda M: jnp.matmul(M, M, precision=precision), one)
+
+
 def is_exact(precision: jax.lax.PrecisionLike) -> bool:
     """Whether products of float32 operands are those of float32."""
     return precision in (_HIGHEST, "highest", "float32")
@@ -166,7 +172,7 @@ def product_count(
       restarts: Steps after each start.
       ratio: Columns that a device holds of a joint matrix, divided by d; below 1 if it shares the
         matrix with others.
-      precision: Of the products.
+      precision: Precision of the products.
     """
     steps = sum(restarts)
     if len(restarts) == steps and ratio < 1:
@@ -183,7 +189,7 @@ def chunk_bytes(backend: str) -> int:
 def chunk_size(count: int, most: int) -> int:
     """How many of `count` matrices to take at a time: a divisor if one is near `most`.
 
-    `jax.lax.map` compiles its function a second time for a remainder.
+    A remainder is a chunk of another size, for which the function is compiled a second time.
     """
     most = max(1, min(most, count))
     sizes = range(most, most // 2, -1)

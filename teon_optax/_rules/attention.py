@@ -107,7 +107,7 @@ def _fused_axis(leaf: Leaf, around: Siblings, parts: int) -> int | None:
 
 
 def projection(leaf: Leaf, around: Siblings) -> Role | None:
-    """Q, K and V."""
+    """Q, K and V projections, by name or by what is beside them."""
     if not leaf.letter:
         return _unnamed_projection(leaf, around)
     beside = around.matrices[leaf.home]

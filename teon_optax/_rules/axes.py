@@ -27,6 +27,7 @@ def writer_dims(layout: str) -> D | None:
 
 
 def _dims(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> D | None:
+    """Writes dims as a rule does: None for a matrix (fan_in, fan_out)."""
     if (fan_in, fan_out) == ((0,), (1,)):
         return None
     return D(*(axes[0] if len(axes) == 1 else axes for axes in (fan_in, fan_out)))
@@ -69,9 +70,9 @@ def _direction_axis(leaf: Leaf, around: Siblings) -> int | None:
 def out_axis(leaf: Leaf, around: Siblings) -> int | None:
     """The fan_out axis of a matrix (0 or 1 of the last two), None where it cannot be known.
 
-    The bias beside it proves it. Otherwise all matrices in a kind of block whose arrays have the
-    same name are alike: as two of them show at least and none denies, or as the library has it that
-    uses this name.
+    The bias beside it proves it. Otherwise all matrices in a block whose arrays have the same name
+    are taken to be alike: as two of them show at least and none denies, or as the library has it
+    that uses this name.
     """
     axis = bias_axis(leaf, around) if len(leaf.shape) == 2 else None
     if axis is not None or leaf.hides_axes:
@@ -174,7 +175,7 @@ def options(leaf: Leaf, parts: int = 1) -> list[tuple[D | None, int | None]]:
 
 
 def other_options(leaf: Leaf) -> list[tuple[D | None, int | None]]:
-    """The same for a matrix that is no projection: an output projection, experts, a plain one."""
+    """All (dims, layer_axis) of what is no projection: output projection, experts, plain matrix."""
     rank = len(leaf.shape)
     if rank == 2:
         plain = [None, D(1, 0)] if leaf.keys[-1] != "weight" else [D(1, 0), None]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from teon_optax._rules.names import says
 from teon_optax._rules.tree import HOLE, Leaf
 
-Kind = tuple[str, ...]  # the names on the way to a block, numbers left out
+Names = tuple[str, ...]  # of the segments of a path, numbers left out
 
 
 def is_end(leaf: Leaf) -> bool:
@@ -39,12 +39,12 @@ class Blocks(NamedTuple):
     """Which modules repeat, as layers do.
 
     Attributes:
-      kinds: By home, the kind of block that it is in.
+      names: By home, the names on the way to the block that it is in.
       networks: Modules that repeat, but are whole networks.
       twins: Modules, with the same number where all that is inside is the same.
     """
 
-    kinds: dict[str, Kind]
+    names: dict[str, Names]
     networks: set[str]
     twins: dict[tuple[str, ...], int]
 
@@ -69,7 +69,7 @@ def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
     repeated = {module: len(series[key]) for key in found for module in series[key]}
     networks = {module for module in repeated if _is_network(module, inside[module], repeated)}
     listed = {m for m, count in repeated.items() if count == 2 and m[0].isdecimal() and len(m) == 1}
-    blocks: dict[str, Kind] = {}
+    blocks: dict[str, Names] = {}
     for leaf in leaves:
         depth = layer_depth(leaf)
         if depth is not None and leaf.names[depth] == HOLE and depth < leaf.depth:
@@ -115,13 +115,13 @@ def _is_network(
     )
 
 
-def kinds_of(leaves: Iterable[Leaf], blocks: dict[str, Kind]) -> dict[Kind, list[Leaf]]:
-    """What each kind of block holds, once for all its layers."""
-    found: dict[Kind, dict[tuple[Any, ...], Leaf]] = {}
+def held_by_blocks(leaves: Iterable[Leaf], blocks: dict[str, Names]) -> dict[Names, list[Leaf]]:
+    """The leaves that blocks hold, by the names of these: once for all layers."""
+    found: dict[Names, dict[tuple[Any, ...], Leaf]] = {}
     for leaf in leaves:
         if leaf.home in blocks:
             found.setdefault(blocks[leaf.home], {}).setdefault((leaf.names, leaf.shape), leaf)
-    return {kind: [*inside.values()] for kind, inside in found.items()}
+    return {names: [*inside.values()] for names, inside in found.items()}
 
 
 def stream_width(inside: Iterable[Leaf], matrices: dict[str, list[Leaf]]) -> set[int]:

@@ -134,6 +134,7 @@ def _axes(rule: Rule, rank: int) -> str:
 
 
 def _offer(draft: Draft, choice: Choice) -> str:
+    """A rule to paste, and what it takes each axis for."""
     rule = rule_of(draft, choice)
     return f"{rule}  # {_axes(rule, len(draft.leaves[0].array_shape))}"
 
@@ -152,7 +153,7 @@ def _refuse(drafts: list[Draft]) -> None:
 
 
 def _warning(drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule]) -> str:
-    """One warning of what nothing tells, and of a tree of which nothing is orthogonalized."""
+    """A warning of leaves that nothing tells of, and of a tree with nothing to orthogonalize."""
 
     def size(leaves: Iterable[Leaf]) -> int:
         return sum(math.prod(leaf.array_shape) for leaf in leaves)

@@ -76,7 +76,7 @@ def _batch(leaf: Leaf, around: Siblings) -> Role:
 
 
 def _packed(leaf: Leaf, around: Siblings) -> Role | None:
-    """All experts in one matrix, one after another, as DBRX keeps them."""
+    """Asks whether a matrix holds all experts, one after another, as DBRX keeps them."""
     place = next((i for i, key in enumerate(leaf.keys) if says("experts", key)), None)
     if place is None or any(number is not None for number in leaf.numbers[place : leaf.depth]):
         return None
@@ -94,16 +94,16 @@ def gating(leaf: Leaf, around: Siblings) -> Role | None:
     is_named = leaf.says("gating")
     if rank < 3 or leaf.shape[-3] != 2 or not (is_named or (leaf.is_bare and len(beside) == 1)):
         return None
-    readings = [
+    choices = [
         Role("hidden", D(rank - 2, (rank - 3, rank - 1)), split=2),
         Role("hidden", D(rank - 1, (rank - 3, rank - 2)), split=2),
     ]
     batch, sizes = leaf.shape[:-3], leaf.shape[-2:]
     down = next((m.shape for m in beside if m.shape[:-2] == batch), ())
-    fits = [r for r, size in zip(readings, (sizes[::-1], sizes), strict=True) if down[-2:] == size]
+    fits = [r for r, size in zip(choices, (sizes[::-1], sizes), strict=True) if down[-2:] == size]
     if len(fits) == 1:
         return fits[0]
-    return refused("(2, in, out) or (2, out, in)?", readings) if fits or is_named else None
+    return refused("(2, in, out) or (2, out, in)?", choices) if fits or is_named else None
 
 
 def _halves(leaf: Leaf, axis: int, around: Siblings) -> int:
@@ -119,7 +119,7 @@ def _halves(leaf: Leaf, axis: int, around: Siblings) -> int:
 
 
 def hidden(leaf: Leaf, around: Siblings) -> Role:
-    """Any other matrix."""
+    """The role of a matrix that no other test has told."""
     axis = out_axis(leaf, around)
     if axis is None and leaf.shape[0] != leaf.shape[1]:
         return refused("haliax has (out, in) and (in, out).", others(leaf))

@@ -30,7 +30,7 @@ def layer_columns(leaf: Leaf, around: Siblings) -> tuple[int | None, ...]:
     if not modules:
         return ()
     # Two in a list may be two networks, and two attentions may be those of one block.
-    are_two = modules[0] == 0 and leaf.keys[0].isdecimal() and len(around.series(leaf, 0)) == 2
+    are_two = modules[0] == 0 and leaf.keys[0].isdecimal() and len(around.repeats(leaf, 0)) == 2
     is_open = are_two or _beside_two(leaf, modules[0], around)
     return (modules[0], None) if is_open else (modules[0],)
 
@@ -41,7 +41,7 @@ def _beside_two(leaf: Leaf, column: int, around: Siblings) -> list[Leaf]:
     One feed forward of two or three matrices shows one block with two attentions. Where there are
     two matrices of every shape, they are one in each of two layers.
     """
-    modules = around.series(leaf, column)
+    modules = around.repeats(leaf, column)
     module, above = ("/".join(leaf.keys[:depth]) for depth in (column + 1, column))
     if len(modules) != 2 or leaf.home != module or len(around.matrices.get(module, [])) > 4:
         return []
@@ -67,7 +67,7 @@ def _is_apart(leaf: Leaf, column: int, around: Siblings) -> bool:
     noun = next((noun for depth, noun in nouns(leaf) if depth == column + 1), "")
     if says("members", noun) or above in around.mixtures or module in around.networks:
         return True
-    modules, held = around.series(leaf, column), around.matrices.get(leaf.home, [])
+    modules, held = around.repeats(leaf, column), around.matrices.get(leaf.home, [])
     are_heads = leaf.home == module and all(m.shape[-1] == leaf.shape[-1] for m in held)
     readers = [
         m for m in around.matrices.get(above, []) if len(modules) * leaf.shape[-1] in m.shape

@@ -25,6 +25,7 @@ class _Segment(NamedTuple):
     is_optional: bool  # Haiku: block, block_1, block_2
 
     def regex(self, is_layer: bool) -> str:
+        """The pattern as a regular expression, whose number is the layer's if `is_layer`."""
         names = [re.sub(r"([][\\.^$*+?{}|()])", r"\\\1", name) for name in self.names]
         if self.numbers is None:
             return _one_of(names)
@@ -65,48 +66,48 @@ def drafts_of(
     first: Sequence[Rule],
     stacks: Mapping[str, int],
 ) -> list[Draft]:
-    """A draft for each kind of leaf that `first` does not take, the likes joined.
+    """Makes drafts of what `first` does not take, one for leaves that differ in numbers alone.
 
-    Leaves are of one kind if their paths agree but for their numbers.
+    Drafts that one rule may do for are joined.
     """
-    kinds: dict[tuple[Any, ...], list[_Member]] = {}
+    all_alike: dict[tuple[Any, ...], list[_Member]] = {}
     for leaf, role, columns in found:
         if role is not None and not any(rule.search(leaf.path) for rule in first):
-            kind = leaf.names, tuple(number is None for number in leaf.numbers)
-            kinds.setdefault(kind, []).append(_Member(leaf, role, columns))
-    return _joined([draft for kind in kinds.values() for draft in _drafts(kind, stacks)])
+            key = leaf.names, tuple(number is None for number in leaf.numbers)
+            all_alike.setdefault(key, []).append(_Member(leaf, role, columns))
+    return _joined([draft for alike in all_alike.values() for draft in _drafts(alike, stacks)])
 
 
-def _drafts(kind: list[_Member], stacks: Mapping[str, int]) -> Iterator[Draft]:
-    """One for all; one for each member, its numbers kept, where their roles differ."""
-    if len({(member.role, member.columns) for member in kind}) == 1:
-        yield _draft(kind, kind, stacks)
+def _drafts(alike: list[_Member], stacks: Mapping[str, int]) -> Iterator[Draft]:
+    """One draft for leaves that are alike, or where their roles differ, one for each of them."""
+    if len({(member.role, member.columns) for member in alike}) == 1:
+        yield _draft(alike, alike, stacks)
         return
     found: dict[str, Role] = {}
-    for member in kind:
+    for member in alike:
         if found.setdefault(member.leaf.path, member.role) != member.role:
             raise ValueError(
                 f'"{member.leaf.path}", shape {member.leaf.array_shape}, is the path of another '
                 "leaf too, and each needs a rule of its own: rename one."
             )
-        yield _draft(kind, [member], stacks)
+        yield _draft(alike, [member], stacks)
 
 
-def _draft(kind: list[_Member], members: list[_Member], stacks: Mapping[str, int]) -> Draft:
-    """The rule for some leaves of a kind, with the choices where these are not certain.
+def _draft(alike: list[_Member], members: list[_Member], stacks: Mapping[str, int]) -> Draft:
+    """The rule for some of the leaves that are alike, with the choices where it is not certain.
 
-    A segment has any number where the numbers of the kind vary or count layers, unless the rule is
-    for some members of the kind only: it then keeps theirs.
+    A segment has any number where the numbers of these leaves vary or count layers, unless the rule
+    is for some of them only: it then keeps theirs.
     """
     (leaf, role, columns), *_ = members
-    is_whole = members is kind
-    varying = {c for c in range(len(leaf.numbers)) if len({m.leaf.numbers[c] for m in kind}) > 1}
+    is_whole = members is alike
+    varying = {c for c in range(len(leaf.numbers)) if len({m.leaf.numbers[c] for m in alike}) > 1}
     generic = {*varying, *columns} if is_whole else {*columns} - varying
     segments = tuple(
         _Segment(
             (name,),
             None if number is None else () if c in generic else (number,),
-            any(member.leaf.numbers[c] == "" for member in kind),
+            any(member.leaf.numbers[c] == "" for member in alike),
         )
         for c, (name, number) in enumerate(zip(leaf.names, leaf.numbers, strict=True))
     )
@@ -150,6 +151,7 @@ def _agree(one: Draft, other: Draft) -> bool:
 
 
 def _union(ours: tuple[_Segment, ...], theirs: tuple[_Segment, ...]) -> tuple[_Segment, ...] | None:
+    """The segments of one rule for both, if they differ in one name or number alone."""
     pairs = zip(ours, theirs, strict=False)
     differ = [place for place, (one, other) in enumerate(pairs) if one != other]
     if len(ours) != len(theirs) or len(differ) != 1:
@@ -166,6 +168,7 @@ def _union(ours: tuple[_Segment, ...], theirs: tuple[_Segment, ...]) -> tuple[_S
 
 
 def rule_of(draft: Draft, choice: Choice) -> Rule:
+    """Writes the rule of a draft, with one of its choices."""
     parts = [segment.regex(place == choice.layer) for place, segment in enumerate(draft.segments)]
     role = choice.role if choice.stack else FALLBACK
     pattern = "^" + "/".join(parts) + "$"

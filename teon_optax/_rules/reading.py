@@ -37,13 +37,14 @@ def roles(params: Any) -> list[tuple[Leaf, Role | None, tuple[int | None, ...]]]
 
 
 def _role(leaf: Leaf, around: Siblings) -> Role:
+    """The role that the first test gives a leaf, with its axes as they are in the whole array."""
     if not leaf.is_matrix or 0 in leaf.shape:
         return FALLBACK
-    readers = (
+    tests = (
         _nameless, low_rank, mixture, _end, fused, projection, latent, output, gating,
         _vector, _large, _outside, hidden,
     )  # fmt: skip
-    role = next(filter(None, (reader(leaf, around) for reader in readers)))
+    role = next(filter(None, (test(leaf, around) for test in tests)))
     choices = tuple(_along_layers(choice, leaf) for choice in role.choices)
     return _along_layers(role, leaf)._replace(choices=choices)
 

@@ -19,7 +19,7 @@ class Rule:
         `(?P<layer>\\d+)` gives the layer number; where the group is optional and does not match,
         the layer is 0. `(?P<slice>query|key|value)` couples the leaves of a layer that differ only
         there, in the order of the alternatives.
-      stack: How many consecutive layers of a type are coupled. 0 sends the leaf to the fallback
+      stack: How many consecutive layers of a series are coupled. 0 sends the leaf to the fallback
         optimizer, 1 is Muon, 2 or more TEON. K is this times what `slice` and `join` couple.
       mode: Mode of the unfolding (arXiv 2601.23261). 1 shares the Gram matrix over fan_out, 2 over
         fan_in, 3 over the K matrices.
@@ -77,7 +77,7 @@ class Rule:
 
     @property
     def counts_layers(self) -> bool:
-        """Whether it tells which layer a leaf (or a slice of it) belongs to."""
+        """Whether it tells which layer a leaf (or each part of a scanned one) belongs to."""
         return self.layer_axis is not None or "layer" in self.compiled.groupindex
 
     def search(self, path: str) -> re.Match[str] | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from teon_optax._rules.blocks import Kind, is_end, kinds_of, repeated_blocks, stream_width
+from teon_optax._rules.blocks import Names, held_by_blocks, is_end, repeated_blocks, stream_width
 from teon_optax._rules.names import says
 from teon_optax._rules.tree import Leaf, above
 
@@ -14,9 +14,9 @@ class Siblings(NamedTuple):
     matrices: dict[str, list[Leaf]]  # by home
     vectors: dict[str, dict[str, int]]  # sizes of 1-D leaves by name
     unscanned: set[str]  # modules with a 1-D leaf inside
-    blocks: dict[str, Kind]  # homes inside repeated blocks
-    kinds: dict[Kind, list[Leaf]]  # what a kind of block holds, once for all its layers
-    streams: dict[Kind, set[int]]  # the size, or sizes, that most of a block's matrices have
+    blocks: dict[str, Names]  # by home inside a repeated block: the names on the way to it
+    held: dict[Names, list[Leaf]]  # what blocks of these names hold, once for all layers
+    streams: dict[Names, set[int]]  # the size, or sizes, that most matrices in such blocks have
     widths: set[int]  # what a matrix outside of blocks may connect
     linked: set[int]  # fan_out of one matrix outside of blocks and fan_in of another
     vocabularies: set[tuple[int, int]]  # sizes of embeddings, the vocabulary first
@@ -27,20 +27,20 @@ class Siblings(NamedTuple):
     twins: dict[tuple[str, ...], int]  # modules, the same number where all inside is the same
     networks: set[str]  # numbered modules that are no layers, but whole networks
     numbered: dict[tuple[str, str], list[str]]  # by the module around and the name: modules
-    varying: dict[Kind, set[int]]  # by a path's names: the segments whose number differs
+    varying: dict[Names, set[int]]  # by a path's names: the segments whose number differs
 
     def stream_of(self, leaf: Leaf) -> set[int]:
         """The width of the residual stream around a leaf, or several that it may be."""
-        kind = self.blocks.get(leaf.home)
-        return self.widths if kind is None else self.streams[kind]
+        block = self.blocks.get(leaf.home)
+        return self.widths if block is None else self.streams[block]
 
-    def series(self, leaf: Leaf, column: int) -> list[str]:
-        """The modules that differ from the one around a leaf in the number of a segment."""
+    def repeats(self, leaf: Leaf, column: int) -> list[str]:
+        """The modules that differ from the one around a leaf at most in the number of a segment."""
         return self.numbered["/".join(leaf.keys[:column]), leaf.names[column]]
 
     def inside(self, leaf: Leaf) -> list[Leaf]:
-        """What the kind of block around a leaf holds: matrices, once for all its layers."""
-        found = self.kinds.get(self.blocks.get(leaf.home, ()), [])
+        """The matrices of the block around a leaf, once for all its layers."""
+        found = self.held.get(self.blocks.get(leaf.home, ()), [])
         return [other for other in found if other.is_matrix]
 
 
@@ -62,7 +62,7 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
             if number is not None:
                 series = "/".join(leaf.keys[:column]), leaf.names[column]
                 numbered.setdefault(series, {})["/".join(leaf.keys[: column + 1])] = None
-    numbers: dict[Kind, set[tuple[str | None, ...]]] = {}
+    numbers: dict[Names, set[tuple[str | None, ...]]] = {}
     for leaf in leaves:
         numbers.setdefault(leaf.names, set()).add(leaf.numbers)
     varying = {
@@ -70,8 +70,8 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
         for names, held in numbers.items()
     }
     blocks, networks, twins = repeated_blocks(floats)
-    kinds = kinds_of(floats, blocks)
-    streams = {kind: stream_width(inside, matrices) for kind, inside in kinds.items()}
+    in_blocks = held_by_blocks(floats, blocks)
+    streams = {names: stream_width(inside, matrices) for names, inside in in_blocks.items()}
     outside = [leaf for leaf in floats if leaf.is_matrix and leaf.home not in blocks]
     plain = [leaf for leaf in outside if len(leaf.shape) == 2 and not is_end(leaf)]
     squares = {leaf.shape[0] for leaf in plain if leaf.shape[0] == leaf.shape[1]}
@@ -81,7 +81,7 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
     modules = {module for leaf in floats for module in above(leaf.path)}
     routers, mixtures, experts = _mixtures(matrices, blocks)
     return Siblings(
-        matrices, vectors, unscanned, blocks, kinds, streams, widths, _linked(outside),
+        matrices, vectors, unscanned, blocks, in_blocks, streams, widths, _linked(outside),
         tables, routers, mixtures, experts, modules, twins, networks,
         {key: [*held] for key, held in numbered.items()}, varying,
     )  # fmt: skip
@@ -112,7 +112,7 @@ def _linked(outside: Iterable[Leaf]) -> set[int]:
 
 
 def _mixtures(
-    matrices: dict[str, list[Leaf]], blocks: dict[str, Kind]
+    matrices: dict[str, list[Leaf]], blocks: dict[str, Names]
 ) -> tuple[set[str], set[str], set[str]]:
     """Paths of routers (width, E), and of what is beside them E times: the experts.
 

@@ -1,4 +1,4 @@
-"""What a parameter tree shows of a model: leaves, numbers in paths, scanned layers, siblings."""
+"""What a parameter tree shows of each leaf: its names, its numbers, its scanned layers."""
 
 import dataclasses
 import os
@@ -124,6 +124,7 @@ def leaves_of(params: Any) -> list[Leaf]:
 
 
 def _leaf(path: str, keys: tuple[Any, ...], value: Any) -> Leaf:
+    """A leaf before its path is taken apart, with the box that hides its axes' names, if any."""
     shape, dtype = tuple(getattr(value, "shape", ())), getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     box = ""
@@ -168,6 +169,7 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
 
 
 def _with_holes(key: str) -> Iterator[tuple[str, str]]:
+    """For each number in a segment: the segment with a hole in its place, and the number."""
     for found in re.finditer(r"\d+", key):
         yield key[: found.start()] + HOLE + key[found.end() :], found[0]
 
@@ -219,6 +221,7 @@ def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
 
 
 def _one_layer(leaf: Leaf, axes: dict[str, int]) -> Leaf:
+    """The leaf with the shape of one layer, if a module around it is scanned along an axis."""
     module = next((m for m in above(leaf.path) if m in axes), None)
     if module is None or not leaf.is_float:
         return leaf

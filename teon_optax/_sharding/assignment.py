@@ -1,4 +1,4 @@
-"""How leaves enter the exchange, and which device is assigned which groups."""
+"""Decides how leaves enter the exchange, and which device is assigned which groups."""
 
 import itertools
 import math
@@ -31,9 +31,10 @@ class Entry(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Groups of one shape d x N, d <= N, of which every device holds the same share.
+    """Groups of one shape d x N, d <= N, of which every device holds equal pieces.
 
-    That share is an array [count, d / .., N / ..]; `axes` of the mesh cut d, and others cut N.
+    The pieces on one device are an array [count, d / .., N / ..]. `axes` are the axes of the mesh
+    that cut d, and those that cut N.
     """
 
     count: int
@@ -46,7 +47,7 @@ class Round(NamedTuple):
     """What every device is assigned at once: some whole matrices, or its columns of one.
 
     Attributes:
-      d: Of every group in the round.
+      d: The d of every group in the round.
       width: N of its widest group, rounded up so that every group's columns divide evenly.
       devices_per_group: How many devices share a group; each has `width` over this many columns.
       matrices_per_device: How many matrices a device gets; more than one only of a single block.

@@ -146,7 +146,7 @@ def total_of_group(plan: ExchangePlan, assigned: Round, G: jax.Array) -> jax.Arr
 
 
 def largest_of_group(plan: ExchangePlan, assigned: Round, value: jax.Array) -> jax.Array:
-    """Largest of a number over the devices that share a group."""
+    """The largest that a number is on any of the devices that share a group."""
     return jax.lax.pmax(value, plan.axes, axis_index_groups=_teams(plan, assigned))
 
 

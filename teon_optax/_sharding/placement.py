@@ -26,7 +26,7 @@ class Located(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Of the axes of the mesh, those that cut nothing left out."""
+        """Sizes of the axes of the mesh, without those of length 1, which cut nothing."""
         return {name: size for name, size in self.mesh.shape.items() if size > 1}
 
     def cuts(self, index: int, ndim: int) -> list[tuple[str, ...]] | None:
@@ -38,20 +38,20 @@ class Located(NamedTuple):
         return given + [()] * (ndim - len(given))
 
     def gathered(self, index: int, leaf: jax.Array) -> jax.Array:
-        """The leaf, whole on every device if its type would not let it be reshaped."""
+        """Gathers a leaf whole on every device, if its type would not let it be reshaped."""
         restricted = self.typed and _cut_by(self.specs[index] or ())
         return self._placed(leaf, PartitionSpec()) if restricted else leaf
 
     def entered(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
-        """The leaf, cut as it is to enter; else `jax.shard_map` sees to that."""
+        """Cuts a leaf as it enters the exchange, if typed; else `jax.shard_map` cuts it."""
         return self._placed(leaf, spec) if self.typed else leaf
 
     def returned(self, index: int, leaf: jax.Array) -> jax.Array:
-        """The leaf, where it was."""
+        """Puts an update where its leaf lay."""
         return self._placed(leaf, self.specs[index])
 
     def everywhere(self, count: int) -> "Located":
-        """So many other arrays on this mesh, each whole on every device."""
+        """Locates `count` other arrays on this mesh, each whole on every device."""
         return self._replace(specs=dict.fromkeys(range(count), PartitionSpec()))
 
     def _placed(self, leaf: jax.Array, spec: PartitionSpec | None) -> jax.Array:
@@ -66,6 +66,7 @@ def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
 
 
 def _names(names: Any) -> tuple[str, ...]:
+    """The axes of the mesh in one entry of a spec."""
     known = () if names is None or names is PartitionSpec.UNCONSTRAINED else names
     return (known,) if isinstance(known, str) else tuple(known)
 
@@ -133,7 +134,7 @@ class Shardings:
         return located
 
     def _refuse_shards(self, leaves: Sequence[tuple[str, Any]], mesh: Mesh | AbstractMesh) -> None:
-        """In a `shard_map`, passes what is known to be whole on every device."""
+        """Raises, in a `shard_map`, unless all leaves are known to be whole on every device."""
         axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
         manual = [name for name, axis_type in axes if axis_type == AxisType.Manual]
 
@@ -199,7 +200,7 @@ class Shardings:
 
 
 def splittable(array: jax.Array, axis: int, sizes: Sequence[int]) -> jax.Array:
-    """The array, whole along an axis that its type (explicit meshes) cuts through such parts."""
+    """Gathers an array along an axis, unless an explicit mesh cuts parts of these sizes evenly."""
     own = jax.typeof(array).sharding
     pieces = _pieces(own.spec[axis], own.mesh)
     if all(size % pieces == 0 for size in sizes):
@@ -209,7 +210,7 @@ def splittable(array: jax.Array, axis: int, sizes: Sequence[int]) -> jax.Array:
 
 
 def split_axis(array: jax.Array, axis: int, parts: int) -> jax.Array:
-    """[.., n, ..] to [.., parts, n / parts, ..], with the parts cut as the axis was (see above)."""
+    """Splits an axis of n into (parts, n / parts), each part cut as it was: see `splittable`."""
     size = array.shape[axis] // parts
     array = splittable(array, axis, (size,))
     shape = (*array.shape[:axis], parts, size, *array.shape[axis + 1 :])
@@ -236,6 +237,7 @@ def as_shardings(shardings: Any) -> Shardings:
 
 
 def _is_hidden(leaf: Any) -> bool:
+    """Whether a leaf is cut along axes of type Auto, which its type does not show."""
     own = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     named = isinstance(own, NamedSharding)
     return named and AxisType.Auto in own.mesh.axis_types and not own.is_fully_replicated

@@ -55,7 +55,7 @@ def orthogonalize_sharded(
 
 
 def _entries(all_series: Sequence[Series], located: Located) -> dict[int, Entry]:
-    """How leaves enter the exchange, those that can; the leaves of a series alike."""
+    """How each leaf that can enters the exchange; all leaves of a series enter alike."""
     entries: dict[int, Entry] = {}
     for series in all_series:
         cuts = located.cuts(series.leaves[0], len(series.layout.shape))
@@ -105,6 +105,7 @@ def _exchanged(
     sizes: tuple[tuple[str, int], ...],
     numerics: Numerics,
 ) -> dict[int, jax.Array]:
+    """Scaled polar factors of leaves that are cut as their entries say, and stay so."""
     specs = {leaf: own.spec for leaf, own in entries}
     axes = {leaf: own.axes for leaf, own in entries}
 

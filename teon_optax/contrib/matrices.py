@@ -33,7 +33,7 @@ def from_parts(arrays: Sequence[jax.Array], layout: Layout) -> jax.Array:
 
 
 def placed_like(array: jax.Array, other: jax.Array) -> jax.Array:
-    """The array where the type (explicit meshes) of another of its rank says that it lies."""
+    """Puts an array where another of its rank lies, by the type of that one (explicit meshes)."""
     wanted = jax.typeof(other).sharding
     is_there = jax.typeof(array).sharding.spec == wanted.spec
     return array if is_there else jax.sharding.reshard(array, wanted)
@@ -77,7 +77,7 @@ def each_matrix(
 
 
 def sum_of_squares(array: jax.Array, axes: Axes) -> jax.Array:
-    """Along some axes, which stay with length 1."""
+    """Adds up the squares of an array along some axes, which stay with length 1."""
     return jnp.sum(jnp.square(array), axes, keepdims=True)
 
 

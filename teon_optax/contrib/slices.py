@@ -14,8 +14,8 @@ from teon_optax._groups.batching import BatchKey, in_batches
 from teon_optax._groups.plan import plan, plan_of_updates
 from teon_optax._orthogonalize import orthogonalize_updates
 from teon_optax._polar.coefficients import Method, MethodLike, resolve
-from teon_optax._polar.newton_schulz import check_precision, weighted_sums
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.newton_schulz import weighted_sums
+from teon_optax._polar.precision import Numerics, check_precision
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
 from teon_optax._sharding.placement import Located, as_shardings
@@ -106,6 +106,8 @@ def orthogonalize_slices(
 
 
 def _check_modes(rules: Iterable[Rule]) -> None:
+    """Raises if a rule that couples matrices unfolds them in another mode than 1."""
+
     def couples(rule: Rule) -> bool:
         return rule.stack > 1 or bool(rule.join) or "slice" in rule.compiled.groupindex
 
