@@ -31,6 +31,11 @@ def check_number(name: str, value: Any, start: float = 0, end: float = math.inf)
     raise ValueError(f"`{name}={value!r}` should be a number{bounds}{remedy}.")
 
 
+def check_eps(eps: Any) -> None:
+    """Raises unless it is a positive number: a matrix of zeros is divided by it."""
+    check_number("eps", eps, float(jnp.finfo(jnp.float32).tiny))
+
+
 def refuse_schedule(name: str, value: Any) -> None:
     """Raises if an argument that takes no schedule is one, and says who calls it."""
     if callable(value):

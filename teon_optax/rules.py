@@ -66,7 +66,11 @@ def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules
 
     Returns:
       As of `paper`.
+
+    Raises:
+      ValueError: If `stack` is not a positive integer.
     """
+    _check_stack("all_hidden", stack)
     return rules_by_role(params, first, dict.fromkeys(PAPER, stack))
 
 
@@ -84,8 +88,20 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
 
     Returns:
       As of `paper`.
+
+    Raises:
+      ValueError: If `stack` is not a positive integer.
     """
+    _check_stack("attention_out", stack)
     return rules_by_role(params, first, PAPER | {"qkv": stack, "out": stack})
+
+
+def _check_stack(name: str, stack: Any) -> None:
+    if isinstance(stack, bool) or not isinstance(stack, int) or stack < 1:
+        raise ValueError(
+            f"`rules.{name}(params, {stack!r})`: stack should be a positive integer, K. Rules that "
+            "come before the others are `first=`."
+        )
 
 
 def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 
 from teon_optax import (
     Rule,
+    contrib,
     mode_orthogonalize,
     orthogonalize,
     polar,
@@ -29,6 +30,9 @@ TRANSFORMS = {
     "orthogonalize": orthogonalize(RULES, method=QUICK),
     "scale_by_teon": scale_by_teon(RULES, method=QUICK),
     "teon": teon(0.02, RULES, method=QUICK, weight_decay=0.1),
+    "orthogonalize_slices": contrib.orthogonalize_slices(RULES, "dct", method=QUICK),
+    "normalize_matrices": contrib.normalize_matrices(RULES),
+    "scale_by_normuon": contrib.scale_by_normuon(RULES),
 }
 ON_HOST = {
     "one device": SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host"),

@@ -387,3 +387,14 @@ def test_params_that_hold_more_than_is_updated_are_found_by_path():
     expected, _ = transform.update(gradients, optax.EmptyState(), params)
     updates, _ = transform.update(gradients, optax.EmptyState(), model)
     chex.assert_trees_all_equal(updates, expected)
+
+
+@pytest.mark.parametrize("method", ["polar_express", "schatten"])
+def test_the_gradient_at_zero_is_finite(method):
+    transform: Any = orthogonalize([Rule("w")], method=method)
+
+    def total(matrix):
+        updates, _ = transform.update({"w": matrix}, optax.EmptyState())
+        return jnp.sum(updates["w"])
+
+    assert np.isfinite(jax.grad(total)(jnp.zeros((4, 8)))).all()

@@ -534,3 +534,8 @@ def test_a_first_layer_without_a_number_is_in_the_row_of_the_others():
     params = {name: {"w": array(4, 6)} for name in ("block", "block_1", "block_2")}
     line = str(plan(params, [Rule(r"block(_(?P<layer>\d+))?/w", stack=3)])).split("\n")[1]
     assert re.split("  +", line)[:2] == ["block_*/w", "0-2"]
+
+
+def test_trees_whose_keys_are_equal_but_read_differently_have_plans_of_their_own():
+    for key in (True, 1, 1.0):
+        assert plan({"h": {key: array(4, 4)}}, [Rule(f"^h/{key}$")]).fallback == ()

@@ -246,3 +246,18 @@ def test_lora_gives_b_to_muon_and_a_to_the_fallback():
     assert found["blocks/1/down/kernel"] == ((256, 64), 1) and not planned.unused
     with pytest.raises(ValueError, match="no leaf is a low-rank factor by name"):
         rules.lora(tree_of({"blocks/*/up/kernel": "64x256", "blocks/*/down/kernel": "256x64"}))
+
+
+@pytest.mark.parametrize("name", ["all_hidden", "attention_out"])
+@pytest.mark.parametrize("stack", [0, -1, True, 2.0, [Rule("x")]], ids=str)
+def test_a_stack_that_is_no_positive_integer_is_refused(name, stack):
+    with pytest.raises(ValueError, match=rf"`rules.{name}\(.*a positive integer, K.*`first=`"):
+        getattr(rules, name)({"w": array(4, 4)}, stack)
+
+
+def test_lora_knows_factors_called_down_and_up():
+    query = {"kernel": array(16, 16), "lora_down": array(16, 4), "lora_up": array(4, 16)}
+    params = {f"block_{i}": {"attn": {"query": query}} for i in range(2)}
+    taken = {m for group in plan(params, rules.lora(params)).groups for m in group.members}
+    assert {f"block_{i}/attn/query/lora_up" for i in range(2)} <= taken
+    assert not any("lora_down" in member for member in taken)

@@ -402,3 +402,12 @@ def test_a_leaf_is_what_the_sizes_around_it_show_or_is_asked(kind):
     rows = KINDS[kind]
     expected = {path: verdict for path, (_, verdict) in expanded(rows).items()}
     assert verdicts(tree_of(rows)) == expected
+
+
+def test_the_v_of_a_gated_feed_forward_is_no_v_projection():
+    names = ("query", "key", "value", "out")
+    attention = {name: {"kernel": array(16, 16)} for name in names}
+    mlp = {"u_proj": array(16, 40), "v_proj": array(16, 40), "o_proj": array(40, 16)}
+    block = {"attn": attention, "mlp": {name: {"kernel": leaf} for name, leaf in mlp.items()}}
+    groups = plan({"block_0": block, "block_1": block}).groups
+    assert {len(group.members) for group in groups if "/mlp/" in group.members[0]} == {1}

@@ -47,8 +47,10 @@ def _scaled(
 def _norm(G: jax.Array, method: Method) -> jax.Array:
     """What M is divided by, from its Gram matrix; 1 for zero."""
     frobenius = method.norm == "frobenius"
-    square = jnp.trace(G) if frobenius else jnp.sqrt(jnp.sum(jnp.square(G)))
-    return jnp.where(square == 0, 1, jnp.sqrt(square))
+    total = jnp.trace(G) if frobenius else jnp.sum(jnp.square(G))
+    # Before the root, whose derivative at zero would be infinite.
+    root = jnp.sqrt(jnp.where(total == 0, 1, total))
+    return root if frobenius else jnp.sqrt(root)
 
 
 def _factor(

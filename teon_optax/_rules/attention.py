@@ -120,6 +120,10 @@ def projection(leaf: Leaf, around: Siblings) -> Role | None:
     if len(leaf.shape) > 2:
         layout = heads_layout(leaf, output_of(leaf, around), around)
         return Role("qkv", reader_dims(layout)) if layout else ask_axes(leaf)
+    # The V of a gated feed forward has no Q or K beside it, but a way back from its width.
+    goes_back = any(other.shape == leaf.shape[::-1] != leaf.shape for other in beside)
+    if {*letters} == {"v"} and not leaf.in_attention and goes_back:
+        return None
     # RWKV's feed forward has a key (d, f) and a value (f, d): one follows the other.
     key, value = letters.get("k"), letters.get("v")
     if key and value and not leaf.in_attention and key.shape == value.shape[::-1] != value.shape:

@@ -12,7 +12,8 @@ from teon_optax._rules.tree import Leaf
 def low_rank(leaf: Leaf, around: Siblings) -> Role | None:
     """LoRA factors, by name or because two siblings multiply to the shape of a third."""
     if says("low rank", *leaf.keys):
-        is_second = any(key.lower().endswith("b") for key in (leaf.keys[-1], leaf.name))
+        ends = "b", "up"
+        is_second = any(key.lower().endswith(ends) for key in (leaf.keys[-1], leaf.name))
     else:
         is_second = _is_second_factor(leaf, around)
         if is_second is None:

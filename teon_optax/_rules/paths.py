@@ -37,16 +37,21 @@ def cached(function: Callable[..., Result]) -> Callable[..., Result]:
     Nodes of a user's own may hold what cannot be hashed, or not be compared with that of another
     tree, such as NumPy's arrays; such trees are read each time.
     """
-    keeping = functools.lru_cache(_CACHE_SIZE)(function)
+    keeping = functools.lru_cache(_CACHE_SIZE)(lambda _, arguments: function(*arguments))
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Result:
         # An error of the function itself is not kept, and comes again.
         with contextlib.suppress(Exception):
-            return keeping(*arguments)
+            return keeping(_spelled(arguments), arguments)
         return function(*arguments)
 
     return call
+
+
+def _spelled(arguments: tuple[Any, ...]) -> tuple[str, ...]:
+    """Structures as text: keys that are equal may read differently, as 1 and True do in a path."""
+    return tuple(str(each) for each in arguments if isinstance(each, jax.tree_util.PyTreeDef))
 
 
 def leaf_paths(tree: Any) -> list[tuple[str, Any]]:

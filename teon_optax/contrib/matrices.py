@@ -11,6 +11,7 @@ import optax
 
 from teon_optax._groups.layout import Layout
 from teon_optax._groups.plan import plan
+from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._rules.rule import Rule
 from teon_optax._sharding.placement import merge_axes, split_axis, splittable
 
@@ -64,15 +65,15 @@ def each_matrix(
     inputs = [leaves, *(structure.flatten_up_to(other) for other in others)]
     more: list[Any] = [optax.MaskedNode()] * len(leaves)
     for index, layout in layouts.items():
-        leaf = leaves[index]
-        wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
-        given = [wide, *(other[index] for other in inputs[1:])]
+        leaf, last = leaves[index], inputs[-1][index]
+        wide = on_device(leaf).astype(np.promote_types(leaf.dtype, np.float32))
+        given = [wide, *(on_device(other[index]) for other in inputs[1:])]
         _, _, fan_in, fan_out = layout.roles
         parts = zip(*(to_parts(each, layout) for each in given), strict=True)
         results = zip(*(function(*part, fan_in, fan_out) for part in parts), strict=True)
         new, *rest = (from_parts(result, layout) for result in results)
-        leaves[index] = placed_like(new.astype(leaf.dtype), leaf)
-        (more[index],) = rest or [optax.MaskedNode()]
+        leaves[index] = kept_beside(placed_like(new.astype(leaf.dtype), leaf), leaf)
+        (more[index],) = [kept_beside(each, last) for each in rest] or [optax.MaskedNode()]
     return structure.unflatten(leaves), structure.unflatten(more)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from teon_optax._arguments import check_number
+from teon_optax._arguments import check_eps
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, scaling
 from teon_optax.contrib.matrices import Axes, each_matrix, length, sum_of_squares
@@ -52,7 +52,7 @@ def normalize_matrices(
     """
     if normalize not in _NORMALIZATIONS:
         raise ValueError(f"`normalize={normalize!r}` should be one of {_NORMALIZATIONS}.")
-    check_number("eps", eps)
+    check_eps(eps)
     rules, factor = checked_rules(rules), scaling(scale)
 
     def normalized(matrix: jax.Array, fan_in: Axes, fan_out: Axes) -> tuple[jax.Array]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from teon_optax._arguments import check_number
+from teon_optax._arguments import check_eps, check_number
 from teon_optax._rules.rule import Rule, checked_rules
 from teon_optax.contrib.matrices import Axes, each_matrix, length, sum_of_squares
 
@@ -52,7 +52,7 @@ def scale_by_normuon(
     rules = checked_rules(rules)
     check_number("beta2", beta2, end=1)
     check_number("rms", 1 if rms is None else rms)
-    check_number("eps", eps)
+    check_eps(eps)
 
     def zero(matrix: jax.Array, fan_in: Axes, fan_out: Axes) -> tuple[jax.Array, jax.Array]:
         del fan_out

@@ -14,6 +14,7 @@ from teon_optax._groups.batching import BatchKey, in_batches
 from teon_optax._groups.plan import plan, plan_of_updates
 from teon_optax._orthogonalize import orthogonalize_updates
 from teon_optax._polar.coefficients import Method, MethodLike, resolve
+from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.newton_schulz import weighted_sums
 from teon_optax._polar.precision import Numerics, check_precision
 from teon_optax._rules.rule import Rule, checked_rules
@@ -87,7 +88,7 @@ def orthogonalize_slices(
     ) -> tuple[optax.Updates, optax.OptState]:
         planned = plan_of_updates(updates, params, rules)
         leaves, structure = jax.tree.flatten(updates)
-        taken = {index: leaves[index] for index in planned.taken}
+        taken = {index: on_device(leaves[index]) for index in planned.taken}
         located = placement.locate(updates, taken)
         if located is not None:
             taken = {index: located.gathered(index, leaf) for index, leaf in taken.items()}
@@ -99,7 +100,8 @@ def orthogonalize_slices(
             located=located,
         )
         for index, update in in_batches(taken, planned.series, function).items():
-            leaves[index] = update if located is None else located.returned(index, update)
+            placed = update if located is None else located.returned(index, update)
+            leaves[index] = kept_beside(placed, leaves[index])
         return structure.unflatten(leaves), state
 
     return optax.GradientTransformation(init_fn, update_fn)

@@ -77,3 +77,10 @@ def test_a_mesh_may_cut_through_parts(split):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     specs = P(None, ("data", "model")), P("data", "model")
     assert_same_on(mesh, specs, Rule("w", split=split), (4, 16))
+
+
+@pytest.mark.parametrize("transform", [contrib.normalize_matrices, contrib.scale_by_normuon])
+@pytest.mark.parametrize("eps", [0, 0.0, -1e-7, 1e-60])
+def test_an_eps_that_lets_zero_be_divided_by_zero_is_refused(transform, eps):
+    with pytest.raises(ValueError, match=r"`eps=.*` should be a number, at least 1.17"):
+        transform([Rule("w")], eps=eps)
