@@ -19,8 +19,9 @@ from benchmarks import communication
 from benchmarks.compiled import COLLECTIVES
 from teon_optax import Rule, orthogonalize, polar_express, teon
 
-# Many layouts, each compiled for eight devices.
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+# Many layouts, each compiled for eight devices; one of them is quick.
+slow = pytest.mark.slow
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 RULES = (
     Rule(r"block_(?P<layer>\d+)/(query|key)", stack=2),
@@ -103,8 +104,11 @@ LAYOUTS = {
 }
 
 
-KINDS = [(name, AUTO) for name in LAYOUTS] + [
-    (name, EXPLICIT) for name in ("replicated", "fan_in", "two axes", "replicas of shards")
+KINDS = [("two axes", AUTO)]
+KINDS += [pytest.param(name, AUTO, marks=slow) for name in LAYOUTS if name != "two axes"]
+KINDS += [
+    pytest.param(name, EXPLICIT, marks=slow)
+    for name in ("replicated", "fan_in", "two axes", "replicas of shards")
 ]
 
 
@@ -118,6 +122,7 @@ def test_sharded_updates_are_those_of_one_device(layout, kind):
     assert ("all-gather" in text) == (cut < 8)
 
 
+@slow
 @pytest.mark.parametrize(("mode", "kind"), [(1, AUTO), (2, EXPLICIT), (3, AUTO)], ids=str)
 def test_every_mode_with_a_shorter_tail(mode, kind):
     tree = {f"block_{i}": {"w": leaf} for i, leaf in enumerate(normal(5, D, 2 * D))}
@@ -175,6 +180,7 @@ LEAVES = {
 }
 
 
+@slow
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 @pytest.mark.parametrize("case", LEAVES)
 def test_leaves_of_every_layout(case, kind):
@@ -186,6 +192,7 @@ def test_leaves_of_every_layout(case, kind):
         assert not re.search(r" all-|collective|reduce-scatter", text)
 
 
+@slow
 def test_layers_that_are_not_cut_go_to_devices_as_they_are():
     """A free axis of the mesh goes along layers, where no group is cut: nothing is exchanged."""
     tree = {"w": normal(16, D, D)}
@@ -194,6 +201,7 @@ def test_layers_that_are_not_cut_go_to_devices_as_they_are():
     assert text.count(" all-gather(") == 1 and "all-to-all" not in text
 
 
+@slow
 def test_stages_of_a_pipeline_that_have_whole_groups_send_nothing():
     """A stage has 2 of 16 layers of a scanned leaf, which are a group."""
     tree = {"layers": {"w": normal(16, D, D)}}
@@ -203,6 +211,7 @@ def test_stages_of_a_pipeline_that_have_whole_groups_send_nothing():
     assert not any(f" {collective}(" in text for collective in COLLECTIVES)
 
 
+@slow
 def test_more_devices_than_groups_share_them():
     """One group on eight devices: the rows of its Gram matrix are all that they tell each other."""
     tree = {"block_0": {"up": normal(D, 8 * D)}}
@@ -212,6 +221,7 @@ def test_more_devices_than_groups_share_them():
     assert len(re.findall(r" all-reduce\(", text)) == 6  # the peak, then one sum for each step
 
 
+@slow
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 def test_gradients_through_an_update_that_devices_share_are_those_of_one_device(kind):
     """Eight devices have one 16 x 16 kernel between them, so all share its group."""
@@ -238,6 +248,7 @@ def test_gradients_through_an_update_that_devices_share_are_those_of_one_device(
     assert_same(shared, alone)
 
 
+@slow
 @pytest.mark.parametrize("method", ["svd", "schatten"])
 def test_every_method(method):
     mesh = mesh_of(data=4, model=2)
@@ -245,6 +256,7 @@ def test_every_method(method):
     assert_sharded_update_is_the_same(tree, mesh, specs_of(tree, P("data", "model")), method=method)
 
 
+@slow
 @pytest.mark.parametrize("factor", [0.0, 1e-30])
 def test_owners_and_sharers_scale_before_they_square(factor):
     tree = jax.tree.map(lambda leaf: factor * leaf, transformer())
@@ -276,6 +288,7 @@ def single_update():
     return jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)[0]
 
 
+@slow
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 def test_momentum_lies_as_params_do_and_its_memory_is_used_again(kind):
@@ -306,6 +319,7 @@ def moments(state):
     return jax.tree.leaves(merged)
 
 
+@slow
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 def test_types_of_the_state_never_change(kind):
@@ -318,6 +332,7 @@ def test_types_of_the_state_never_change(kind):
     assert types == jax.tree.map(jax.typeof, eager) == jax.tree.map(jax.typeof, compiled)
 
 
+@slow
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("context", ["set_mesh", "none"])
 def test_partition_specs_find_the_mesh(context):
@@ -334,6 +349,7 @@ def test_partition_specs_find_the_mesh(context):
     assert_same(updates, single_update())
 
 
+@slow
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 def test_scan_and_vmap(kind):
@@ -355,6 +371,7 @@ def test_scan_and_vmap(kind):
         assert_same(jax.tree.map(lambda leaf: leaf[0], updates), single_update())
 
 
+@slow
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 def test_exported_update(kind):
@@ -368,6 +385,7 @@ def test_exported_update(kind):
     assert_same(jax.jit(restored.call)(params), single_update())
 
 
+@slow
 @pytest.mark.promotes_dtypes
 def test_wrong_specs_stay_correct():
     mesh, tree = mesh_of(AUTO, **MESH_SIZES), transformer()
@@ -378,6 +396,7 @@ def test_wrong_specs_stay_correct():
     )
 
 
+@slow
 @pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
 def test_what_cannot_be_cut_evenly_is_computed_everywhere(kind):
     tree = {f"block_{i}": {"query": leaf} for i, leaf in enumerate(normal(2, 9, 9))}
@@ -389,6 +408,7 @@ def test_what_cannot_be_cut_evenly_is_computed_everywhere(kind):
         assert_same(jax.jit(uneven.update)(tree, optax.EmptyState())[0], single)
 
 
+@slow
 @pytest.mark.promotes_dtypes
 def test_unknown_shardings_are_left_to_the_compiler():
     tree = transformer()
@@ -396,6 +416,7 @@ def test_unknown_shardings_are_left_to_the_compiler():
     assert_same(jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)[0], single_update())
 
 
+@slow
 @pytest.mark.promotes_dtypes
 def test_hidden_shardings_are_noticed_once():
     mesh, tree = mesh_of(), transformer()
@@ -484,6 +505,7 @@ def test_specs_without_a_mesh_are_refused():
             optimizer.update(tree, state)
 
 
+@slow
 @pytest.mark.promotes_dtypes
 @pytest.mark.promotes_ranks
 @pytest.mark.parametrize("layout", ["fan-in", "fan-out", "2-D"])
