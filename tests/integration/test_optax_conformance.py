@@ -18,9 +18,6 @@ from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, orthogonalize, scale_by_teon, teon
 
-# Their 3-D leaves have no names that tell what they are.
-pytestmark = pytest.mark.filterwarnings("ignore:No name tells what these leaves above 2-D are")
-
 
 def suite(file, **ours):
     """A copy of a test module of Optax whose test classes see `ours` in place of its own names."""
@@ -42,6 +39,7 @@ def suite(file, **ours):
     return module
 
 
+# Their trees are lists of arrays, of which default rules ask what they are.
 MATRICES = (Rule("", dims=MuonDimensionNumbers(-2, -1)),)
 SCANNED = (Rule("", stack=2, layer_axis=0),)
 
@@ -65,13 +63,13 @@ def contributed_tests(*optimizers):
 
 
 ContribTest = contributed_tests(
-    under_test(),
+    under_test(rules=MATRICES),
     under_test(rules=MATRICES, method="schatten", scale=0.2, nesterov=False),
 )
 WrappedContribTest = pytest.mark.slow(
     contributed_tests(
-        under_test("mechanize", {"weight_decay": 0.0}, learning_rate=1e-1),
-        under_test("schedule_free", {"learning_rate": 1e-2}),
+        under_test("mechanize", {"weight_decay": 0.0}, learning_rate=1e-1, rules=MATRICES),
+        under_test("schedule_free", {"learning_rate": 1e-2}, rules=MATRICES),
     )
 )
 
@@ -80,7 +78,7 @@ ShardingTest = suite(
     # It compares versions as strings, by which 0.10 is less than 0.7.2, and would skip most tests.
     jax=types.SimpleNamespace(**vars(jax) | {"__version__": "1"}),
     OPTIMIZERS={
-        "teon": teon(1.0),
+        "teon": teon(1.0, MATRICES),
         "teon_of_scanned_layers": teon(1.0, SCANNED),
         "scale_by_teon": scale_by_teon(SCANNED),
         "orthogonalize": optax.chain(optax.trace(0.95), orthogonalize(SCANNED)),
