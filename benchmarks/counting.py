@@ -161,5 +161,4 @@ def _known_inside(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, known: Mapping) -> Mapp
 def _flops(eqn: Any) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     lengths = [eqn.invars[0].aval.shape[axis] for axis in contracted]
-    complex_in_real = 4 if eqn.outvars[0].aval.dtype.kind == "c" else 1
-    return 2 * complex_in_real * eqn.outvars[0].aval.size * math.prod(lengths)
+    return 2 * eqn.outvars[0].aval.size * math.prod(lengths)
