@@ -69,6 +69,10 @@ class BatchKey(NamedTuple):
         """Shape of the groups before they are unfolded; -1 stands for their number."""
         return -1, self.K, self.batch, self.fan_in, self.fan_out
 
+    def scaled(self, scale: ScaleFunction) -> jax.typing.ArrayLike:
+        """What `scale` gives to the update of one of the groups."""
+        return scale(self.fan_in, self.fan_out, self.K, min(self.joint))
+
     def whole(self, sizes: Mapping[str, int]) -> "BatchKey":
         """The key of the whole groups of which one device holds a piece.
 
@@ -124,7 +128,7 @@ def scaled_polar_factors(
       numerics: By which polynomial and in which precision.
       scale: Factor of a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
     """
-    scales = [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in joint]
+    scales = [key.scaled(scale) for key in joint]
     factors = orthogonalize_batches(list(joint.values()), scales, numerics)
     return dict(zip(joint, factors, strict=True))
 
@@ -145,12 +149,12 @@ def pieces_by_batch(
     for series in all_series:
         stack, depth = series.rule.stack, series.depth
         full = depth - depth % stack
+        dtype = _common_dtype([leaves[leaf].dtype for leaf in series.leaves])
         for start, stop, layers in ((0, full, stack), (full, depth, depth - full)):
             if start < stop:
                 K, first = layers * series.coupled, series.leaves[0]
                 # A single matrix has no other layer to share an axis with: modes 1 and 2 agree.
                 mode = 1 if K == 1 and series.rule.mode == 2 else series.rule.mode
-                dtype = _common_dtype([leaves[leaf].dtype for leaf in series.leaves])
                 key = BatchKey(K, series.alone, *series.matrix, mode, dtype)
                 key = key._replace(axes=axes[first]) if axes else key
                 found.setdefault(key, []).extend(pieces_of(series, start, stop))

@@ -81,7 +81,7 @@ def _exchanged_updates(
     axes = {leaf: own.axes for leaf, own in entries.items()}
     groups = [key.whole(located.sizes) for key in pieces_by_batch(of_shards, entered, axes)]
     # Operands, since a scale may be traced; in the order in which the shards form their batches.
-    scales = [scale(key.fan_in, key.fan_out, key.K, min(key.joint)) for key in groups]
+    scales = [key.scaled(scale) for key in groups]
     return _exchanged(
         entered,
         [jnp.asarray(value) for value in scales],
