@@ -204,7 +204,9 @@ def test_readme_takes_a_page_where_it_has_a_place_for_it(tmp_path):
 @pytest.mark.parametrize(
     "measured",
     [
-        lambda depth, _: dict.fromkeys(planning.FIGURES, depth / 1000),
+        lambda depth, _, with_muon: {
+            key: depth / 1000 for key in planning.FIGURES if with_muon or key != "eager_muon"
+        },
         # Optax's Muon compiles at every eager update.
         pytest.param(planning.measured, marks=pytest.mark.slow),
     ],
@@ -219,3 +221,4 @@ def test_planning_shows_another_version_beside(measured, monkeypatch, tmp_path, 
     planning.main(["--depths", "2", "--repetitions", "1", *before])
     rows = table_rows(capsys.readouterr().out)
     assert [row.split(" | ")[0] for row in rows[-2:]] == ["| 2 blocks, before", "| 2 blocks, after"]
+    assert "eager_muon" not in first["depths"]["2"] and rows[-2].split(" | ")[8] == ""
