@@ -1,5 +1,6 @@
 """Which modules are layers of a network, and how wide the stream between them is."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -81,6 +82,8 @@ def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
             depth = leaf.scanned.count("/") + 1
         if depth is not None:
             blocks[leaf.home] = leaf.names[:depth]
+        if leaf.block:
+            blocks[leaf.home] = *leaf.names[: leaf.depth], re.sub(r"\d+", HOLE, leaf.block)
     twins = {m: index for index, modules in enumerate(alike.values()) for m in modules}
     return Blocks(blocks, {"/".join(module) for module in networks}, twins)
 

@@ -122,7 +122,7 @@ def _mixtures(
     below: dict[str, list[Leaf]] = {}
     for held in matrices.values():
         for leaf in held:
-            for module in above(leaf.path):
+            for module in {*above(leaf.path), leaf.home}:
                 below.setdefault(module, []).append(leaf)
     routers, mixtures, experts = set(), set(), set()
     for home, held in matrices.items():

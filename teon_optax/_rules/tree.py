@@ -36,6 +36,7 @@ class Leaf:
     layer_axis: int | None = None
     scanned: str = ""  # the module whose leaves all have that axis
     is_factor: bool = False  # a "b" beside an "a", so no bias
+    block: str = ""  # `h0`, where `h0_attn_q` and `h0_up` say it of themselves
 
     @cached_property
     def keys(self) -> list[str]:
@@ -52,13 +53,14 @@ class Leaf:
 
     @cached_property
     def home(self) -> str:
-        """The path of the module around."""
-        return "/".join(self.keys[: self.depth])
+        """The path of the module around; that of `h0_attn_q` ends with the block that it names."""
+        block = [self.block] if self.block else []
+        return "/".join([*self.keys[: self.depth], *block])
 
     @property
     def name(self) -> str:
         """What the leaf, or the module that holds only its weight, is called at home."""
-        return self.keys[self.depth]
+        return self.keys[self.depth].removeprefix(self.block)
 
     @property
     def weight(self) -> str:
@@ -119,6 +121,13 @@ def leaves_of(params: Any) -> list[Leaf]:
         dataclasses.replace(leaf, names=names, numbers=numbers, is_factor=leaf.path in factors)
         for leaf, (names, numbers) in zip(leaves, _taken_apart(leaves), strict=True)
     ]
+    blocks = _named_blocks(leaves)
+    leaves = [
+        dataclasses.replace(leaf, block=leaf.keys[leaf.depth][: found.end()])
+        if (found := _block_in(leaf)) and (leaf.names[: leaf.depth], found[1]) in blocks
+        else leaf
+        for leaf in leaves
+    ]
     axes = _scanned_modules([leaf for leaf in leaves if leaf.is_float])
     return [_one_layer(leaf, axes) for leaf in leaves]
 
@@ -166,6 +175,29 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
     for leaf, modules in zip(leaves, places, strict=True):
         pairs = [known[step] for step in zip(modules, leaf.keys, strict=True)]
         yield tuple(name for name, _ in pairs), tuple(number for _, number in pairs)
+
+
+def _block_in(leaf: Leaf) -> re.Match[str] | None:
+    """What stands before the words of a name such as `h0_attn_q`, and its number."""
+    has_words = HOLE in leaf.names[leaf.depth].rstrip(HOLE)
+    return re.match(r"(.*?)\d+_", leaf.keys[leaf.depth]) if has_words else None
+
+
+def _named_blocks(leaves: Sequence[Leaf]) -> set[tuple[tuple[str, ...], str]]:
+    """The modules around, and what stands before the number, of blocks that names alone show.
+
+    Several matrices then have each of several numbers.
+    """
+    found: dict[tuple[Any, ...], dict[str, set[str | None]]] = {}
+    for leaf in leaves:
+        if leaf.is_matrix and (block := _block_in(leaf)):
+            numbers = found.setdefault((leaf.names[: leaf.depth], block[1]), {})
+            numbers.setdefault(leaf.names[leaf.depth], set()).add(leaf.numbers[leaf.depth])
+    return {
+        block
+        for block, numbers in found.items()
+        if len(numbers) > 1 and all(len(each) > 1 for each in numbers.values())
+    }
 
 
 def _with_holes(key: str) -> Iterator[tuple[str, str]]:
