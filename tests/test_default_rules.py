@@ -674,6 +674,45 @@ def test_a_fused_projection_is_offered_as_the_output_projection_shows_it():
     assert "laid out by heads or groups cannot be split so" in refusal(arrays(leaves))
 
 
+@pytest.mark.parametrize(
+    ("leaves", "likely"),
+    [
+        (
+            {"b/0/attn/in_proj_qkvz/kernel": (64, 224), "b/0/attn/out_proj/kernel": (96, 64)},
+            'attn/in_proj_qkvz/kernel$", stack=2, split=(16, 16, 96, 96))  # (in, out)',
+        ),
+        (
+            {"blocks/0/mlp/proj_1/kernel": (64, 128), "blocks/0/mlp/proj_2/kernel": (64, 64)}
+            | {"blocks/0/mix/kernel": (64, 64)},
+            'mlp/proj_1/kernel$", split=2)  # (in, out)',
+        ),
+        (
+            {"b/0/moe/router": (8, 64), "b/0/moe/w1": (512, 64), "b/0/moe/w2": (512, 64)},
+            'moe/w\\d+$", dims=MuonDimensionNumbers(reduction_axis=1, output_axis=0), split=8)'
+            "  # (out, in)",
+        ),
+    ],
+    ids=["Q, K, V and a gate", "gate and up", "experts"],
+)
+def test_the_likely_parts_of_a_matrix_are_offered_first(leaves, likely):
+    _, entry = refusal(arrays(leaves)).split(" Write one of\n")
+    assert entry.splitlines()[0].endswith(likely)
+
+
+def test_arrays_of_a_list_are_offered_by_number_and_the_ends_as_the_fallbacks():
+    params = [array(99, 64), array(64, 64), array(64), array(64, 64), array(64, 99)]
+    _, ends, inside = refusal(params).split('\n"')
+    assert ends.startswith('0", "4", shape (99, 64) or (64, 99)')
+    assert ends.splitlines()[1] == '    Rule(r"^(0|4)$", stack=0)  # fallback'
+    assert inside.splitlines()[1] == '    Rule(r"^(?P<layer>1|3)$")  # (in, out)'
+
+
+def test_a_vmapped_ensemble_is_offered_as_a_batch():
+    leaves = {"VmapMLP_0/Dense_0/kernel": (5, 17, 64), "VmapMLP_0/Dense_0/bias": (5, 64)}
+    with pytest.warns(UserWarning, match=r"# \(batch, in, out\)"):
+        default_rules(arrays(leaves))
+
+
 def test_packed_experts_are_offered_as_parts():
     leaves = {"blocks/0/ffn/router/layer/kernel": (D, E), "blocks/0/ffn/experts/w1": (E * F, D)}
     message = refusal(arrays(leaves))

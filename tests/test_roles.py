@@ -110,6 +110,51 @@ TABLES = {
         "critics_*/Dense_1/kernel": "64x64 M 64x64",
         "critics_*/Dense_2/kernel": "64x1 F",
     },
+    "a list of weights and biases": {
+        "0/0": "17x64 F",
+        "0/1": "64 F",
+        "1/0": "64x64 M 64x64",
+        "1/1": "64 F",
+        "2/0": "64x6 F",
+        "2/1": "6 F",
+    },
+    "an output as wide as the input": {
+        "Dense_0/kernel": "8x64 F",
+        "Dense_1/kernel": "64x32 M 64x32",
+        "Dense_2/kernel": "32x64 M 32x64",
+        "Dense_10/kernel": "64x8 F",
+    },
+    "an input and an output of one size, in no order": {
+        "fee/kernel": "8x64 ?",
+        "Dense_0/kernel": "64x64 M 64x64",
+        "Dense_1/kernel": "64x64 M 64x64",
+        "fum/kernel": "64x8 ?",
+    },
+    "an autoencoder": {
+        "encoder/Dense_0/kernel": "784x256 ?",
+        "encoder/Dense_1/kernel": "256x32 ?",
+        "decoder/Dense_0/kernel": "32x256 ?",
+        "decoder/Dense_1/kernel": "256x784 ?",
+    },
+    "two networks of which one reads what the other writes": {
+        "generator/Dense_0/kernel": "16x64 F",
+        "generator/Dense_1/kernel": "64x64 M 64x64",
+        "generator/Dense_2/kernel": "64x784 ?",
+        "discriminator/Dense_0/kernel": "784x64 ?",
+        "discriminator/Dense_1/kernel": "64x64 M 64x64",
+        "discriminator/Dense_2/kernel": "64x1 F",
+    },
+    "critics with a head of another name": {
+        "critics_*/trunk/Dense_0/kernel": "17x64 F",
+        "critics_*/trunk/Dense_1/kernel": "64x64 M 64x64",
+        "critics_*/value/kernel": "64x1 F",
+    },
+    "a vmapped ensemble": {
+        "VmapMLP_0/Dense_0/kernel": "5x17x64 ?",
+        "VmapMLP_0/Dense_0/bias": "5x64 F",
+        "VmapMLP_0/Dense_1/kernel": "5x64x64 ?",
+        "VmapMLP_0/Dense_1/bias": "5x64 F",
+    },
     "a list of arrays": {
         "0": "999x64 ?",
         "1": "64x4x16 ?",
@@ -126,6 +171,7 @@ HIDDEN = {
         "l2/weight": "64x64 M 64x64",
         "head/weight": "10x64 F",
     },
+    "an MLP with no block around": {"square/kernel": "64x64 M 64x64"} | MLP,
     "a module of a block called embed": under("blocks/*/", MLP)
     | {"blocks/*/embed/kernel": "64x256 M 64x256", "blocks/*/ln/scale": "64 F"},
     "a head called cls": {"cls/kernel": "64x10 F"} | under("net/l*/", BLOCK),
@@ -151,6 +197,8 @@ FUSED = {
     "with a gate, laid out by heads": under("blocks/*/", MLP)
     | {"blocks/*/attn/in_proj_qkvz/kernel": "64x256 ?"}
     | {"blocks/*/attn/out_proj/kernel": "64x64 M 64x64"},
+    "unnamed in a feed forward as wide as the stream, which may be gate and up": BLOCKS
+    | {"blocks/*/other/proj_1/kernel": "64x128 ?", "blocks/*/other/proj_2/kernel": "64x64 M 64x64"},
     "heads in three": under("blocks/*/", MLP)
     | {"blocks/*/attn/qkv/kernel": "64x3x4x16 T 64x64"}
     | {"blocks/*/attn/out/kernel": "4x16x64 M 64x64", "blocks/*/ln/scale": "64 F"},
@@ -177,6 +225,15 @@ LOW_RANK = {
             "blocks/*/v/kernel": "64x64 T 64x64",
         }
         for a, b in (("a", "b"), ("A", "B"), ("down", "up"), ("lora_a", "lora_b"), ("fee", "fum"))
+    },
+    "two that lead through a narrow size": BLOCKS
+    | {"blocks/*/zorp/fee": "64x4 ?", "blocks/*/zorp/fum": "4x256 ?"},
+    "an adapter": BLOCKS
+    | {
+        "blocks/*/adapter/down/kernel": "64x4 M 64x4",
+        "blocks/*/adapter/down/bias": "4 F",
+        "blocks/*/adapter/up/kernel": "4x64 M 4x64",
+        "blocks/*/adapter/up/bias": "64 F",
     },
     "factors in modules": under("blocks/*/mlp/", MLP)
     | {
@@ -226,6 +283,16 @@ MIXTURES = {
     "experts one after another": under("blocks/*/attn/", ATTENTION)
     | {"blocks/*/ffn/router/layer/kernel": "64x8 F"}
     | {f"blocks/*/ffn/experts/mlp/{name}": "1024x64 ?" for name in ("w1", "v1", "w2")},
+    **{
+        f"experts one after another, in {module} beside {router}": under("b/*/attn/", ATTENTION)
+        | {f"b/*/{module}/{router}/kernel": "64x8 F"}
+        | dict.fromkeys((f"b/*/{module}/{name}" for name in ("w1", "v1", "w2")), "1024x64 ?")
+        for module, router in (("moe", "router"), ("ffn", "gate"))
+    },
+    "experts one after another along both widths": under("blocks/*/attn/", ATTENTION)
+    | {"blocks/*/moe/router/kernel": "64x8 F"}
+    | {"blocks/*/moe/gate": "512x128 ?", "blocks/*/moe/up": "512x128 ?"}
+    | {"blocks/*/moe/down": "1024x64 ?"},
     "a shared expert and its gate": {
         "layers/*/mlp/gate/kernel": "64x8 F",
         "layers/*/mlp/experts/up/kernel": "8x64x128 M 64x128",
@@ -263,6 +330,11 @@ LAYERS = {
         for network in range(2)
         for name in ("query", "key", "value", "out")
     },
+    "blocks that names alone show": under(
+        "h*_attn_", dict.fromkeys(("q/w", "k/w", "v/w"), "64x64 T 64x64")
+    )
+    | under("h*_", {"attn_o/w": "64x64 M 64x64", "mlp_up/w": "64x256 M 64x256"})
+    | {"h*_mlp_down/w": "256x64 M 256x64", "h*_ln/scale": "64 F", "embed/w": "99x64 F"},
     "a number inside of a name": under(
         "gpt/h*_attn/", dict.fromkeys(("query/w", "key/w", "value/w"), "64x64 T 64x64")
     )
@@ -319,6 +391,8 @@ PER_HEAD = {
         "blocks/*/cema/gamma_real": "64x5 F",
         "blocks/*/cema/omega": "64x5 ?",
     },
+    "a convolution over time and the matrix behind it": BLOCKS
+    | {"blocks/*/conv/k": "4x128 F", "blocks/*/conv/w": "128x128 ?"},
     "a feed forward with key and value": {
         "blocks/*/feed_forward/key/kernel": "64x128 M 64x128",
         "blocks/*/feed_forward/value/kernel": "128x64 M 128x64",

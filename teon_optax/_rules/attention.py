@@ -34,11 +34,13 @@ def fused(leaf: Leaf, around: Siblings) -> Role | None:
             return Role("qkv", reader_dims(layout), split=parts)
     elif (axis := _fused_axis(leaf, around, parts)) is not None:
         return Role("qkv", matrix_dims(axis), split=parts)
+    equal = [] if leaf.says("gated") else projections(leaf, parts)
+    split = f"`split={parts}` is for equal parts" if equal else "`split` is for parts"
     question = (
-        f"Where do its parts lie? `split={parts}` is for equal parts, one after another; what is "
-        "laid out by heads or groups cannot be split so."
+        f"Where do its parts lie? {split}, one after another; what is laid out by heads or groups "
+        "cannot be split so."
     )
-    choices = [*_unequal(leaf, around), *projections(leaf, parts), *others(leaf)]
+    choices = [*_unequal(leaf, around), *equal, *others(leaf)]
     return refused(question, dict.fromkeys(choices))
 
 
@@ -54,7 +56,12 @@ def _thirds(leaf: Leaf, around: Siblings) -> Role | None:
     is_turned = (into // 3, out) in shapes and into % 3 == 0 and len(beside) == 1
     may_be_unequal = (out, into) == (2 * into, into) and shapes == [(into, into)]
     if is_turned or may_be_unequal:
-        return refused("Q, K and V in one?", [*_unequal(leaf, around), *others(leaf)])
+        dims = matrix_dims(1 if (into, out) == leaf.shape else 0)
+        pair = [Role("hidden", dims, split=2)] if may_be_unequal else []
+        fused_ones = _unequal(leaf, around)
+        choices = [*fused_ones, *pair] if leaf.in_attention else [*pair, *fused_ones]
+        question = "Q, K and V in one, or gate and up?" if pair else "Q, K and V in one?"
+        return refused(question, [*choices, *others(leaf)])
     is_read = any(out in shape for shape in shapes) or any(other.letter for other in beside)
     if is_read or (out // 3, into) not in shapes or out % 3:
         return None
@@ -66,7 +73,10 @@ def _thirds(leaf: Leaf, around: Siblings) -> Role | None:
 
 
 def _unequal(leaf: Leaf, around: Siblings) -> list[Role]:
-    """Q as wide as the output projection reads, K and V the halves of what is left."""
+    """Q as wide as the output projection reads, K and V the halves of what is left.
+
+    With a gate behind them (`qkvz`), V and the gate are as wide as that, and Q and K are halves.
+    """
     output = output_of(leaf, around)
     if output is None or len(output.shape) != len(leaf.shape):
         return []
@@ -75,10 +85,14 @@ def _unequal(leaf: Leaf, around: Siblings) -> list[Role]:
     else:
         axis = out_axis(leaf, around) or 0
         heads, dims = output.shape[1 - axis], matrix_dims(axis)
-    rest = leaf.shape[axis] - heads
-    if rest <= 0 or rest % 2 or rest == 2 * heads:
+    is_gated = leaf.says("gated")
+    rest = leaf.shape[axis] - heads * (2 if is_gated else 1)
+    if rest <= 0 or rest % 2 or (rest == 2 * heads and not is_gated):
         return []
-    return [Role("qkv", dims, split=(heads, rest // 2, rest // 2))]
+    half = rest // 2
+    return [
+        Role("qkv", dims, split=(half, half, heads, heads) if is_gated else (heads, half, half))
+    ]
 
 
 def _fused_axis(leaf: Leaf, around: Siblings, parts: int) -> int | None:

@@ -98,7 +98,9 @@ def _is_network(
     """
     depth = len(module)
     matrices = [leaf for leaf in held if leaf.is_matrix]
-    if len(matrices) > 1 and says("network", re.sub(r"_?\d+$", "", module[-1]) or "".join(module[-2:-1])):
+    if len(matrices) > 1 and says(
+        "network", re.sub(r"_?\d+$", "", module[-1]) or "".join(module[-2:-1])
+    ):
         return True
     if any(layer_depth(leaf) is not None for leaf in matrices):
         return any((layer_depth(leaf) or 0) > depth for leaf in matrices)

@@ -2,9 +2,9 @@
 
 from optax.contrib import MuonDimensionNumbers as D
 
-from teon_optax._rules.axes import fans, matrix_dims, out_axis, reader_dims
+from teon_optax._rules.axes import bias_axis, fans, matrix_dims, out_axis, reader_dims
 from teon_optax._rules.names import says
-from teon_optax._rules.roles import FALLBACK, Role, others, refused
+from teon_optax._rules.roles import FALLBACK, Role, others, refused, unknown
 from teon_optax._rules.siblings import Siblings
 from teon_optax._rules.tree import Leaf
 
@@ -17,7 +17,7 @@ def low_rank(leaf: Leaf, around: Siblings) -> Role | None:
     else:
         is_second = _is_second_factor(leaf, around)
         if is_second is None:
-            return None
+            return unknown(leaf) if _is_narrow(leaf, around) else None
     if len(leaf.shape) == 2:
         axis = out_axis(leaf, around)
         dims = matrix_dims(1 if axis is None else axis)
@@ -44,23 +44,47 @@ def _is_second_factor(leaf: Leaf, around: Siblings) -> bool | None:
     return None
 
 
+def _is_narrow(leaf: Leaf, around: Siblings) -> bool:
+    """Whether two matrices, alone in their module, lead through a quarter of their widths at most.
+
+    They may be factors of one matrix, or an adapter; a bias between shows the latter. Two of which
+    each follows the other may be an MLP, too, unless a name or the stream tells which size is wide.
+    """
+    held = around.matrices[leaf.home]
+    is_pair = len(held) == 2 and all(len(each.shape) == 2 for each in held)
+    is_pair &= not any(home.startswith(f"{leaf.home}/") for home in around.matrices)
+    if not is_pair or leaf.home not in around.blocks or leaf.says("latent"):
+        return False
+    if any(bias_axis(each, around) is not None for each in held):
+        return False
+    sizes, stream = [fans(each, around) for each in held], around.stream_of(leaf)
+    is_mlp = len(stream) != 1 and sizes[0] == sizes[1][::-1] and not says("adapter", *leaf.keys)
+    return not is_mlp and any(
+        first[1] == second[0] and 4 * first[1] <= min(first[0], second[1]) and stream != {first[1]}
+        for first, second in (sizes, sizes[::-1])
+    )
+
+
 def mixture(leaf: Leaf, around: Siblings) -> Role | None:
     """Routers and experts; nothing of an expert is Q, K or V."""
     modules = [key for key in leaf.keys[: leaf.depth] if not key.isdecimal()]
     words, module = [*modules, leaf.name], ["", *modules][-1]
+    beside = [other for other in around.matrices[leaf.home] if other is not leaf]
     is_gate = leaf.says("gate") and not says("shared", module)
+    is_gate &= not any(other.says("router") for other in beside)
     has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in around.modules
+    has_experts |= sum(_counted(leaf, other) > 1 for other in beside) > 1
     is_router = says("router", *words) or leaf.path in around.routers
     # A gate to one number, as of a shared expert.
-    is_router |= 1 in leaf.shape and any(
-        other.path in around.routers for other in around.matrices[leaf.home]
-    )
+    is_router |= 1 in leaf.shape and any(other.path in around.routers for other in beside)
     if len(leaf.shape) == 2 and (is_router or (is_gate and has_experts)):
         return FALLBACK
     is_expert = leaf.path in around.experts or says("experts", *words)
     is_expert |= says("mixture", module) and len(leaf.shape) > 2
-    if not is_expert or any(says("shared", key) for key in words):
+    if any(says("shared", key) for key in words):
         return None
+    if not is_expert:
+        return _packed(leaf, around)
     if len(leaf.shape) > 2:
         return gating(leaf, around) or _batch(leaf, around)
     return _packed(leaf, around) or hidden(leaf, around)
@@ -77,15 +101,40 @@ def _batch(leaf: Leaf, around: Siblings) -> Role:
 
 
 def _packed(leaf: Leaf, around: Siblings) -> Role | None:
-    """Asks whether a matrix holds all experts, one after another, as DBRX keeps them."""
+    """Asks whether a matrix holds all experts, one after another, as DBRX keeps them.
+
+    It may where it is called experts, or where several beside it are as well so many times as long
+    as a router or a gate counts.
+    """
     place = next((i for i, key in enumerate(leaf.keys) if says("experts", key)), None)
-    if place is None or any(number is not None for number in leaf.numbers[place : leaf.depth]):
-        return None
-    routers = [m for m in around.inside(leaf) if says("router", *m.keys)]
-    sizes = {size for router in routers for size in router.shape} - {*leaf.shape}
-    counts = [size for size in sorted(sizes) if leaf.shape[0] % size == 0]
-    choices = [Role("hidden", D(1, 0), split=count) for count in counts[:1]]
-    return refused("are experts one after another in one matrix?", [*choices, *others(leaf)])
+    if place is not None:
+        routers = [m for m in around.inside(leaf) if says("router", *m.keys)]
+        if any(number is not None for number in leaf.numbers[place : leaf.depth]):
+            return None
+    else:
+        beside = around.matrices[leaf.home]
+        routers = [m for m in beside if m.says("router", "gate") and m.path not in around.routers]
+        routers = [m for m in routers if sum(_counted(m, other) > 1 for other in beside) > 1]
+        if not any(_counted(router, leaf) for router in routers):
+            return None
+    counts = sorted({count for router in routers if (count := _counted(router, leaf))})
+    first = [
+        Role("hidden", D(1, 0), split=count) for count in counts[:1] if not leaf.shape[0] % count
+    ]
+    last = [Role("hidden", split=count) for count in counts[:1] if not leaf.shape[1] % count]
+    return refused("are experts one after another in one matrix?", [*first, *last, *others(leaf)])
+
+
+def _counted(router: Leaf, leaf: Leaf) -> int:
+    """How many experts a matrix may hold one after another, by a router beside it; 0 for none."""
+    if len(router.shape) != 2 or len(leaf.shape) != 2 or router is leaf:
+        return 0
+    for count, width in (sorted(router.shape), sorted(router.shape, reverse=True)):
+        sides = [size for size in leaf.shape if size != width] or [width]
+        is_counted = width in leaf.shape and sides[0] % count == 0
+        if count not in leaf.shape and (is_counted or count * width in leaf.shape):
+            return count
+    return 0
 
 
 def gating(leaf: Leaf, around: Siblings) -> Role | None:

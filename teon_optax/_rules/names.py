@@ -34,6 +34,7 @@ NAMES = {
     "projection": _AROUND.format("w?(q|k|v|query|key|value|queries|keys|values)", _LAYER),
     "fused": _any("w?qkv[a-z]?|c_attn|query_key_value|key_query_value"),
     "by heads": _any("query_key_value|qkv[a-z]"),  # Megatron and Qwen3-Next order by heads first
+    "gated": _any("qkvz"),
     "fused pair": _any("w?kv|key_value"),
     "packed": "in_proj(?:_weight)?",  # Q, K and V in attention only: Mamba has one as well
     "latent": "w?(?:q|k|v|kv|qkv)_(?:[a-z]*_)?(?:a|b|up|down|latent)(?:_.*)?|w(?:q|kv)_[ab]",
@@ -54,6 +55,7 @@ NAMES = {
     "recurrent": _any("[a-z]*cell|lstm|gru|rnn"),
     "state": _last("hh|dense_h|hi|hf|hg|ho|hn|hr|hz"),  # of a recurrent cell, to itself
     "low rank": _any("lora|lokr|loha|adalora"),
+    "adapter": _any("adapters?"),
     "vector": _last("bias|scale|offset|mean|var|sinks|gains?|log")
     + "|(?:.*_)?(?:gamma|beta|log)_.*|gamma|beta",
     "norm": ".*norm|ln(?:_.*)?|(?:bn|gn)(?:_.*)?|.*norm_[a-z]",

@@ -71,16 +71,33 @@ def drafts_of(
     Drafts that one rule may do for are joined.
     """
     all_alike: dict[tuple[Any, ...], list[_Member]] = {}
+    vectors: dict[tuple[str, ...], list[tuple[str | None, ...]]] = {}
     for leaf, role, columns in found:
+        if role is None:
+            vectors.setdefault(leaf.names, []).append(leaf.numbers)
         if role is not None and not any(rule.search(leaf.path) for rule in first):
             key = leaf.names, tuple(number is None for number in leaf.numbers)
             all_alike.setdefault(key, []).append(_Member(leaf, role, columns))
-    return _joined([draft for alike in all_alike.values() for draft in _drafts(alike, stacks)])
+    return _joined(
+        [
+            draft
+            for (names, _), alike in all_alike.items()
+            for draft in _drafts(alike, stacks, vectors.get(names, []))
+        ]
+    )
 
 
-def _drafts(alike: list[_Member], stacks: Mapping[str, int]) -> Iterator[Draft]:
-    """One draft for leaves that are alike, or where their roles differ, one for each of them."""
-    if len({(member.role, member.columns) for member in alike}) == 1:
+def _drafts(
+    alike: list[_Member], stacks: Mapping[str, int], vectors: Sequence[tuple[str | None, ...]]
+) -> Iterator[Draft]:
+    """One draft for leaves that are alike, or where their roles differ, one for each of them.
+
+    Each has its own, too, where only its number tells a leaf from a vector, as in a list of arrays.
+    """
+    first = alike[0].leaf.numbers
+    fixed = [c for c in range(len(first)) if all(m.leaf.numbers[c] == first[c] for m in alike)]
+    is_mixed = any(all(numbers[c] == first[c] for c in fixed) for numbers in vectors)
+    if len({(member.role, member.columns) for member in alike}) == 1 and not is_mixed:
         yield _draft(alike, alike, stacks)
         return
     found: dict[str, Role] = {}

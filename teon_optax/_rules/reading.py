@@ -63,7 +63,9 @@ def _nameless(leaf: Leaf, around: Siblings) -> Role | None:
     if leaf.name == "pytree" and leaf.keys[-2].isdecimal():  # eqx.nn.Shared
         return refused("an embedding or a projection?", others(leaf))
     if leaf.path.isdecimal():
-        return refused("a list keeps no names.", others(leaf))
+        is_inside = (around.widths | around.linked - around.ends).issuperset(leaf.shape)
+        choices = others(leaf) if is_inside else (FALLBACK, *others(leaf))
+        return refused("a list keeps no names.", choices)
     return None
 
 
@@ -111,6 +113,9 @@ def _is_linked(axis: int, leaf: Leaf, around: Siblings) -> bool:
 def _large(leaf: Leaf, around: Siblings) -> Role | None:
     """What has three axes or more and is none of the above: convolutions, and what to ask."""
     rank = len(leaf.shape)
+    if rank == 2 and leaf.home in around.blocks and says("convolution", *leaf.keys[-2:]):
+        is_joined = all(_is_shared(size, leaf, around) for size in leaf.shape)
+        return unknown(leaf) if is_joined else FALLBACK
     if says("convolution", *(leaf.keys if rank > 2 else [leaf.name])):
         return FALLBACK
     if rank == 2:
@@ -125,18 +130,20 @@ def _large(leaf: Leaf, around: Siblings) -> Role | None:
     is_named = leaf.says("output", "mlp", "reads", "writes", "experts", "shared")
     if leaf.home in around.blocks and leaf.weight and not is_named:
         return ask_axes(leaf)
-    return unknown(leaf)
+    bias = around.biases.get(leaf.path.rpartition("/")[0])
+    is_batch = bias is not None and bias[:-1] == leaf.shape[:-2]  # as members of an ensemble have
+    return unknown(leaf, is_batch)
 
 
 def _outside(leaf: Leaf, around: Siblings) -> Role | None:
     """Matrices outside of blocks: hidden where both sides are widths of the network.
 
-    A size of its own is that of an input, an output or a table. Lists of (weight, bias) have no
-    names and no blocks that could tell; neither has a tree with one matrix.
+    A size of its own is that of an input, an output or a table. In a list of (weight, bias), which
+    has no names, only a square matrix shows a width; nothing does in a tree with one matrix.
     """
     is_listed = all(key.isdecimal() for key in leaf.keys)
-    widths = around.widths | around.linked
-    if leaf.home in around.blocks or is_listed or not widths or says("recurrent", *leaf.keys):
+    widths = around.widths if is_listed else around.widths | around.linked
+    if leaf.home in around.blocks or not widths or says("recurrent", *leaf.keys):
         return None
     sizes = fans(leaf, around)
     if sizes[::-1] in around.vocabularies and not leaf.says("reads"):
@@ -145,5 +152,6 @@ def _outside(leaf: Leaf, around: Siblings) -> Role | None:
     if around.widths.issuperset(sizes):
         return None if is_named else unknown(leaf)
     if widths.issuperset(sizes):
-        return None if leaf.says("mlp") else unknown(leaf)
+        is_inside = leaf.says("mlp") and around.ends.isdisjoint(sizes)
+        return None if is_inside else unknown(leaf)
     return FALLBACK

@@ -37,9 +37,11 @@ def refused(question: str, choices: Iterable[Role]) -> Role:
     return Role("refused", question=question, choices=(*choices, FALLBACK))
 
 
-def unknown(leaf: Leaf) -> Role:
-    """The fallback, with a warning and a rule to paste."""
-    return Role("unknown", choices=(*others(leaf), FALLBACK))
+def unknown(leaf: Leaf, is_batch: bool = False) -> Role:
+    """The fallback, with a warning and a rule to paste, for matrices in the last two axes if so."""
+    last = len(leaf.shape) - 1
+    batch = [Role("hidden", D(last - 1, last))] if is_batch else []
+    return Role("unknown", choices=(*batch, *others(leaf), FALLBACK))
 
 
 def projections(leaf: Leaf, split: int = 1) -> list[Role]:

@@ -1,7 +1,8 @@
 """What stands around a leaf: its module, the blocks, the widths, routers and experts."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from teon_optax._rules.blocks import Names, held_by_blocks, is_end, repeated_blocks, stream_width
 from teon_optax._rules.names import says
@@ -13,12 +14,14 @@ class Siblings(NamedTuple):
 
     matrices: dict[str, list[Leaf]]  # by home
     vectors: dict[str, dict[str, int]]  # sizes of 1-D leaves by name
+    biases: dict[str, tuple[int, ...]]  # shapes of biases of more axes, by the module around
     unscanned: set[str]  # modules with a 1-D leaf inside
     blocks: dict[str, Names]  # by home inside a repeated block: the names on the way to it
     held: dict[Names, list[Leaf]]  # what blocks of these names hold, once for all layers
     streams: dict[Names, set[int]]  # the size, or sizes, that most matrices in such blocks have
     widths: set[int]  # what a matrix outside of blocks may connect
     linked: set[int]  # fan_out of one matrix outside of blocks and fan_in of another
+    ends: set[int]  # those of them that may as well be the input and the output of a network
     vocabularies: set[tuple[int, int]]  # sizes of embeddings, the vocabulary first
     routers: set[str]  # paths
     mixtures: set[str]  # modules that hold a router and its experts
@@ -50,6 +53,11 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
     matrices: dict[str, list[Leaf]] = {}
     vectors: dict[str, dict[str, int]] = {}
     unscanned: set[str] = set()
+    biases = {
+        leaf.path.rpartition("/")[0]: leaf.shape
+        for leaf in floats
+        if leaf.keys[-1] in ("bias", "b") and len(leaf.shape) > 1
+    }
     for leaf in floats:
         if len(leaf.shape) == 1:
             vectors.setdefault(leaf.path.rpartition("/")[0], {})[leaf.keys[-1]] = leaf.shape[0]
@@ -81,8 +89,8 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
     modules = {module for leaf in floats for module in above(leaf.path)}
     routers, mixtures, experts = _mixtures(matrices, blocks)
     return Siblings(
-        matrices, vectors, unscanned, blocks, in_blocks, streams, widths, _linked(outside),
-        tables, routers, mixtures, experts, modules, twins, networks,
+        matrices, vectors, biases, unscanned, blocks, in_blocks, streams, widths,
+        *_linked(outside, widths), tables, routers, mixtures, experts, modules, twins, networks,
         {key: [*held] for key, held in numbered.items()}, varying,
     )  # fmt: skip
 
@@ -92,23 +100,50 @@ def is_vocabulary(leaf: Leaf) -> bool:
     return says("table", *leaf.keys[-2:]) and not says("positions", *leaf.keys)
 
 
-def _linked(outside: Iterable[Leaf]) -> set[int]:
-    """Sizes by which matrices outside of blocks follow each other.
+def _linked(outside: Iterable[Leaf], widths: set[int]) -> tuple[set[int], set[int]]:
+    """Sizes by which matrices outside of blocks follow each other, and those that may be ends.
 
     Before them may be a convolution, whose channels are flattened together with the image, and
-    after them a head.
+    after them a head. In a numbered series of more than two, which may be an MLP, a matrix follows
+    those of lower numbers alone. A size may be an end where the matrices lead from it back to it,
+    as the pixels of an autoencoder do and the noise of a denoiser, unless it is the width of a
+    square matrix, lies inside a series, or between two that are called `up` and `down`.
     """
-    ins, outs, channels = set(), set(), set()
+    steps: list[tuple[Leaf, int, int]] = []
+    channels = set()
     for leaf in outside:
         first, last = leaf.shape[0], leaf.shape[-1]
         out, into = (first, last) if leaf.keys[-1].startswith("weight") else (last, first)
         if len(leaf.shape) > 2 and says("convolution", *leaf.keys):
             channels.add(out)
         elif len(leaf.shape) == 2 and (not is_end(leaf) or says("head", *leaf.keys[-2:])):
-            outs.add(out)
-            ins.add(into)
-    flat = {size for size in ins if any(size % channel == 0 for channel in channels - {1})}
-    return ins & outs | flat
+            steps.append((leaf, into, out))
+    flat = {into for _, into, _ in steps if any(into % channel == 0 for channel in channels - {1})}
+    linked, inside = {*flat}, widths | flat
+    lengths = Counter(_order(leaf)[0] for leaf, _, _ in steps)
+    for one, _, size in steps:
+        for other, into, _ in steps:
+            in_series = _order(one)[0] == _order(other)[0]
+            in_order = lengths[_order(one)[0]] == 2 or _order(one) < _order(other)
+            if size == into and (not in_series or in_order):
+                linked.add(size)
+                is_mlp = one.home == other.home and one.says("reads") and other.says("writes")
+                inside |= {size, *(one.shape if is_mlp else ())} if in_series or is_mlp else set()
+    ways = {(into, out) for _, into, out in steps}
+    return linked, {size for size in linked - inside if _leads_back(size, ways)}
+
+
+def _order(leaf: Leaf) -> tuple[Any, ...]:
+    """The series that a leaf is in, and its place there."""
+    return (leaf.home, leaf.names), [int(number) for number in leaf.numbers if number]
+
+
+def _leads_back(size: int, ways: set[tuple[int, int]]) -> bool:
+    """Whether some matrices one after another lead from a size back to it."""
+    reached: set[int] = set()
+    while more := {out for into, out in ways if into in reached | {size}} - reached:
+        reached |= more
+    return size in reached
 
 
 def _mixtures(
