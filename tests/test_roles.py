@@ -174,6 +174,18 @@ HIDDEN = {
     "an MLP with no block around": {"square/kernel": "64x64 M 64x64"} | MLP,
     "a module of a block called embed": under("blocks/*/", MLP)
     | {"blocks/*/embed/kernel": "64x256 M 64x256", "blocks/*/ln/scale": "64 F"},
+    "a projection of what a network outside of the blocks makes, called emb": {
+        "time/linear_1/kernel": "64x256 M 64x256",
+        "time/linear_2/kernel": "256x256 M 256x256",
+        "blocks/*/emb/kernel": "256x64 M 256x64",
+        "blocks/*/out/kernel": "64x64 M 64x64",
+    },
+    "layers called networks": {
+        "encode/kernel": "9x64 F",
+        "GraphNetwork_*/edges/Dense_0/kernel": "192x64 M 192x64",
+        "GraphNetwork_*/edges/Dense_1/kernel": "64x64 M 64x64",
+        "decode/kernel": "64x3 F",
+    },
     "a head called cls": {"cls/kernel": "64x10 F"} | under("net/l*/", BLOCK),
     "as many bytes as hidden units": {
         "embed": "256x128 F",
@@ -208,6 +220,8 @@ FUSED = {
         | {"blocks/*/mlp/last/kernel": "256x64 M 256x64"}
         for name in ("gate_up_proj", "w13", "proj_1", "zorp")
     },
+    "thirds of an input projection of no attention": under("blocks/*/mlp/", MLP)
+    | {"blocks/*/in_proj/kernel": "64x192 ?", "blocks/*/out_proj/kernel": "64x64 M 64x64"},
     "a state-space layer's input projection": {
         "layers/*/mixer/in_proj/kernel": "64x256 M 64x256",
         "layers/*/mixer/x_proj/kernel": "128x20 M 128x20",

@@ -47,7 +47,7 @@ def fused(leaf: Leaf, around: Siblings) -> Role | None:
 def _thirds(leaf: Leaf, around: Siblings) -> Role | None:
     """An unnamed matrix three times as wide as what a matrix beside it reads, and read by none."""
     beside = [other for other in around.matrices[leaf.home] if other is not leaf]
-    rows = ("projection", "recurrent", "packed", "mlp" if len(beside) > 1 else "fused")
+    rows = ("projection", "recurrent", "mlp" if len(beside) > 1 else "fused")
     is_inside = leaf.home in around.blocks or leaf.in_attention
     if len(leaf.shape) != 2 or leaf.hides_axes or not is_inside or leaf.says(*rows):
         return None

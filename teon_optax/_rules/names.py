@@ -28,7 +28,7 @@ NAMES = {
     "scanned": "scan_.*",
     "members": _last("members?|experts?|ensembles?|critics?|actors?|heads?|networks?|nets?")
     + "|vmap_.*",
-    "network": _last("members?|ensembles?|critics?|actors?|networks?|nets?"),
+    "network": _last("members?|ensembles?|critics?|actors?"),
     "attention": _any("[a-z]*attn|[a-z]*attention|att|mha|mhsa"),
     "multi head": "multi_head_(?:dot_product_)?attention",
     "projection": _AROUND.format("w?(q|k|v|query|key|value|queries|keys|values)", _LAYER),

@@ -74,7 +74,9 @@ def _end(leaf: Leaf, around: Siblings) -> Role | None:
     if not is_end(leaf):
         return None
     is_module = leaf.home in around.blocks and leaf.weight != "" and len(leaf.shape) == 2
-    is_joined = is_module and all(_is_shared(size, leaf, around) for size in leaf.shape)
+    is_joined = is_module and all(
+        size in around.linked or _is_shared(size, leaf, around) for size in leaf.shape
+    )
     return None if is_joined else FALLBACK
 
 
