@@ -186,6 +186,8 @@ HIDDEN = {
         "GraphNetwork_*/edges/Dense_1/kernel": "64x64 M 64x64",
         "decode/kernel": "64x3 F",
     },
+    "an MLP of two called a and b": under("blocks/*/attn/", ATTENTION)
+    | {"blocks/*/mlp/a/kernel": "64x256 M 64x256", "blocks/*/mlp/b/kernel": "256x64 M 256x64"},
     "a head called cls": {"cls/kernel": "64x10 F"} | under("net/l*/", BLOCK),
     "as many bytes as hidden units": {
         "embed": "256x128 F",

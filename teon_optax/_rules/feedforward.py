@@ -38,7 +38,9 @@ def _is_second_factor(leaf: Leaf, around: Siblings) -> bool | None:
             if second.shape[0] != rank or rank >= min(max(inner), max(outer)):
                 continue
             is_base = any(base is not other and base.shape == inner + outer for base in bases)
-            is_called = len(beside) == 1 and {leaf.name.lower(), other.name.lower()} == {"a", "b"}
+            names = [factor.name.lower() for factor in (first, second)]
+            order = ["b", "a"] if leaf.weight == "weight" else ["a", "b"]
+            is_called = len(beside) == 1 and names == order
             if is_base or is_called:
                 return leaf is (second if leaf.weight != "weight" else first)
     return None
