@@ -219,17 +219,32 @@ def assert_trains(params, loss, rules=None, learning_rate=0.02, steps=21):
     assert after < 0.9 * before, (before, after)
 
 
-def assert_on_page(params, rules, name):
-    """docs/families.md shows this plan under this name; WRITE_OUTPUT=1 writes it there."""
+def summary(expected, is_asked):
+    """What the table of the page says of a family: each matrix by the last names of its path."""
+
+    def called(stack):
+        paths = [path for path, how in expected.items() if how != FALLBACK and how.stack == stack]
+        names = (re.sub(r"/(kernel|weight|w)$", "", path) for path in paths)
+        return ", ".join(dict.fromkeys(f"`{name.rpartition('/')[2]}`" for name in names))
+
+    parts = [f"{word}: {called(stack)}" for stack, word in ((2, "K = 2"), (1, "Muon"))]
+    said = "; ".join(part for part in parts if not part.endswith(": "))
+    return f"error; with the offered rules {said}" if is_asked else said
+
+
+def assert_on_page(params, rules, name, said):
+    """docs/families.md has this row and plan under this name; WRITE_OUTPUT=1 writes them there."""
     page, made = PAGE.read_text("utf-8"), str(plan(params, rules))
     start = f"<!-- plan: {name} -->\n\n```text\n"
-    assert start in page
-    before, _, after = page.partition(start)
-    shown, end, rest = after.partition("\n```\n")
+    row = re.compile(rf"^(\| \[[^|]*\]\(#{name}\) \| [^|]* \| )([^|]*)( \| [^|]* \|)$", re.M)
+    assert start in page and row.search(page)
+    before, _, after = row.sub(lambda found: found[1] + said + found[3], page).partition(start)
+    _, end, rest = after.partition("\n```\n")
+    written = "".join([before, start, made, end, rest])
     if os.environ.get("WRITE_OUTPUT"):
-        PAGE.write_text("".join([before, start, made, end, rest]), "utf-8")
+        PAGE.write_text(written, "utf-8")
     else:
-        assert shown == made
+        assert page == written
 
 
 def check(name, params, loss, expected, first=(), **training):
@@ -238,7 +253,7 @@ def check(name, params, loss, expected, first=(), **training):
     assert_plan(params, expected, rules)
     assert_orientation(params, expected, rules)
     assert_trains(params, loss, rules if first else None, **training)
-    assert_on_page(params, rules, name)
+    assert_on_page(params, rules, name, summary(expected, bool(first)))
 
 
 def offers(params):
