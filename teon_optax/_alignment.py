@@ -79,7 +79,7 @@ class Alignments(tuple[Alignment, ...]):
         lines = columns(rows)
         if len({len(group.members) for group in self}) > 1:
             favoured = [(series, str(mode), str(K)) for series, (mode, K) in self.favoured.items()]
-            lines += columns([("type", "favours mode", "K"), *favoured])
+            lines += columns([("series", "favours mode", "K"), *favoured])
         return "\n".join(lines[:-1])
 
 

@@ -243,15 +243,15 @@ def test_the_favoured_k_and_mode_have_the_lowest_hurdle():
     rng = np.random.default_rng(15)
     few, many = np.hsplit(orthonormal(rng, 8, 2), 2), np.hsplit(orthonormal(rng, 8, 4), 4)
     same = [orthonormal(rng, 8, 1)] * 4
-    types = {"near": (few * 2, same), "far": (many, same), "other": (same, few * 2)}
+    series = {"near": (few * 2, same), "far": (many, same), "other": (same, few * 2)}
     momentum = {
         name: {str(i): np.float32(kernel) for i, kernel in enumerate(with_sides(*sides))}
-        for name, sides in types.items()
+        for name, sides in series.items()
     }
     groups = alignment(momentum, [Rule(r"/(?P<layer>\d+)", stack=2)], stacks=(2, 4))
     assert groups.favoured == {"near/*": (1, 2), "far/*": (1, 4), "other/*": (2, 2)}
     assert str(groups).splitlines()[-4:] == [
-        "type     favours mode  K",
+        "series   favours mode  K",
         "far/*               1  4",
         "near/*              1  2",
         "other/*             2  2",

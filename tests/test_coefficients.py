@@ -90,7 +90,12 @@ def test_first_quintic_is_the_best_by_equioscillation(lower):
     np.testing.assert_allclose(extrema, extrema[0] * np.array([1, -1, 1, -1]), rtol=1e-6)
 
 
-@pytest.mark.parametrize("steps", [0, -1, 2.5, True, "5", None])
+@pytest.mark.parametrize("steps", [np.int64(3), np.int8(3)])
+def test_polar_express_takes_integers_of_numpy(steps):
+    assert polar_express(steps) == polar_express(3)
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, 5.0, True, np.int64(0), "5", None])
 def test_polar_express_refuses_steps(steps):
     with pytest.raises(
         ValueError, match=r"`polar_express\(steps=.*\)`: steps should be a positive"
@@ -98,13 +103,13 @@ def test_polar_express_refuses_steps(steps):
         polar_express(steps)
 
 
-@pytest.mark.parametrize("lower", [0, 1, -1e-3, 2, math.nan])
+@pytest.mark.parametrize("lower", [0, 1, -1e-3, 2, math.nan, True, "1e-3", None])
 def test_polar_express_refuses_lower_bounds(lower):
     with pytest.raises(ValueError, match=r"`polar_express\(lower=.*\)`: lower should be between"):
         polar_express(5, lower)
 
 
-@pytest.mark.parametrize("safety", [0.99, 0, -1, math.inf, math.nan, True])
+@pytest.mark.parametrize("safety", [0.99, 0, -1, math.inf, math.nan, True, "1", None])
 def test_polar_express_refuses_safety_factors(safety):
     with pytest.raises(
         ValueError, match=r"`polar_express\(safety=.*\)`: safety should be a number"
@@ -198,6 +203,8 @@ def test_an_unknown_name_lists_the_valid_ones(method):
         ((1.0, math.nan, 2.0),),
         ((math.inf, 0.0, 0.0),),
         (("a", "b", "c"),),
+        ((True, 1, 2),),
+        (("1", "2", "3"),),
         np.zeros((0, 3)),
     ],
     ids=repr,

@@ -103,17 +103,17 @@ def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> 
     References:
       Amsel et al., The Polar Express, 2025, arXiv 2505.16932, algorithm 1 and theorem 3.1.
     """
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, (int, np.integer)) or not _is_real(steps) or steps < 1:
         raise ValueError(f"`polar_express(steps={steps!r})`: steps should be a positive integer.")
-    if not 0 < lower < 1:
+    if not _is_real(lower) or not 0 < lower < 1:
         raise ValueError(f"`polar_express(lower={lower!r})`: lower should be between 0 and 1.")
-    if isinstance(safety, bool) or not 1 <= safety < math.inf:
+    if not _is_real(safety) or safety < 1:
         raise ValueError(
             f"`polar_express(safety={safety!r})`: safety should be a number from 1 on, such as "
             "1.01, or 1 for the published table."
         )
     upper, triples = 1.0, []
-    for _ in range(steps):
+    for _ in range(int(steps)):
         a, b, c = _best_quintic(max(lower, _CUSHION * upper), upper)
         if _CUSHION * upper > lower:
             # The fit did not see the bottom of the interval: centre its ends' values around 1.
@@ -124,6 +124,14 @@ def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> 
         upper = 2 - lower
     triples = [*(_of_quotient(triple, safety) for triple in triples[:-1]), triples[-1]]
     return (_of_quotient(triples[0], safety), *triples[1:])
+
+
+def _is_real(number: Any) -> bool:
+    """Whether it is one finite number of Python, NumPy or JAX, and no truth value."""
+    if isinstance(number, (jax.Array, np.ndarray)) and not number.ndim:
+        number = number.item()
+    is_number = isinstance(number, (int, float, np.integer, np.floating))
+    return is_number and not isinstance(number, bool) and math.isfinite(number)
 
 
 def _of_quotient(triple: Triple, divisor: float) -> Triple:
@@ -165,12 +173,12 @@ def resolve(method: MethodLike) -> Method | None:
     if isinstance(method, jax.Array):
         method = np.asarray(method).tolist()  # Inside `jax.jit`, parts of it would be traced.
     try:
-        triples = tuple((float(a), float(b), float(c)) for a, b, c in method)
+        triples = tuple((a, b, c) for a, b, c in method)
     except (TypeError, ValueError):
         triples = ()
-    if not triples or not np.isfinite(triples).all():
+    if not triples or not all(_is_real(number) for triple in triples for number in triple):
         raise ValueError(
             f"`method={method!r}` should be a name ({names}) or a "
             "non-empty tuple of triples (a, b, c) of finite numbers, one per step."
         )
-    return Method(triples)
+    return Method(tuple((float(a), float(b), float(c)) for a, b, c in triples))
