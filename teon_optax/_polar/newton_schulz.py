@@ -15,7 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import Numerics, chunk_bytes, chunk_size, is_exact, takes_one_more
+from teon_optax._polar.precision import (
+    Numerics,
+    chunk_bytes,
+    chunk_size,
+    is_exact,
+    takes_one_more,
+    whole_bytes,
+)
 
 
 def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -229,18 +236,23 @@ def orthogonalize_batches(
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
     # The backend decides on precisions and memory, and is no part of what a jit is cached by.
-    budget = chunk_bytes(jax.default_backend())
-    return _by_restarts(batches, scales, tuple(numerics.of(b.dtype) for b in batches), budget)
+    backend = jax.default_backend()
+    used = tuple(numerics.of(batch.dtype) for batch in batches)
+    return _by_restarts(batches, scales, used, chunk_bytes(backend), whole_bytes(backend))
 
 
-@functools.partial(jax.jit, static_argnames=("numerics", "budget"))
+@functools.partial(jax.jit, static_argnames=("numerics", "budget", "whole"))
 def _by_restarts(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
     numerics: tuple[Numerics, ...],
     budget: int,
+    whole: int,
 ) -> list[jax.Array]:
-    """Works off together what agrees in d, dtype, numerics and restarts, `budget` bytes at most."""
+    """Works off together what agrees in d, dtype, numerics and restarts.
+
+    More than `whole` bytes of it are worked off in chunks of `budget` bytes.
+    """
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (batch, used) in enumerate(zip(batches, numerics, strict=True)):
         (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
@@ -249,7 +261,7 @@ def _by_restarts(
     for (_, _, used, restarts), indices in alike.items():
         together = functools.partial(orthogonalize_together, numerics=used, restarts=restarts)
         some, factors = [batches[i] for i in indices], [scales[i] for i in indices]
-        if sum(batch.nbytes for batch in some) <= budget:
+        if sum(batch.nbytes for batch in some) <= whole:
             results = together(some, factors)
         else:
             results = [

@@ -28,6 +28,9 @@ _SLOWED_BY = 1.05
 # wants enough to fill it, and gains nothing from more.
 _CHUNK_BYTES = {"cpu": 2**20}
 _ACCELERATOR_CHUNK_BYTES = 2**28
+# Bytes of matrices that are worked on at once rather than in chunks. On a CPU a loop over a few
+# chunks, one for each shape, saves no time and compiles for a second of the processor.
+_WHOLE_BYTES = {"cpu": 2**22}
 
 
 def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
@@ -184,6 +187,11 @@ def product_count(
 def chunk_bytes(backend: str) -> int:
     """Bytes of matrices that are worked on at a time."""
     return _CHUNK_BYTES.get(backend, _ACCELERATOR_CHUNK_BYTES)
+
+
+def whole_bytes(backend: str) -> int:
+    """Bytes of matrices up to which there are no chunks."""
+    return _WHOLE_BYTES.get(backend, _ACCELERATOR_CHUNK_BYTES)
 
 
 def chunk_size(count: int, most: int) -> int:
