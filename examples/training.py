@@ -67,7 +67,7 @@ def describe(job: Job, compiled: Program) -> str:
         [
             corpus.description,
             f"{training:,} training and {validation:,} validation tokens, "
-            f"{corpus.vocab_size} kinds",
+            f"a vocabulary of {corpus.vocab_size:,}",
             f"{options.model} with {count:,} parameters, {options.optimizer}, {options.steps} "
             f"steps of {options.batch_size} x {options.context} tokens",
             optimizers.describe(options, params),
