@@ -17,11 +17,10 @@ import numpy as np
 from teon_optax._polar.coefficients import Method, Triple
 from teon_optax._polar.precision import (
     Numerics,
-    chunk_bytes,
+    bytes_at_a_time,
     chunk_size,
     is_exact,
     takes_one_more,
-    whole_bytes,
 )
 
 
@@ -236,23 +235,19 @@ def orthogonalize_batches(
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
     # The backend decides on precisions and memory, and is no part of what a jit is cached by.
-    backend = jax.default_backend()
-    used = tuple(numerics.of(batch.dtype) for batch in batches)
-    return _by_restarts(batches, scales, used, chunk_bytes(backend), whole_bytes(backend))
+    limits = bytes_at_a_time(jax.default_backend())
+    return _by_restarts(batches, scales, tuple(numerics.of(b.dtype) for b in batches), limits)
 
 
-@functools.partial(jax.jit, static_argnames=("numerics", "budget", "whole"))
+@functools.partial(jax.jit, static_argnames=("numerics", "limits"))
 def _by_restarts(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
     numerics: tuple[Numerics, ...],
-    budget: int,
-    whole: int,
+    limits: tuple[int, int],
 ) -> list[jax.Array]:
-    """Works off together what agrees in d, dtype, numerics and restarts.
-
-    More than `whole` bytes of it are worked off in chunks of `budget` bytes.
-    """
+    """Works off together what agrees in d, dtype, numerics and restarts, or else in chunks."""
+    whole, budget = limits
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (batch, used) in enumerate(zip(batches, numerics, strict=True)):
         (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)

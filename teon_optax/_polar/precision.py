@@ -24,13 +24,12 @@ _ODD_STEP_ALONE_UP_TO = 2
 _LARGEST_GROWTH_OF_THREE = 32
 # What singular values are divided by after each step of one-pass products but the last.
 _SLOWED_BY = 1.05
-# Bytes of matrices that are worked on at a time. A CPU wants them in its cache; an accelerator
-# wants enough to fill it, and gains nothing from more.
-_CHUNK_BYTES = {"cpu": 2**20}
-_ACCELERATOR_CHUNK_BYTES = 2**28
-# Bytes of matrices that are worked on at once rather than in chunks. On a CPU a loop over a few
-# chunks, one for each shape, saves no time and compiles for a second of the processor.
-_WHOLE_BYTES = {"cpu": 2**22}
+# Bytes of matrices up to which all are worked on at once, and of a chunk where they are more. A CPU
+# wants a chunk in its cache, but a loop over a few of them, one for each shape, saves no time and
+# compiles for a second of the processor. An accelerator wants enough to fill it, and gains nothing
+# from more.
+_CPU_BYTES = 2**22, 2**20
+_ACCELERATOR_BYTES = 2**28, 2**28
 
 
 def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
@@ -184,14 +183,9 @@ def product_count(
     return 4 * steps + len(restarts) * (2 * ratio - 3) + more
 
 
-def chunk_bytes(backend: str) -> int:
-    """Bytes of matrices that are worked on at a time."""
-    return _CHUNK_BYTES.get(backend, _ACCELERATOR_CHUNK_BYTES)
-
-
-def whole_bytes(backend: str) -> int:
-    """Bytes of matrices up to which there are no chunks."""
-    return _WHOLE_BYTES.get(backend, _ACCELERATOR_CHUNK_BYTES)
+def bytes_at_a_time(backend: str) -> tuple[int, int]:
+    """Bytes of matrices up to which there are no chunks, and of a chunk."""
+    return _CPU_BYTES if backend == "cpu" else _ACCELERATOR_BYTES
 
 
 def chunk_size(count: int, most: int) -> int:

@@ -19,11 +19,11 @@ from teon_optax._rules.axes import (
 from teon_optax._rules.blocks import is_end
 from teon_optax._rules.names import says
 from teon_optax._rules.roles import Role, ask_axes, others, projections, refused
-from teon_optax._rules.siblings import Siblings
+from teon_optax._rules.surroundings import Surroundings
 from teon_optax._rules.tree import Leaf
 
 
-def fused(leaf: Leaf, around: Siblings) -> Role | None:
+def fused(leaf: Leaf, around: Surroundings) -> Role | None:
     """Q, K and V (or K and V) in one array."""
     parts = 3 if leaf.says("packed") and leaf.in_attention else parts_of(leaf)
     if parts == 1:
@@ -44,7 +44,7 @@ def fused(leaf: Leaf, around: Siblings) -> Role | None:
     return refused(question, dict.fromkeys(choices))
 
 
-def _thirds(leaf: Leaf, around: Siblings) -> Role | None:
+def _thirds(leaf: Leaf, around: Surroundings) -> Role | None:
     """An unnamed matrix three times as wide as what a matrix beside it reads, and read by none."""
     beside = [other for other in around.matrices[leaf.home] if other is not leaf]
     rows = ("projection", "recurrent", "mlp" if len(beside) > 1 else "fused")
@@ -72,7 +72,7 @@ def _thirds(leaf: Leaf, around: Siblings) -> Role | None:
     return refused("Q, K and V in one?", [thirds, Role("hidden", dims)])
 
 
-def _unequal(leaf: Leaf, around: Siblings) -> list[Role]:
+def _unequal(leaf: Leaf, around: Surroundings) -> list[Role]:
     """Q as wide as the output projection reads, K and V the halves of what is left.
 
     With a gate behind them (`qkvz`), V and the gate are as wide as that, and Q and K are halves.
@@ -95,7 +95,7 @@ def _unequal(leaf: Leaf, around: Siblings) -> list[Role]:
     ]
 
 
-def _fused_axis(leaf: Leaf, around: Siblings, parts: int) -> int | None:
+def _fused_axis(leaf: Leaf, around: Surroundings, parts: int) -> int | None:
     """The axis along which a matrix is Q, K and V one after another, where sizes prove it.
 
     They do where a part has the size of the matrix beside that it must match: of the output
@@ -120,7 +120,7 @@ def _fused_axis(leaf: Leaf, around: Siblings, parts: int) -> int | None:
     return fits[0] if usual or sizes is not None else None
 
 
-def projection(leaf: Leaf, around: Siblings) -> Role | None:
+def projection(leaf: Leaf, around: Surroundings) -> Role | None:
     """Q, K and V projections, by name or by what is beside them."""
     if not leaf.letter:
         return _unnamed_projection(leaf, around)
@@ -146,7 +146,7 @@ def projection(leaf: Leaf, around: Siblings) -> Role | None:
     return ask_axes(leaf) if axis is None else Role("qkv", matrix_dims(axis))
 
 
-def _unnamed_projection(leaf: Leaf, around: Siblings) -> Role | None:
+def _unnamed_projection(leaf: Leaf, around: Surroundings) -> Role | None:
     """What the other matrices of a module show to be Q, K or V, or leave open."""
     if leaf.says("output", "fused", "fused pair", "latent", "packed", "einsum"):
         return None
@@ -167,7 +167,7 @@ def _unnamed_projection(leaf: Leaf, around: Siblings) -> Role | None:
     return refused("which are Q, K, V and output?", choices) if leaf in writers else None
 
 
-def _unnamed_heads(leaf: Leaf, around: Siblings) -> Role | None:
+def _unnamed_heads(leaf: Leaf, around: Surroundings) -> Role | None:
     """Leaves (d, h, k) beside another (h, k, d): Q, K and V if there are three of them."""
     beside = [other for other in around.matrices[leaf.home] if len(other.shape) == 3]
     named = output_of(leaf, around)
@@ -188,7 +188,7 @@ def _unnamed_heads(leaf: Leaf, around: Siblings) -> Role | None:
     return choices[0]
 
 
-def _attention_shapes(leaf: Leaf, around: Siblings) -> tuple[list[Leaf], list[Leaf]]:
+def _attention_shapes(leaf: Leaf, around: Surroundings) -> tuple[list[Leaf], list[Leaf]]:
     """What is Q, K or V in a module without names, and what may be the output projection instead.
 
     Four matrices are attention if three read one width, two of these (K and V) are equal, and the
@@ -215,7 +215,7 @@ def _attention_shapes(leaf: Leaf, around: Siblings) -> tuple[list[Leaf], list[Le
     return [other for other in beside if writers and other not in writers], writers
 
 
-def latent(leaf: Leaf, around: Siblings) -> Role | None:
+def latent(leaf: Leaf, around: Surroundings) -> Role | None:
     """The up projections of latent attention, whose fan_in is a latent vector."""
     if not leaf.says("latent"):
         return None
@@ -227,7 +227,7 @@ def latent(leaf: Leaf, around: Siblings) -> Role | None:
     return Role("latent", reader_dims(layout)) if layout else ask_axes(leaf)
 
 
-def output(leaf: Leaf, around: Siblings) -> Role | None:
+def output(leaf: Leaf, around: Surroundings) -> Role | None:
     """The output projection of attention: so called, or all that is left beside Q, K and V."""
     beside = [other for other in around.matrices[leaf.home] if other is not leaf]
     above, module = ["", "", *leaf.keys[: leaf.depth]][-2:]

@@ -3,7 +3,7 @@
 from optax.contrib import MuonDimensionNumbers as D
 
 from teon_optax._rules.names import WEIGHT, match, says
-from teon_optax._rules.siblings import Siblings
+from teon_optax._rules.surroundings import Surroundings
 from teon_optax._rules.tree import Leaf
 
 # How a projection of several heads may lie, a letter an axis: d is fan_in; p the parts of a fused
@@ -39,7 +39,7 @@ def matrix_dims(out_axis: int, rank: int = 2) -> D | None:
     return _dims(*(axes if out_axis else axes[::-1]))
 
 
-def bias_axis(leaf: Leaf, around: Siblings) -> int | None:
+def bias_axis(leaf: Leaf, around: Surroundings) -> int | None:
     """The axis as long as the bias beside the weight: fan_out, whatever the library."""
     *module, name = leaf.keys
     beside = around.vectors.get("/".join(module), {})
@@ -51,7 +51,7 @@ def bias_axis(leaf: Leaf, around: Siblings) -> int | None:
     return axes[0] if len(axes) == 1 else None
 
 
-def _direction_axis(leaf: Leaf, around: Siblings) -> int | None:
+def _direction_axis(leaf: Leaf, around: Surroundings) -> int | None:
     """The fan_out axis of a matrix whose name says that it reads the stream, or writes it.
 
     Only where one side is as wide as the stream, and the other wider: `down` and `up` of an adapter
@@ -67,7 +67,7 @@ def _direction_axis(leaf: Leaf, around: Siblings) -> int | None:
     return (1 - axes[0] if reads else axes[0]) if is_wider or is_projection else None
 
 
-def out_axis(leaf: Leaf, around: Siblings) -> int | None:
+def out_axis(leaf: Leaf, around: Surroundings) -> int | None:
     """The fan_out axis of a matrix (0 or 1 of the last two), None where it cannot be known.
 
     The bias beside it proves it. Otherwise all matrices in a block whose arrays have the same name
@@ -89,7 +89,7 @@ def out_axis(leaf: Leaf, around: Siblings) -> int | None:
     return 0 if leaf.keys[-1].startswith("weight") else 1
 
 
-def output_of(leaf: Leaf, around: Siblings) -> Leaf | None:
+def output_of(leaf: Leaf, around: Surroundings) -> Leaf | None:
     """The output projection beside Q, K and V, by its name or as all that is left."""
     beside = [other for other in around.matrices.get(leaf.home, []) if other is not leaf]
     named = [other for other in beside if other.says("output")]
@@ -106,7 +106,9 @@ def parts_of(leaf: Leaf) -> int:
     return 3 if leaf.says("fused") else 2 if is_pair else 1
 
 
-def heads_layout(leaf: Leaf, output: Leaf | None, around: Siblings, parts: int = 1) -> str | None:
+def heads_layout(
+    leaf: Leaf, output: Leaf | None, around: Surroundings, parts: int = 1
+) -> str | None:
     """The one layout of a projection with heads in which it fits the output projection beside."""
     if output is None or leaf.hides_axes or len(leaf.shape) < 3 or len(leaf.shape) > 4:
         return None
@@ -127,7 +129,7 @@ def heads_layout(leaf: Leaf, output: Leaf | None, around: Siblings, parts: int =
     return fits[0] if len(fits) == 1 and (is_certain or not_scanned(leaf, around)) else None
 
 
-def writer_layout(leaf: Leaf, around: Siblings) -> str | None:
+def writer_layout(leaf: Leaf, around: Surroundings) -> str | None:
     """The layout of an output projection of three axes, from what it fits beside it."""
     if leaf.says("einsum"):
         return "hkd"
@@ -140,7 +142,7 @@ def writer_layout(leaf: Leaf, around: Siblings) -> str | None:
     return found and ("dhk" if found[-1] == "d" else "hkd")
 
 
-def not_scanned(leaf: Leaf, around: Siblings) -> bool:
+def not_scanned(leaf: Leaf, around: Surroundings) -> bool:
     """Whether a vector in the modules around, the root left out, shows that nothing is scanned."""
     keys = leaf.keys[: leaf.depth]
     modules = {"/".join(keys[:depth]) for depth in range(1, len(keys) + 1)}
@@ -217,7 +219,7 @@ def shifted(dims: D | None, axis: int) -> D | None:
     return _dims(reduction, output)
 
 
-def fans(leaf: Leaf, around: Siblings) -> tuple[int, int]:
+def fans(leaf: Leaf, around: Surroundings) -> tuple[int, int]:
     """(fan_in, fan_out) of a matrix in the last two axes."""
     first, last = leaf.shape[-2:]
     return (last, first) if out_axis(leaf, around) == 0 else (first, last)

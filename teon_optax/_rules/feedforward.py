@@ -5,12 +5,12 @@ from optax.contrib import MuonDimensionNumbers as D
 from teon_optax._rules.axes import bias_axis, fans, matrix_dims, out_axis, reader_dims
 from teon_optax._rules.names import says
 from teon_optax._rules.roles import FALLBACK, Role, others, refused, unknown
-from teon_optax._rules.siblings import Siblings
+from teon_optax._rules.surroundings import Surroundings
 from teon_optax._rules.tree import Leaf
 
 
-def low_rank(leaf: Leaf, around: Siblings) -> Role | None:
-    """LoRA factors, by name or because two siblings multiply to the shape of a third."""
+def low_rank(leaf: Leaf, around: Surroundings) -> Role | None:
+    """LoRA factors, by name or because two matrices multiply to the shape of one beside them."""
     if says("low rank", *leaf.keys):
         ends = "b", "up"
         is_second = any(key.lower().endswith(ends) for key in (leaf.keys[-1], leaf.name))
@@ -26,7 +26,7 @@ def low_rank(leaf: Leaf, around: Siblings) -> Role | None:
     return Role("lora_b" if is_second else "lora_a", dims)
 
 
-def _is_second_factor(leaf: Leaf, around: Siblings) -> bool | None:
+def _is_second_factor(leaf: Leaf, around: Surroundings) -> bool | None:
     """Whether it is the second of two factors of a matrix beside them; None where it is neither."""
     beside = [other for other in around.matrices[leaf.home] if other is not leaf]
     above, _, module = leaf.home.rpartition("/")
@@ -46,7 +46,7 @@ def _is_second_factor(leaf: Leaf, around: Siblings) -> bool | None:
     return None
 
 
-def _is_narrow(leaf: Leaf, around: Siblings) -> bool:
+def _is_narrow(leaf: Leaf, around: Surroundings) -> bool:
     """Whether two matrices, alone in their module, lead through a quarter of their widths at most.
 
     They may be factors of one matrix, or an adapter; a bias between shows the latter. Two of which
@@ -67,7 +67,7 @@ def _is_narrow(leaf: Leaf, around: Siblings) -> bool:
     )
 
 
-def mixture(leaf: Leaf, around: Siblings) -> Role | None:
+def mixture(leaf: Leaf, around: Surroundings) -> Role | None:
     """Routers and experts; nothing of an expert is Q, K or V."""
     modules = [key for key in leaf.keys[: leaf.depth] if not key.isdecimal()]
     words, module = [*modules, leaf.name], ["", *modules][-1]
@@ -92,7 +92,7 @@ def mixture(leaf: Leaf, around: Siblings) -> Role | None:
     return _packed(leaf, around) or hidden(leaf, around)
 
 
-def _batch(leaf: Leaf, around: Siblings) -> Role:
+def _batch(leaf: Leaf, around: Surroundings) -> Role:
     """Matrices in the last two axes; two in one, side by side, where their partner shows it."""
     axis, rank = out_axis(leaf, around), len(leaf.shape)
     if axis is None:
@@ -102,7 +102,7 @@ def _batch(leaf: Leaf, around: Siblings) -> Role:
     return Role("hidden", matrix_dims(axis, rank), split=_halves(leaf, axis, around))
 
 
-def _packed(leaf: Leaf, around: Siblings) -> Role | None:
+def _packed(leaf: Leaf, around: Surroundings) -> Role | None:
     """Asks whether a matrix holds all experts, one after another, as DBRX keeps them.
 
     It may where it is called experts, or where several beside it are as well so many times as long
@@ -139,7 +139,7 @@ def _counted(router: Leaf, leaf: Leaf) -> int:
     return 0
 
 
-def gating(leaf: Leaf, around: Siblings) -> Role | None:
+def gating(leaf: Leaf, around: Surroundings) -> Role | None:
     """The gate and the up projection in one array (.., 2, in, out) or (.., 2, out, in)."""
     rank = len(leaf.shape)
     beside = [m for m in around.matrices[leaf.home] if len(m.shape) == rank - 1]
@@ -158,7 +158,7 @@ def gating(leaf: Leaf, around: Siblings) -> Role | None:
     return refused("(2, in, out) or (2, out, in)?", choices) if fits or is_named else None
 
 
-def _halves(leaf: Leaf, axis: int, around: Siblings) -> int:
+def _halves(leaf: Leaf, axis: int, around: Surroundings) -> int:
     """2 where a matrix holds gate and up side by side, twice what the down projection reads."""
     if leaf.says("packed", "recurrent", "latent", "projection"):
         return 1
@@ -170,7 +170,7 @@ def _halves(leaf: Leaf, axis: int, around: Siblings) -> int:
     return 2 if out % 2 == 0 and down in sizes and not is_plain and len(sizes) < 4 else 1
 
 
-def hidden(leaf: Leaf, around: Siblings) -> Role:
+def hidden(leaf: Leaf, around: Surroundings) -> Role:
     """The role of a matrix that no other test has told."""
     axis = out_axis(leaf, around)
     if axis is None and leaf.shape[0] != leaf.shape[1]:

@@ -4,11 +4,11 @@ from collections import Counter
 
 from teon_optax._rules.blocks import called_layers, is_end, nouns
 from teon_optax._rules.names import says
-from teon_optax._rules.siblings import Siblings
+from teon_optax._rules.surroundings import Surroundings
 from teon_optax._rules.tree import Leaf
 
 
-def layer_columns(leaf: Leaf, around: Siblings) -> tuple[int | None, ...]:
+def layer_columns(leaf: Leaf, around: Surroundings) -> tuple[int | None, ...]:
     """The segments of a path whose number may count layers; more than one where that is open.
 
     None among them means that a scanned axis counts, or that nothing does.
@@ -35,7 +35,7 @@ def layer_columns(leaf: Leaf, around: Siblings) -> tuple[int | None, ...]:
     return (modules[0], None) if is_open else (modules[0],)
 
 
-def _beside_two(leaf: Leaf, column: int, around: Siblings) -> list[Leaf]:
+def _beside_two(leaf: Leaf, column: int, around: Surroundings) -> list[Leaf]:
     """The matrices beside two modules that hold an attention each and nothing else.
 
     One feed forward of two or three matrices shows one block with two attentions. Where there are
@@ -57,7 +57,7 @@ def _beside_two(leaf: Leaf, column: int, around: Siblings) -> list[Leaf]:
     return [] if all(count % 2 == 0 for count in shapes.values()) else beside
 
 
-def _is_apart(leaf: Leaf, column: int, around: Siblings) -> bool:
+def _is_apart(leaf: Leaf, column: int, around: Surroundings) -> bool:
     """Whether modules that differ in a number are no layers.
 
     They may be experts, members of an ensemble, whole networks, heads whose results a matrix beside

@@ -9,7 +9,7 @@ from teon_optax._rules.feedforward import gating, hidden, low_rank, mixture
 from teon_optax._rules.layers import layer_columns
 from teon_optax._rules.names import says
 from teon_optax._rules.roles import FALLBACK, Role, ask_axes, others, refused, unknown
-from teon_optax._rules.siblings import Siblings, siblings_of
+from teon_optax._rules.surroundings import Surroundings, surroundings_of
 from teon_optax._rules.tree import Leaf, leaves_of
 
 
@@ -19,7 +19,7 @@ def roles(params: Any) -> list[tuple[Leaf, Role | None, tuple[int | None, ...]]]
     What is no array of two axes or more has no role.
     """
     leaves = leaves_of(params)
-    around = siblings_of(leaves)
+    around = surroundings_of(leaves)
     known: dict[tuple[Any, ...], tuple[Role, tuple[int | None, ...]]] = {}
     found = []
     for leaf in leaves:
@@ -36,7 +36,7 @@ def roles(params: Any) -> list[tuple[Leaf, Role | None, tuple[int | None, ...]]]
     return found
 
 
-def _role(leaf: Leaf, around: Siblings) -> Role:
+def _role(leaf: Leaf, around: Surroundings) -> Role:
     """The role that the first test gives a leaf, with its axes as they are in the whole array."""
     if not leaf.is_matrix or 0 in leaf.shape:
         return FALLBACK
@@ -56,7 +56,7 @@ def _along_layers(role: Role, leaf: Leaf) -> Role:
     return role._replace(dims=shifted(role.dims, leaf.layer_axis), layer_axis=leaf.layer_axis)
 
 
-def _nameless(leaf: Leaf, around: Siblings) -> Role | None:
+def _nameless(leaf: Leaf, around: Surroundings) -> Role | None:
     """Leaves whose path holds no name at all."""
     if leaf.box == "penzai":
         return refused("penzai keeps names out of the path (`label` has them).", others(leaf))
@@ -69,7 +69,7 @@ def _nameless(leaf: Leaf, around: Siblings) -> Role | None:
     return None
 
 
-def _end(leaf: Leaf, around: Siblings) -> Role | None:
+def _end(leaf: Leaf, around: Surroundings) -> Role | None:
     """Embeddings and heads by name, but for a module inside a block that joins its widths."""
     if not is_end(leaf):
         return None
@@ -80,7 +80,7 @@ def _end(leaf: Leaf, around: Siblings) -> Role | None:
     return None if is_joined else FALLBACK
 
 
-def _is_shared(size: int, leaf: Leaf, around: Siblings) -> bool:
+def _is_shared(size: int, leaf: Leaf, around: Surroundings) -> bool:
     """Whether another matrix in the block has this size too."""
     return any(
         size in other.shape
@@ -89,7 +89,7 @@ def _is_shared(size: int, leaf: Leaf, around: Siblings) -> bool:
     )
 
 
-def _vector(leaf: Leaf, around: Siblings) -> Role | None:
+def _vector(leaf: Leaf, around: Surroundings) -> Role | None:
     """A bare array that is no matrix: a scale for each head, a state or a table in a block."""
     if leaf.weight or leaf.home not in around.blocks or leaf.says("mlp"):
         return None
@@ -104,7 +104,7 @@ def _vector(leaf: Leaf, around: Siblings) -> Role | None:
     return unknown(leaf) if len(leaf.shape) == 2 and own and not is_named else None
 
 
-def _is_linked(axis: int, leaf: Leaf, around: Siblings) -> bool:
+def _is_linked(axis: int, leaf: Leaf, around: Surroundings) -> bool:
     """Whether a bare matrix follows another in the block, or a module there has the same size."""
     size, others = leaf.shape[axis], [m for m in around.inside(leaf) if m.names != leaf.names]
     beside = [m for m in around.matrices[leaf.home] if len(m.shape) == 2 and m is not leaf]
@@ -112,7 +112,7 @@ def _is_linked(axis: int, leaf: Leaf, around: Siblings) -> bool:
     return follows or any(other.weight and size in other.shape for other in others)
 
 
-def _large(leaf: Leaf, around: Siblings) -> Role | None:
+def _large(leaf: Leaf, around: Surroundings) -> Role | None:
     """What has three axes or more and is none of the above: convolutions, and what to ask."""
     rank = len(leaf.shape)
     if rank == 2 and leaf.home in around.blocks and says("convolution", *leaf.keys[-2:]):
@@ -137,7 +137,7 @@ def _large(leaf: Leaf, around: Siblings) -> Role | None:
     return unknown(leaf, is_batch)
 
 
-def _outside(leaf: Leaf, around: Siblings) -> Role | None:
+def _outside(leaf: Leaf, around: Surroundings) -> Role | None:
     """Matrices outside of blocks: hidden where both sides are widths of the network.
 
     A size of its own is that of an input, an output or a table. In a list of (weight, bias), which

@@ -151,13 +151,13 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
     module beside has the same name with another number. The first module of a name has none in
     Haiku (block, block_1, block_2), so it gets an empty one.
     """
-    siblings: dict[str, set[str]] = {}
+    beside: dict[str, set[str]] = {}
     places = [[re.sub(r"_?\d+", "", module) for module in above(leaf.path)] for leaf in leaves]
     for leaf, modules in zip(leaves, places, strict=True):
         for module, key in zip(modules, leaf.keys, strict=True):
-            siblings.setdefault(module, set()).add(key)
+            beside.setdefault(module, set()).add(key)
     templates: dict[tuple[str, str], set[str]] = {}
-    for module, keys in siblings.items():
+    for module, keys in beside.items():
         for key in keys:
             for name, number in _with_holes(key):
                 templates.setdefault((module, name), set()).add(number)
@@ -168,10 +168,10 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
         for name, number in _with_holes(key):
             if len(templates[module, name]) > 1:
                 return name, number
-        is_first = f"{key}_1" in siblings[module] and f"{key}_0" not in siblings[module]
+        is_first = f"{key}_1" in beside[module] and f"{key}_0" not in beside[module]
         return (f"{key}_{HOLE}", "") if is_first else (key, None)
 
-    known = {(module, key): split(module, key) for module in siblings for key in siblings[module]}
+    known = {(module, key): split(module, key) for module in beside for key in beside[module]}
     for leaf, modules in zip(leaves, places, strict=True):
         pairs = [known[step] for step in zip(modules, leaf.keys, strict=True)]
         yield tuple(name for name, _ in pairs), tuple(number for _, number in pairs)

@@ -9,7 +9,7 @@ from teon_optax._rules.names import says
 from teon_optax._rules.tree import Leaf, above
 
 
-class Siblings(NamedTuple):
+class Surroundings(NamedTuple):
     """What a tree shows of its modules, by their paths; "" is the root."""
 
     matrices: dict[str, list[Leaf]]  # by home
@@ -47,7 +47,7 @@ class Siblings(NamedTuple):
         return [other for other in found if other.is_matrix]
 
 
-def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
+def surroundings_of(leaves: Sequence[Leaf]) -> Surroundings:
     """Finds blocks first, then what is inside of them and what is outside."""
     floats = [leaf for leaf in leaves if leaf.is_float and 0 not in leaf.shape]
     matrices: dict[str, list[Leaf]] = {}
@@ -88,7 +88,7 @@ def siblings_of(leaves: Sequence[Leaf]) -> Siblings:
     tables = {leaf.shape for leaf in outside if len(leaf.shape) == 2 and is_vocabulary(leaf)}
     modules = {module for leaf in floats for module in above(leaf.path)}
     routers, mixtures, experts = _mixtures(matrices, blocks)
-    return Siblings(
+    return Surroundings(
         matrices, vectors, biases, unscanned, blocks, in_blocks, streams, widths,
         *_linked(outside, widths), tables, routers, mixtures, experts, modules, twins, networks,
         {key: [*held] for key, held in numbered.items()}, varying,
