@@ -18,7 +18,7 @@ from benchmarks.emulation import with_products_in
 from teon_optax import Rule, orthogonalize, polar, polar_express, teon
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
-from teon_optax._polar.precision import Numerics, bytes_at_a_time
+from teon_optax._polar.precision import Numerics, byte_limits
 
 # A backend, and what a one-pass product of that device multiplies.
 DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]
@@ -284,7 +284,7 @@ def test_memory_does_not_grow_with_the_number_of_experts():
     few, many = of_experts(64), of_experts(256)
     assert many <= 1.01 * few
     # A chunk, and what is made of it: Gram matrices, factors.
-    assert many <= 4 * bytes_at_a_time("cpu")[1]
+    assert many <= 4 * byte_limits("cpu")[1]
 
 
 @pytest.mark.slow
@@ -292,4 +292,4 @@ def test_memory_does_not_grow_with_the_number_of_experts():
 def test_memory_is_a_copy_of_the_gradients_and_a_few_chunks(depth):
     params = gpt(depth, 128)
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
-    assert temporary_bytes(RULES, params) <= 1.1 * size + 4 * bytes_at_a_time("cpu")[1]
+    assert temporary_bytes(RULES, params) <= 1.1 * size + 4 * byte_limits("cpu")[1]

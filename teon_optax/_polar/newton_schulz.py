@@ -15,13 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import (
-    Numerics,
-    bytes_at_a_time,
-    chunk_size,
-    is_exact,
-    takes_one_more,
-)
+from teon_optax._polar.precision import Numerics, byte_limits, chunk_size, is_exact, takes_one_more
 
 
 def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -235,7 +229,7 @@ def orthogonalize_batches(
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
     # The backend decides on precisions and memory, and is no part of what a jit is cached by.
-    limits = bytes_at_a_time(jax.default_backend())
+    limits = byte_limits(jax.default_backend())
     return _by_restarts(batches, scales, tuple(numerics.of(b.dtype) for b in batches), limits)
 
 

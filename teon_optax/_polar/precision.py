@@ -183,7 +183,7 @@ def product_count(
     return 4 * steps + len(restarts) * (2 * ratio - 3) + more
 
 
-def bytes_at_a_time(backend: str) -> tuple[int, int]:
+def byte_limits(backend: str) -> tuple[int, int]:
     """Bytes of matrices up to which there are no chunks, and of a chunk."""
     return _CPU_BYTES if backend == "cpu" else _ACCELERATOR_BYTES
 
