@@ -14,7 +14,7 @@ from teon_optax import polar_express
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.precision import (
     Numerics,
-    chunk_bytes,
+    byte_limits,
     chunk_size,
     default_precision,
     restarts,
@@ -194,4 +194,7 @@ def test_one_matrix_is_taken_at_a_time_where_none_fits():
 
 
 def test_a_cpu_works_on_what_its_cache_holds_and_an_accelerator_on_more():
-    assert chunk_bytes("cpu") < chunk_bytes("tpu") == chunk_bytes("gpu")
+    assert byte_limits("cpu") < byte_limits("tpu") == byte_limits("gpu")
+    for backend in ("cpu", "tpu"):
+        whole, chunk = byte_limits(backend)
+        assert whole >= chunk
