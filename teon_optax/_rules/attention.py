@@ -196,10 +196,12 @@ def _attention_shapes(leaf: Leaf, around: Surroundings) -> tuple[list[Leaf], lis
     may be. In a module that is called attention, three equal ones may be too.
     """
     beside = around.matrices[leaf.home]
+    if not leaf.home or len(beside) not in (3, 4):
+        return [], []
     rows = ("projection", "output", "fused", "gate", "recurrent", "reads", "writes")
     is_named = any(says(row, key) for row in rows for m in beside for key in (m.name, *m.keys[:-1]))
     is_named |= any(is_end(other) or len(other.shape) != 2 for other in beside)
-    if is_named or not leaf.home:
+    if is_named:
         return [], []
     sizes = [fans(other, around) for other in beside]
     is_numbered = len({other.names[other.depth] for other in beside}) == 1 and not leaf.in_attention

@@ -98,9 +98,8 @@ def _is_network(
     """
     depth = len(module)
     matrices = [leaf for leaf in held if leaf.is_matrix]
-    if len(matrices) > 1 and says(
-        "network", re.sub(r"_?\d+$", "", module[-1]) or "".join(module[-2:-1])
-    ):
+    name = module[-1] if depth == 1 or not module[-1].isdecimal() else module[-2]
+    if len(matrices) > 1 and says("network", name):
         return True
     if any(layer_depth(leaf) is not None for leaf in matrices):
         return any((layer_depth(leaf) or 0) > depth for leaf in matrices)

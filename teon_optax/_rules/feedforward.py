@@ -75,7 +75,7 @@ def mixture(leaf: Leaf, around: Surroundings) -> Role | None:
     is_gate = leaf.says("gate") and not says("shared", module)
     is_gate &= not any(other.says("router") for other in beside)
     has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in around.modules
-    has_experts |= sum(_counted(leaf, other) > 1 for other in beside) > 1
+    has_experts |= is_gate and sum(_counted(leaf, other) > 1 for other in beside) > 1
     is_router = says("router", *words) or leaf.path in around.routers
     # A gate to one number, as of a shared expert.
     is_router |= 1 in leaf.shape and any(other.path in around.routers for other in beside)

@@ -1,8 +1,8 @@
 """What stands around a leaf: its module, the blocks, the widths, routers and experts."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 from teon_optax._rules.blocks import Names, held_by_blocks, is_end, repeated_blocks, stream_width
 from teon_optax._rules.names import says
@@ -120,22 +120,39 @@ def _linked(outside: Iterable[Leaf], widths: set[int]) -> tuple[set[int], set[in
             steps.append((leaf, into, out))
     flat = {into for _, into, _ in steps if any(into % channel == 0 for channel in channels - {1})}
     linked, inside = {*flat}, widths | flat
-    lengths = Counter(_order(leaf)[0] for leaf, _, _ in steps)
-    for one, _, size in steps:
-        for other, into, _ in steps:
-            in_series = _order(one)[0] == _order(other)[0]
-            in_order = lengths[_order(one)[0]] == 2 or _order(one) < _order(other)
-            if size == into and (not in_series or in_order):
-                linked.add(size)
-                is_mlp = one.home == other.home and one.says("reads") and other.says("writes")
-                inside |= {size, *(one.shape if is_mlp else ())} if in_series or is_mlp else set()
+    lengths = Counter((leaf.home, leaf.names) for leaf, _, _ in steps)
+    for size in {into for _, into, _ in steps} & {out for _, _, out in steps}:
+        before = [leaf for leaf, _, out in steps if out == size]
+        after = [leaf for leaf, into, _ in steps if into == size]
+        first, last = _numbers_of(before, min), _numbers_of(after, max)
+        follows = any(
+            lengths[series] == 2 or first[series] < last[series]
+            for series in first.keys() & last.keys()
+        )
+        ways_in = {leaf.home: leaf.shape for leaf in before if leaf.says("reads")}
+        mlps = [
+            ways_in[leaf.home] for leaf in after if leaf.says("writes") and leaf.home in ways_in
+        ]
+        if follows or len(first.keys() | last.keys()) > 1:
+            linked.add(size)
+        if follows or mlps:
+            inside.update({size}, *mlps)
     ways = {(into, out) for _, into, out in steps}
     return linked, {size for size in linked - inside if _leads_back(size, ways)}
 
 
-def _order(leaf: Leaf) -> tuple[Any, ...]:
-    """The series that a leaf is in, and its place there."""
-    return (leaf.home, leaf.names), [int(number) for number in leaf.numbers if number]
+def _numbers_of(
+    leaves: Iterable[Leaf], choose: Callable[[list[int], list[int]], list[int]]
+) -> dict[tuple[str, Names], list[int]]:
+    """For each series the numbers of its first leaf, or of its last."""
+    found: dict[tuple[str, Names], list[int]] = {}
+    for leaf in leaves:
+        numbers, series = (
+            [int(number) for number in leaf.numbers if number],
+            (leaf.home, leaf.names),
+        )
+        found[series] = choose(found.get(series, numbers), numbers)
+    return found
 
 
 def _leads_back(size: int, ways: set[tuple[int, int]]) -> bool:
