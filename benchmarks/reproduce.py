@@ -4,7 +4,8 @@
     python -m benchmarks.reproduce --out benchmarks/results/reproduce  # go on with the committed
     python -m benchmarks.reproduce --aggregate --update-readme          # tables, figure of these
     python -m benchmarks.reproduce --model llama-60m --data fineweb10B --context 1024 \
-        --batch-size 512 --steps 2100 --dtype bfloat16 --workers 1     # the paper's scale
+        --batch-size 512 --microbatch 64 --steps 2100 --dtype bfloat16 \
+        --workers 1                                                     # the paper's scale
 
 Every run appends one JSON line to `runs.jsonl` in the folder `--out` when it ends; what is there is
 not run again, so that the command may be killed and repeated. The order, so that what is known
@@ -58,6 +59,8 @@ Record = Mapping[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing, then says what there is."""
     options = parser().parse_args(argv)
+    if options.batch_size % options.microbatch:
+        parser().error("--microbatch must divide --batch-size")
     out = options.out or (COMMITTED if options.aggregate else FRESH)
     if not options.aggregate:
         setup = Setup(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Setup)})
@@ -89,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=128, help="default: 128")
     add("--batch-size", type=int, default=32, help="sequences per step; default: 32")
     add("--steps", type=int, default=640, help="of a headline run; default: 640")
+    add("--microbatch", type=int, default=2, help="sequences of them at a time; default: 2")
     add("--eval-tokens", type=int, default=262_144, help="held out; default: 262144")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser

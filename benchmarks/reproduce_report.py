@@ -199,26 +199,23 @@ def rest_table(records: Sequence[Record], steps: int) -> str:
 
 def sweep_table(records: Sequence[Record], steps: int) -> str:
     """One column for each learning rate, one row for each optimizer."""
-    swept, times = {}, {}
-    for name, configuration in CONFIGURATIONS.items():
-        if losses := sweep(records, name, steps):
-            cpus = [r["cpu_per_step"] for r in records if r["configuration"] == name]
-            swept[configuration.title] = losses
-            times[configuration.title] = f"{np.median(cpus):.3f} s"
-    return _sweeps_of("learning rate of the matrices", swept, times) if swept else ""
+    swept = {
+        configuration.title: losses
+        for name, configuration in CONFIGURATIONS.items()
+        if (losses := sweep(records, name, steps))
+    }
+    return _sweeps_of("learning rate of the matrices", swept) if swept else ""
 
 
-def _sweeps_of(
-    title: str, swept: Mapping[str, Mapping[int, float]], times: Mapping[str, str] | None = None
-) -> str:
+def _sweeps_of(title: str, swept: Mapping[str, Mapping[int, float]]) -> str:
     ks = sorted({k for losses in swept.values() for k in losses})
     rows = []
     for name, losses in swept.items():
         best = min(losses, key=losses.__getitem__)
         cells = {k: f"{losses[k]:.4f}" if k in losses else "" for k in ks}
         cells[best] = f"**{cells[best]}**"
-        rows.append([name, *cells.values(), *([times[name]] if times else [])])
-    header = title, *(f"{rate_of(k):.2g}" for k in ks), *(["a step"] if times else [])
+        rows.append([name, *cells.values()])
+    header = title, *(f"{rate_of(k):.2g}" for k in ks)
     return results.markdown(header, rows)
 
 

@@ -47,6 +47,7 @@ class Setup:
     vocab_size: int
     context: int
     batch_size: int
+    microbatch: int
     eval_tokens: int
     dtype: str
 
@@ -240,11 +241,29 @@ def model_of(setup: Setup, vocab_size: int) -> ModelConfig:
     return dataclasses.replace(base, vocab_size=vocab_size, context=setup.context, dtype=dtype)
 
 
+def accumulated(
+    value_and_grad: Callable[[Any, jax.Array], Any], params: Any, batch: jax.Array, microbatch: int
+) -> tuple[jax.Array, Any]:
+    """Mean loss of a batch and its gradients, a few sequences at a time.
+
+    What two sequences need for their gradients stays in a core's cache: a step of `small` on one
+    core takes 0.55 s so, and 0.95 s with all 32 sequences at once.
+    """
+    parts = batch.reshape(-1, microbatch, batch.shape[-1])
+
+    def add(total: Any, part: jax.Array) -> tuple[Any, None]:
+        return optax.tree.add(total, value_and_grad(params, part)), None
+
+    zeros = jnp.zeros(()), optax.tree.zeros_like(params)
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return optax.tree.scale(1 / len(parts), total)
+
+
 @functools.cache
 def compiled(configuration: Configuration, steps: int, setup: Setup, vocab_size: int) -> Program:
     """One program for all learning rates and seeds of a configuration."""
     model = GPT(model_of(setup, vocab_size))
-    oldest = max(1.0, AVERAGED * steps)
+    oldest, microbatch = max(1.0, AVERAGED * steps), setup.microbatch
 
     def init(key: jax.Array) -> State:
         params = model.init(key, jnp.zeros((1, setup.context), jnp.int32))["params"]
@@ -258,7 +277,7 @@ def compiled(configuration: Configuration, steps: int, setup: Setup, vocab_size:
     def train_step(
         state: State, batch: jax.Array, step: jax.Array, rate: jax.Array, rest_rate: jax.Array
     ) -> tuple[State, jax.Array]:
-        value, gradients = jax.value_and_grad(loss)(state.params, batch)
+        value, gradients = accumulated(jax.value_and_grad(loss), state.params, batch, microbatch)
         optimizer = build(configuration, steps, rate, rest_rate)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)

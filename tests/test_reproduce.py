@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ from examples.data import Corpus
 from examples.model import llama
 
 pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
-SETUP = Setup("small", None, "byte", 300, 8, 2, 64, "float32")
+SETUP = Setup("small", None, "byte", 300, 8, 2, 1, 64, "float32")
 TEXT = Corpus([np.arange(400) % 300], [np.arange(100) % 300], 300, "numbers")
 STEPS = 8
 
@@ -133,6 +134,26 @@ def test_what_is_there_is_not_run_again_and_a_cut_line_is(grid, tmp_path):
     path = tmp_path / reproduce.RUNS
     path.write_text(path.read_text()[:-10] + "\n")
     assert missing(reproduce.read(tmp_path), STEPS) == [reproduce.job_of(grid[-1])]
+
+
+def test_a_few_sequences_at_a_time_give_the_gradients_of_the_whole_batch():
+    def loss(params, batch):
+        return jnp.square(batch @ params["w"] - params["b"]).mean()
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"w": jax.random.normal(keys[0], (3, 4)), "b": jax.random.normal(keys[1], (4,))}
+    batch = jax.random.normal(keys[2], (6, 3))
+    value_and_grad = jax.value_and_grad(loss)
+    whole = value_and_grad(params, batch)
+    for microbatch in (1, 2, 6):
+        parts = training.accumulated(value_and_grad, params, batch, microbatch)
+        chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
+
+
+def test_a_microbatch_that_does_not_divide_the_batch_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--batch-size", "32", "--microbatch", "5"])
+    assert "--microbatch must divide --batch-size" in capsys.readouterr().err
 
 
 class Ended:
