@@ -239,11 +239,12 @@ def test_links_between_files_lead_somewhere():
 
 
 def test_pages_name_files_that_exist():
-    files = [path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py")]
+    library = pathlib.Path(teon_optax.__file__).parent  # the repository's, or where it is installed
+    files = [path.as_posix() for folder in (ROOT, library) for path in folder.rglob("*.py")]
     lost = []
     for page in PAGES:
         for name in re.findall(r"`((?:[\w.]+/)*\w+\.py)`", page.read_text("utf-8")):
-            if not any(f"/{path}".endswith(f"/{name}") for path in files):
+            if not any(path.endswith(f"/{name}") for path in files):
                 lost.append((page.name, name))
     assert lost == []
 
