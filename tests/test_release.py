@@ -1,13 +1,17 @@
-"""A release: one version in all files, and what `.ci/release` refuses before it builds."""
+"""A release: one version in all files, what it depends on, and what `.ci/release` refuses."""
 
+import ast
 import os
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
+
+import teon_optax
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -31,6 +35,22 @@ def test_the_citation_has_the_date_of_the_changelog():
     (date,) = re.findall(rf"^## {re.escape(version())} - (\S+)$", text("CHANGELOG.md"), re.M)
     expected = [] if date == "unreleased" else [date]
     assert re.findall(r"^date-released: (\S+)$", text("CITATION.cff"), re.M) == expected
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module.partition(".")[0]
+
+
+def test_the_library_needs_jax_and_optax_alone():
+    declared = tomllib.loads(text("pyproject.toml"))["project"]["dependencies"]
+    assert {re.split(r"\W", name)[0] for name in declared} == {"jax", "optax"}
+    files = pathlib.Path(teon_optax.__file__).parent.rglob("*.py")
+    imported = {name for path in files for name in imports_of(path)} - {*sys.stdlib_module_names}
+    assert imported == {"teon_optax", "jax", "optax", "numpy"}  # NumPy comes with jax.
 
 
 def release(folder, heading, tag):
