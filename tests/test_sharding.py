@@ -457,6 +457,17 @@ def test_shards_of_a_shard_map_are_refused(checked, shardings):
         jax.eval_shape(update, tree)
 
 
+@pytest.mark.parametrize("in_axes", [0, None], ids=["shards", "whole"])
+def test_leaves_of_a_pmap_are_refused(in_axes):
+    tree = {"block_0": {"query": jnp.ones((8, 16, 16))}}
+    transform = orthogonalize([Rule("query", dims=MuonDimensionNumbers(-2, -1))])
+    update = jax.pmap(
+        lambda tree, _: transform.update(tree, optax.EmptyState())[0], in_axes=(in_axes, 0)
+    )
+    with pytest.raises(ValueError, match=r"\(or `jax.pmap`\), where 'block_0/query', shape "):
+        jax.eval_shape(update, tree, jnp.ones(8))
+
+
 def test_whole_leaves_inside_a_shard_map_are_updated():
     transform, tree = orthogonalize(RULES), transformer(1)
     update = jax.shard_map(
