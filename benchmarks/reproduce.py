@@ -16,9 +16,10 @@ when time runs out can be used:
 3. a sweep over learning rates for each optimizer, until both neighbours of the best are known; in
    the paper's scale, and in Muon's where that is better for our Muon;
 4. the headline: each optimizer at its best, five seeds;
-5. parts: one thing changed, three seeds.
+5. parts: one thing changed, three seeds;
+6. the same optimizers and `schatten` half as long, where chaos has not grown yet, eight seeds.
 
-1 to 3 are on seed 0 and half as long. Runs of one seed share first parameters, batches and
+1 to 3 are on seed 0, also half as long. Runs of one seed share first parameters, batches and
 held-out sequences, and differ in nothing but the optimizer.
 """
 
@@ -46,6 +47,7 @@ RUNS, SETUP = "runs.jsonl", "setup.json"
 SWEEP_SEED = 0
 SEEDS = (1, 2, 3, 4, 5)
 PART_SEEDS = (1, 2, 3)
+HALF_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 NOISE_RUNS = 2
 FIRST_REST = 2
 REST_RATES = (2, 0, 4)
@@ -190,6 +192,11 @@ def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
     for seed in PART_SEEDS:
         for part in PARTS:
             yield Job(part.name + scale, best[f"{part.base}{scale}"], rest_k, seed, steps)
+    for seed in HALF_SEEDS:
+        yield from (Job(name, k, rest_k, seed, half) for name, k in best.items() if name != "adamw")
+        for part in PARTS:
+            if part.method == "schatten":
+                yield Job(part.name + scale, best[f"{part.base}{scale}"], rest_k, seed, half)
 
 
 def sweeps(records: Sequence[Record], rest_k: int, steps: int) -> Iterator[Job]:
