@@ -6,7 +6,7 @@ r"""How orthogonal an update is: by method, format of the products, restarts, an
     python -m benchmarks.accuracy --momentum runs/tiny-teon --save-momentum momentum.npz
 
 README.md says what each figure means. Products are rounded by emulation, so every device gives
-the same figures but for the last digits.
+the same figures but for the last digits; `--products device "device bf16"` asks the device itself.
 """
 
 import argparse
@@ -34,6 +34,11 @@ from teon_optax._polar.precision import Numerics
 
 METHODS = ("polar_express", "schatten", "jordan", "you")
 PRODUCTS = ("float32", *FORMATS)
+# Not emulated: as the device computes one pass by default, and as bf16.
+ON_DEVICE = {
+    "device": jax.lax.Precision.DEFAULT,
+    "device bf16": jax.lax.DotAlgorithmPreset.BF16_BF16_F32,
+}
 # Directions above this share of the largest singular value are to be kept.
 KEPT = 0.03
 RATIOS = (1, 2)
@@ -63,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     record["spectra"] = {name: describe(inputs) for name, inputs in spectra.items()}
     record["rows"] = measure(spectra, options.methods, options.products)
     figure = plot(spectra, options.methods, options.products)
-    results.write(options.out, "accuracy", record, table(record), figure)
+    backend = record["environment"]["backend"]
+    name = "accuracy" if backend == "cpu" else f"accuracy-{backend}"
+    results.write(options.out, name, record, table(record), figure)
     if options.update_readme:
-        results.update_readme("accuracy", table(record))
+        results.update_readme(name, table(record))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     add("--momentum", type=Path, help="a run's folder (of --optimizer teon), or an .npz of leaves")
     add("--save-momentum", type=Path, help="write that momentum to an .npz, a leaf per path")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
-    add("--products", nargs="+", choices=PRODUCTS, default=PRODUCTS, help="their formats")
+    add("--products", nargs="+", choices=(*PRODUCTS, *ON_DEVICE), default=PRODUCTS)
     add("--size", type=int, default=256, help="d of the made-up matrices; default: 256")
     add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
     add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
@@ -189,9 +196,10 @@ def steps_of(method: str, shape: Sequence[int], products: str, restarts: str) ->
     return {"default": default, "direct": (1,) * sum(default), "whole": (sum(default),)}[restarts]
 
 
-def precision(products: str) -> jax.lax.Precision:
-    """What the default precision is where products are computed like this."""
-    return jax.lax.Precision.HIGHEST if products == "float32" else jax.lax.Precision.DEFAULT
+def precision(products: str) -> jax.lax.PrecisionLike:
+    """What the precision is where products are computed like this."""
+    exact = jax.lax.Precision.HIGHEST if products == "float32" else jax.lax.Precision.DEFAULT
+    return ON_DEVICE.get(products, exact)
 
 
 @functools.cache
@@ -205,7 +213,7 @@ def polynomial(
         (result,) = orthogonalize_together([batch], [1.0], numerics, restarts)
         return result
 
-    return jax.jit(run if products == "float32" else with_products_in(products, run))
+    return jax.jit(with_products_in(products, run) if products in FORMATS else run)
 
 
 def table(record: dict[str, Any]) -> str:
@@ -230,10 +238,10 @@ def table(record: dict[str, Any]) -> str:
 def plot(
     spectra: Mapping[str, list[Inputs]], methods: Sequence[str], formats: Sequence[str]
 ) -> Figure:
-    """Singular values before and after, by method, in the finest and the coarsest format."""
+    """Singular values before and after, by method, in float32 and bf16 or else all formats."""
     figure = Figure(figsize=(5 * len(spectra), 4), layout="constrained")
     panels = figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0]
-    shown = [products for products in ("float32", "bf16") if products in formats]
+    shown = [products for products in ("float32", "bf16") if products in formats] or formats
     for axes, (name, spectrum) in zip(panels, spectra.items(), strict=True):
         M, singular_values = spectrum[-1]
         for method, products in itertools.product(methods, shown):
@@ -241,7 +249,7 @@ def plot(
             axes.plot(
                 singular_values[0] / singular_values[0, 0],
                 after[0],
-                ":" if products == "bf16" else "-",
+                "-" if products == shown[0] else ":",
                 color=f"C{METHODS.index(method)}",
                 label=f"{method}, {products}",
             )

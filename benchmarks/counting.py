@@ -18,6 +18,7 @@ _PASSES = {
     jax.lax.Precision.DEFAULT: 1,
     jax.lax.Precision.HIGH: 3,
     jax.lax.Precision.HIGHEST: 6,
+    jax.lax.DotAlgorithmPreset.BF16_BF16_F32: 1,
 }
 CALLED_ONCE = (
     primitives.jit_p,
@@ -64,12 +65,13 @@ def passes(eqn: Any) -> int:
     """How many passes a TPU takes for one `dot_general`: 1, 3 or 6.
 
     Raises:
-      ValueError: If its precision is a `jax.lax.DotAlgorithmPreset`.
+      ValueError: If its precision is another `jax.lax.DotAlgorithmPreset` than BF16_BF16_F32.
     """
     if all(var.aval.dtype.name == "bfloat16" for var in eqn.invars):
         return 1
-    precisions = eqn.params["precision"] or (jax.lax.Precision.DEFAULT,)
-    if not isinstance(precisions, tuple) or not all(p in _PASSES for p in precisions):
+    precisions = eqn.params["precision"] or jax.lax.Precision.DEFAULT
+    precisions = precisions if isinstance(precisions, tuple) else (precisions,)
+    if not all(p in _PASSES for p in precisions):
         raise ValueError(f"The passes of a product with precision {precisions} are not known.")
     return max(_PASSES[precision] for precision in precisions)
 

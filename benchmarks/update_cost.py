@@ -150,11 +150,15 @@ def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
     muon = contrib.muon(
         LEARNING_RATE, weight_decay=WEIGHT_DECAY, muon_weight_dimension_numbers=muon_dimensions
     )
-    by_method = {
-        f"teon {method}": teon(LEARNING_RATE, RULES, method=method, weight_decay=WEIGHT_DECAY)
-        for method in ("polar_express", "schatten")
+    ours = {"teon polar_express": {}, "teon schatten": {"method": "schatten"}}
+    if jax.default_backend() == "gpu":  # whose default for float32 operands is TF32
+        bf16 = {"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32}
+        ours |= {f"{name}, bf16": bf16 | chosen for name, chosen in ours.items()}
+    by_choice = {
+        name: teon(LEARNING_RATE, RULES, weight_decay=WEIGHT_DECAY, **chosen)
+        for name, chosen in ours.items()
     }
-    return {BASE: muon, **by_method, "optax adamw": optax.adamw(LEARNING_RATE)}
+    return {BASE: muon, **by_choice, "optax adamw": optax.adamw(LEARNING_RATE)}
 
 
 def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -169,7 +173,8 @@ def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, fl
                 figures[name][figure] = min(figures[name].get(figure, math.inf), value)
     if options.no_time:
         return figures
-    peers = {name: jax_update(found[name], compiled[name], shapes) for name in found}
+    arrays = gaussian(shapes, 0), gaussian(shapes, 1)
+    peers = {name: jax_update(found[name], compiled[name], *arrays) for name in found}
     peers["matmul"], work = roofline(options)
     if importlib.util.find_spec("torch"):
         peers["torch muon"] = torch_step(importlib.import_module("torch"), shapes)
@@ -233,10 +238,12 @@ def depth_figures(model: str, depth: int, dtype: str) -> dict[str, dict[str, flo
 
 
 def jax_update(
-    optimizer: optax.GradientTransformation, compiled: jax.stages.Compiled, shapes: Tree
+    optimizer: optax.GradientTransformation,
+    compiled: jax.stages.Compiled,
+    gradients: Tree,
+    params: Tree,
 ) -> Peer:
-    """A call of the compiled update on Gaussian arrays, with the state after its first step."""
-    gradients, params = (gaussian(shapes, seed) for seed in range(2))
+    """A call of the compiled update, with the state after its first step."""
     _, state = compiled(gradients, optimizer.init(params), params)
     return lambda: jax.block_until_ready(compiled(gradients, state, params))
 
@@ -252,15 +259,22 @@ def gaussian(shapes: Tree, seed: int) -> Tree:
 
 
 def roofline(options: argparse.Namespace) -> tuple[Peer, int]:
-    """A batched matmul, and its FLOPs: the rate that products can have."""
+    """A batched matmul, and its FLOPs: the rate that products can have.
+
+    An accelerator takes no longer for one than for its launch: there it is many, one after another.
+    """
+    times = 1 if jax.default_backend() == "cpu" else 100
     size = max(ROOFLINE_WIDTH, 0 if options.model == EXPERTS else MODELS[options.model].width)
     count = max(1, ROOFLINE_BYTES // (3 * 4 * size**2))
     left, right = (
         jax.random.normal(jax.random.key(seed), (count, size, size), options.dtype)
         for seed in range(2)
     )
-    multiply = jax.jit(jnp.matmul)
-    return lambda: multiply(left, right).block_until_ready(), 2 * count * size**3
+    right = right / size**0.5  # so that products stay in range
+    multiply = jax.jit(
+        lambda left, right: jax.lax.fori_loop(0, times, lambda _, left: left @ right, left)
+    )
+    return lambda: multiply(left, right).block_until_ready(), times * 2 * count * size**3
 
 
 def torch_step(torch: types.ModuleType, shapes: Tree) -> Peer:

@@ -1,6 +1,8 @@
 """The benchmarks run end to end and write what they say; no figure of time is looked at."""
 
+import argparse
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -110,6 +112,22 @@ def test_tpu_passes_are_those_of_the_cut_for_one_pass_products():
     assert passes == (4 * 5 + 3) * 2 * D**3
 
 
+def test_a_gpu_multiplies_in_bf16_as_well_and_at_the_matmuls_rate(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = update_cost.optimizers(plan(tree(), update_cost.RULES))
+    for method, steps in (("polar_express", 5), ("schatten", 4)):
+        counted = update_cost.products(found[f"teon {method}, bf16"], tree())
+        # One pass each, and one segment fewer than steps need pairs.
+        assert counted["tpu_passes"] == counted["flops"]
+        assert counted["flops"] == (4 * steps + math.ceil(steps / 2)) * 2 * D**3
+    # Launches weigh nothing in a hundred products one after another.
+    options = argparse.Namespace(model=update_cost.EXPERTS, dtype="float32")
+    monkeypatch.setattr(update_cost, "ROOFLINE_WIDTH", D)
+    monkeypatch.setattr(update_cost, "ROOFLINE_BYTES", 12 * D**2)
+    multiply, flops = update_cost.roofline(options)
+    assert flops == 100 * 2 * D**3 and np.isfinite(multiply()).all()
+
+
 def test_compare_prints_ratios(small_model, tmp_path, capsys):
     record = {
         "model": "small",
@@ -171,6 +189,16 @@ def test_accuracy_writes_json_table_and_plot(tmp_path):
     assert 0.8 < default["kept"] < default["largest"] < 1.15
     assert "| schatten | bf16 | default |" in (tmp_path / "accuracy.md").read_text()
     assert (tmp_path / "accuracy.png").exists()
+
+
+def test_accuracy_is_that_of_the_devices_own_products_where_asked(tmp_path, monkeypatch):
+    where = results.environment() | {"backend": "gpu"}
+    monkeypatch.setattr(results, "environment", lambda: where)
+    flags = ["--size", "8", "--methods", "schatten", "--products", "device", "device bf16"]
+    accuracy.main([*flags, "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "accuracy-gpu.json").read_text())["rows"]
+    assert {row["products"] for row in rows} == {"device", "device bf16"}
+    assert all(0.8 < row["gaussian"]["kept"] < row["gaussian"]["largest"] < 1.15 for row in rows)
 
 
 def test_momentum_of_a_checkpoint_is_that_of_the_orthogonalized_leaves(tmp_path):
