@@ -39,6 +39,7 @@ def report(out: Path, update_readme: bool = False) -> None:
         raise SystemExit(f"no runs in {out}")
     setup = json.loads((out / reproduce.SETUP).read_text())
     found = series(records, setup["steps"])
+    shorter = half_as_long(records, setup["steps"] // 2)
     headline = {name: each for name, each in found.items() if name not in IN_PART}
     half = setup["steps"] // 2
     parts = [verdict(headline), headline_table(headline), caption(setup, records)]
@@ -55,6 +56,7 @@ def report(out: Path, update_readme: bool = False) -> None:
             for job, runs in noise(records).items()
         ],
         "headline": {name: as_json(name, found) for name in found},
+        "half_as_long": {name: as_json(name, shorter) for name in shorter},
         "environment": records[-1]["environment"],
     }
     swept = {name: sweep(records, name, half) for name in CONFIGURATIONS}
@@ -167,12 +169,29 @@ def details(records: Sequence[Record], found: Mapping[str, Series], half: int) -
     rows = [_part_row(name, found) for name in found if name in IN_PART]
     if rows := [row for row in rows if row]:
         pages.append(results.markdown(("one thing changed", "seeds", "minus its base's"), rows))
-    return [*pages, alignment_table(records)]
+    return [*pages, half_table(half_as_long(records, half)), alignment_table(records)]
 
 
 def _part_row(name: str, found: Mapping[str, Series]) -> list[str]:
     value = difference(found, name, str(CONFIGURATIONS[name].base))
     return [] if value is None else [found[name].title, str(value.seeds), str(value)]
+
+
+def half_as_long(records: Sequence[Record], half: int) -> dict[str, Series]:
+    """The runs that are half as long, without those of the seed that rates were chosen on."""
+    return series([run for run in records if run["seed"] != reproduce.SWEEP_SEED], half)
+
+
+def half_table(found: Mapping[str, Series]) -> str:
+    """One row for each configuration, against Muon and, of a part, against its base."""
+    rows = []
+    for name, own in found.items():
+        bases = REFERENCE, str(CONFIGURATIONS[name].base)
+        against = ["" if (v := difference(found, name, base)) is None else str(v) for base in bases]
+        losses = own.losses(list(own.runs))
+        rows.append([own.title, str(len(losses)), f"{losses.mean():.4f}", *against])
+    header = "half as long", "seeds", "validation loss", "minus Muon's", "minus its base's"
+    return results.markdown(header, rows) if rows else ""
 
 
 def noise_table(records: Sequence[Record]) -> str:

@@ -123,8 +123,17 @@ def test_headline_runs_are_made_seed_by_seed_at_the_best_rate(grid):
 
 def test_parts_take_over_the_rate_of_their_base(grid):
     parts = {f"{part.name}-muon-scale" for part in PARTS}
-    found = [job for job in jobs_of(grid) if job.configuration in parts]
+    found = [job for job in jobs_of(grid, steps=STEPS) if job.configuration in parts]
     assert len(found) == 3 * len(PARTS) and {job.k for job in found} == {2}
+
+
+def test_the_headline_without_adamw_and_schatten_are_run_half_as_long_on_eight_seeds(grid):
+    short = [job for job in jobs_of(grid, steps=STEPS // 2) if job.seed]
+    schatten = {f"{name}-schatten-muon-scale" for name in ("stack-1", "teon-1")}
+    headline = {"muon", *(f"{n}-muon-scale" for n in ("stack-1", "teon-1", "teon-2"))}
+    assert {job.configuration for job in short} == schatten | headline
+    assert [job.seed for job in short] == [seed for seed in range(1, 9) for _ in range(6)]
+    assert {job.k for job in short} == {2}
 
 
 def test_what_is_there_is_not_run_again_and_a_cut_line_is(grid, tmp_path):
@@ -233,6 +242,13 @@ def test_the_report_says_in_its_first_line_what_it_can_tell(grid, written, tmp_p
     assert (tmp_path / "reproduce.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "reproduce.json").read_text())
     assert record["headline"]["teon-2-muon-scale"]["minus_muon"] == pytest.approx(-0.05, abs=2e-3)
+
+
+def test_the_report_compares_half_as_long_runs_without_the_seed_of_the_sweeps(grid, written):
+    off = [r | {"val_loss": r["val_loss"] + 10} if not r["seed"] else r for r in grid]
+    text, number = written(off), r"[+-]0.00\d+ ± 0.00\d+"
+    row = rf"\| mode 1, schatten, Muon's scale \| 8 \| 2.\d+ \| {number} \| {number} \|"
+    assert re.search(row, text)
 
 
 @pytest.mark.parametrize("seeds", [0, 1])
