@@ -17,7 +17,8 @@ when time runs out can be used:
    the paper's scale, and in Muon's where that is better for our Muon;
 4. the headline: each optimizer at its best, five seeds;
 5. parts: one thing changed, three seeds;
-6. the same optimizers and `schatten` half as long, where chaos has not grown yet, eight seeds.
+6. Muon, stack 1, TEON in both modes and `schatten`, half as long, eight seeds: rounding has not
+   moved these runs apart yet.
 
 1 to 3 are on seed 0, also half as long. Runs of one seed share first parameters, batches and
 held-out sequences, and differ in nothing but the optimizer.
@@ -61,7 +62,7 @@ Record = Mapping[str, Any]
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs what is missing, then says what there is."""
     options = parser().parse_args(argv)
-    if options.batch_size % options.microbatch:
+    if options.microbatch < 1 or options.batch_size % options.microbatch:
         parser().error("--microbatch must divide --batch-size")
     out = options.out or (COMMITTED if options.aggregate else FRESH)
     if not options.aggregate:
@@ -94,7 +95,12 @@ def parser() -> argparse.ArgumentParser:
     add("--context", type=int, default=128, help="default: 128")
     add("--batch-size", type=int, default=32, help="sequences per step; default: 32")
     add("--steps", type=int, default=640, help="of a headline run; default: 640")
-    add("--microbatch", type=int, default=2, help="sequences of them at a time; default: 2")
+    add(
+        "--microbatch",
+        type=int,
+        default=2,
+        help="sequences through the network at a time; default: 2",
+    )
     add("--eval-tokens", type=int, default=262_144, help="held out; default: 262144")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     return parser

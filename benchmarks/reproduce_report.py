@@ -55,7 +55,8 @@ def report(out: Path, update_readme: bool = False) -> None:
             {**job._asdict(), "val_losses": [record["val_loss"] for record in runs]}
             for job, runs in noise(records).items()
         ],
-        "headline": {name: as_json(name, found) for name in found},
+        "headline": {name: as_json(name, headline) for name in headline},
+        "parts": {name: as_json(name, found) for name in found if name in IN_PART},
         "half_as_long": {name: as_json(name, shorter) for name in shorter},
         "environment": records[-1]["environment"],
     }
@@ -255,11 +256,18 @@ def alignment_table(records: Sequence[Record]) -> str:
 
 
 def as_json(name: str, found: Mapping[str, Series]) -> dict[str, Any]:
-    """What the tables say of one configuration."""
-    own, against = found[name], difference(found, name, REFERENCE)
+    """What a table of these configurations says of one: against Muon and, of a part, its base."""
+    own = found[name]
+    bases = [REFERENCE, *filter(None, [CONFIGURATIONS[name].base])]
+    minus = {base: v for base in bases if (v := difference(found, name, base)) is not None}
     return {
         "rate": float(f"{own.rate:.4g}"),
         "losses": {seed: loss_of(run) for seed, run in own.runs.items()},
-        "minus_muon": None if against is None else round(against.mean, 5),
-        "half": None if against is None or math.isnan(against.half) else round(against.half, 5),
+        "minus": {
+            base: {
+                "mean": round(v.mean, 5),
+                "half": None if math.isnan(v.half) else round(v.half, 5),
+            }
+            for base, v in minus.items()
+        },
     }

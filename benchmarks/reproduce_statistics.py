@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 class Series(NamedTuple):
-    """The full-length runs of one configuration at its learning rate.
+    """The runs of one length of one configuration, at its learning rate.
 
     Attributes:
         title: Of the configuration.
@@ -48,7 +48,7 @@ class Difference(NamedTuple):
 
 
 def series(records: Sequence[Record], steps: int) -> dict[str, Series]:
-    """The full-length runs, in the order of the configurations."""
+    """The runs of that length, in the order of the configurations."""
     found = {}
     for name, configuration in CONFIGURATIONS.items():
         runs = [

@@ -247,7 +247,7 @@ def accumulated(
     """Mean loss of a batch and its gradients, a few sequences at a time.
 
     What two sequences need for their gradients stays in a core's cache: a step of `small` on one
-    core takes 0.55 s so, and 0.95 s with all 32 sequences at once.
+    core takes 0.5 s so, and 0.65 to 0.95 s with all 32 sequences at once.
     """
     parts = batch.reshape(-1, microbatch, batch.shape[-1])
 

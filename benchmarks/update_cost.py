@@ -10,6 +10,7 @@ README.md says what each figure means. Nothing here is specific to a device; on 
 
 import argparse
 import dataclasses
+import functools
 import importlib.util
 import math
 import statistics
@@ -53,7 +54,7 @@ RULES = (
     Rule(r"block_\d+/experts/", dims=contrib.MuonDimensionNumbers(1, 2)),
 )
 LEARNING_RATE, WEIGHT_DECAY = 0.02, 0.1
-BASE = "optax muon"
+BASE, MATMUL = "optax muon", "matmul "
 # Figure -> (heading, unit, digits). All but times are the same in every run.
 FIGURES = {
     "wall_min": ("wall, min", "ms", 1e3),
@@ -175,7 +176,9 @@ def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, fl
         return figures
     arrays = gaussian(shapes, 0), gaussian(shapes, 1)
     peers = {name: jax_update(found[name], compiled[name], *arrays) for name in found}
-    peers["matmul"], work = roofline(options)
+    kinds = sorted({kind_of(name, options.dtype) for name in found})
+    multiplied = {MATMUL + kind: roofline(options, kind) for kind in kinds}
+    peers |= {name: multiply for name, (multiply, _) in multiplied.items()}
     if importlib.util.find_spec("torch"):
         peers["torch muon"] = torch_step(importlib.import_module("torch"), shapes)
     seconds = timed(peers, options.repetitions)
@@ -185,7 +188,8 @@ def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, fl
         # A slow peer has one time, to be compared with one turn of the base.
         ratios = [time / base for time, base in zip(times, seconds[BASE], strict=False)]
         figures[name]["wall_ratio"] = statistics.median(ratios)
-    figures["matmul"]["flops"] = work
+    for name, (_, work) in multiplied.items():
+        figures[name]["flops"] = work
     return figures
 
 
@@ -258,22 +262,34 @@ def gaussian(shapes: Tree, seed: int) -> Tree:
     return structure.unflatten(arrays)
 
 
-def roofline(options: argparse.Namespace) -> tuple[Peer, int]:
-    """A batched matmul, and its FLOPs: the rate that products can have.
+def kind_of(name: str, dtype: str) -> str:
+    """What a peer multiplies: arrays of the tree's dtype, or, TEON, always those of float32."""
+    if not name.startswith("teon"):
+        return dtype
+    return "float32, bf16" if name.endswith("bf16") else "float32"
 
-    An accelerator takes no longer for one than for its launch: there it is many, one after another.
+
+def roofline(options: argparse.Namespace, kind: str) -> tuple[Peer, int]:
+    """A batched matmul of that kind, and its FLOPs: the rate that a peer's products can have.
+
+    An accelerator finishes one matmul in no more time than its launch takes, so there it is a
+    hundred, one after another.
     """
+    dtype, _, is_bf16 = kind.partition(", ")
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if is_bf16 else None
     times = 1 if jax.default_backend() == "cpu" else 100
     size = max(ROOFLINE_WIDTH, 0 if options.model == EXPERTS else MODELS[options.model].width)
     count = max(1, ROOFLINE_BYTES // (3 * 4 * size**2))
     left, right = (
-        jax.random.normal(jax.random.key(seed), (count, size, size), options.dtype)
-        for seed in range(2)
+        jax.random.normal(jax.random.key(seed), (count, size, size), dtype) for seed in range(2)
     )
     right = right / size**0.5  # so that products stay in range
-    multiply = jax.jit(
-        lambda left, right: jax.lax.fori_loop(0, times, lambda _, left: left @ right, left)
-    )
+
+    @jax.jit
+    def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
+        once = functools.partial(jnp.matmul, b=right, precision=precision)
+        return jax.lax.fori_loop(0, times, lambda _, left: once(left), left)
+
     return lambda: multiply(left, right).block_until_ready(), times * 2 * count * size**3
 
 
@@ -329,14 +345,14 @@ def call_seconds(peer: Peer) -> float:
 
 def table(record: dict[str, Any]) -> str:
     """A row per peer; in parentheses the ratio to `optax.contrib.muon`."""
-    peers = {name: row for name, row in record["optimizers"].items() if name != "matmul"}
+    peers = {n: row for n, row in record["optimizers"].items() if not n.startswith(MATMUL)}
     shown = [figure for figure in FIGURES if any(figure in row for row in peers.values())]
     rows = [[name, *(cell(record, name, figure) for figure in shown)] for name in peers]
     header = [" ".join(filter(None, FIGURES[figure][:2])) for figure in shown]
-    if "matmul" in record["optimizers"]:
+    if len(peers) < len(record["optimizers"]):
         header.append("of roofline")
         for row in rows:
-            row.append(share_of_roofline(record["optimizers"], row[0]))
+            row.append(share_of_roofline(record, row[0]))
     title = f"**{record['model']}**, {record['parameters'] / 1e6:,.1f} M parameters in "
     page = [
         title + f"{record['dtype']}; (ratio to optax muon)",
@@ -365,11 +381,12 @@ def cell(record: dict[str, Any], name: str, figure: str) -> str:
     return f"{text} ({ratio:.3f})"
 
 
-def share_of_roofline(optimizers: dict[str, dict[str, float]], name: str) -> str:
+def share_of_roofline(record: dict[str, Any], name: str) -> str:
     """Time that the products alone would take, over the time that the update took."""
-    row, matmul = optimizers[name], optimizers["matmul"]
+    row = record["optimizers"][name]
     if not row.get("flops"):
         return "-"
+    matmul = record["optimizers"][MATMUL + kind_of(name, record["dtype"])]
     products = row["flops"] * matmul["wall_min"] / matmul["flops"]
     return f"{products / row['wall_min']:.0%}"
 
@@ -381,7 +398,7 @@ def plot(record: dict[str, Any]) -> Figure:
     optimizers = record["optimizers"]
     base = optimizers[BASE]
     shown = [name for name in FIGURES if base.get(name)]
-    names = [name for name in optimizers if name not in (BASE, "matmul")]
+    names = [n for n in optimizers if n != BASE and not n.startswith(MATMUL)]
     for place, name in enumerate(names):
         known = [index for index, figure in enumerate(shown) if figure in optimizers[name]]
         ratios = [optimizers[name][shown[index]] / base[shown[index]] for index in known]

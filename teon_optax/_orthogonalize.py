@@ -49,7 +49,8 @@ def orthogonalize(
         wrong sharding costs time only.
       precision: Precision of every product (`jax.lax.PrecisionLike`). None computes in float32 on
         CPU, and with one-pass products, made accurate by the way they are used, on TPU (bf16) and
-        GPU (TF32). "BF16_BF16_F32" is faster on a GPU that has bf16, from NVIDIA's Ampere on.
+        GPU (TF32). "BF16_BF16_F32" is faster for large matrices on a GPU that has bf16 products,
+        as NVIDIA's have from Ampere on: .83 of the time for those of a LLaMA-1B.
 
     Returns:
       An `optax.GradientTransformation`. Updates keep their dtypes. Layers are coupled by the dtypes

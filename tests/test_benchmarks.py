@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from benchmarks import accuracy, compare, planning, results, update_cost
+from benchmarks.counting import count_products
 from examples.model import MODELS
 from teon_optax import plan, polar_express, teon
 
@@ -51,7 +52,7 @@ def test_update_cost_writes_json_table_and_plot(small_model, tmp_path, capsys):
     assert {"jax", "optax"} <= set(record["environment"]["versions"])
     peers = record["optimizers"]
     ours = {"optax muon", "teon polar_express", "teon schatten", "optax adamw"}
-    assert ours | {"matmul"} <= set(peers)
+    assert ours | {"matmul float32"} <= set(peers)
     for name in ours:
         assert {*update_cost.FIGURES, "wall_ratio"} <= set(peers[name])
     assert record["depths"]["3"]["optax muon"]["hlo_lines"] > peers["optax muon"]["hlo_lines"]
@@ -117,15 +118,24 @@ def test_a_gpu_multiplies_in_bf16_as_well_and_at_the_matmuls_rate(monkeypatch):
     found = update_cost.optimizers(plan(tree(), update_cost.RULES))
     for method, steps in (("polar_express", 5), ("schatten", 4)):
         counted = update_cost.products(found[f"teon {method}, bf16"], tree())
-        # One pass each, and one segment fewer than steps need pairs.
+        # A pass each: 4 products a step, and 2 r - 3 = 1 for each of ceil(steps / 2) segments.
         assert counted["tpu_passes"] == counted["flops"]
         assert counted["flops"] == (4 * steps + math.ceil(steps / 2)) * 2 * D**3
+    kinds = [update_cost.kind_of(name, "bfloat16") for name in found]
+    assert kinds == ["bfloat16", "float32", "float32", *["float32, bf16"] * 2, "bfloat16"]
     # Launches weigh nothing in a hundred products one after another.
-    options = argparse.Namespace(model=update_cost.EXPERTS, dtype="float32")
+    options = argparse.Namespace(model=update_cost.EXPERTS)
     monkeypatch.setattr(update_cost, "ROOFLINE_WIDTH", D)
     monkeypatch.setattr(update_cost, "ROOFLINE_BYTES", 12 * D**2)
-    multiply, flops = update_cost.roofline(options)
-    assert flops == 100 * 2 * D**3 and np.isfinite(multiply()).all()
+    for kind in kinds:
+        multiply, flops = update_cost.roofline(options, kind)
+        assert flops == 100 * 2 * D**3 and jnp.isfinite(multiply()).all()
+
+
+def test_passes_of_a_precision_that_no_tpu_has_are_not_made_up():
+    tf32 = jax.lax.DotAlgorithmPreset.TF32_TF32_F32
+    with pytest.raises(ValueError, match="passes of a product with precision .* are not known"):
+        count_products(lambda M: jnp.matmul(M, M, precision=tf32), jnp.ones((D, D)))
 
 
 def test_compare_prints_ratios(small_model, tmp_path, capsys):

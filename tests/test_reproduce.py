@@ -159,9 +159,10 @@ def test_a_few_sequences_at_a_time_give_the_gradients_of_the_whole_batch():
         chex.assert_trees_all_close(parts, whole, rtol=1e-5, atol=1e-6)
 
 
-def test_a_microbatch_that_does_not_divide_the_batch_is_refused(capsys):
+@pytest.mark.parametrize("microbatch", ["5", "0", "-2"])
+def test_a_microbatch_that_does_not_divide_the_batch_is_refused(capsys, microbatch):
     with pytest.raises(SystemExit):
-        reproduce.main(["--batch-size", "32", "--microbatch", "5"])
+        reproduce.main(["--batch-size", "32", "--microbatch", microbatch])
     assert "--microbatch must divide --batch-size" in capsys.readouterr().err
 
 
@@ -241,7 +242,11 @@ def test_the_report_says_in_its_first_line_what_it_can_tell(grid, written, tmp_p
     assert re.search(r"\| Muon \(optax.contrib.muon\) \| 0.02 \| 5 \| \d.\d+ \|  \| 100% \|", text)
     assert (tmp_path / "reproduce.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "reproduce.json").read_text())
-    assert record["headline"]["teon-2-muon-scale"]["minus_muon"] == pytest.approx(-0.05, abs=2e-3)
+    in_json = record["headline"]["teon-2-muon-scale"]["minus"]["muon"]
+    assert in_json["mean"] == pytest.approx(-0.05, abs=2e-3)
+    assert f" {in_json['mean']:+.4f} ± {in_json['half']:.4f} " in text
+    of_part = record["parts"]["teon-1-schatten-muon-scale"]["minus"]
+    assert f" {of_part['teon-1-muon-scale']['mean']:+.4f} ± " in text
 
 
 def test_the_report_compares_half_as_long_runs_without_the_seed_of_the_sweeps(grid, written):

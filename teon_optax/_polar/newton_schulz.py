@@ -240,7 +240,10 @@ def _by_restarts(
     numerics: tuple[Numerics, ...],
     limits: tuple[int, int],
 ) -> list[jax.Array]:
-    """Works off together what agrees in d, dtype, numerics and restarts, or else in chunks."""
+    """Works off together what agrees in d, dtype, numerics and restarts.
+
+    What exceeds `limits[0]` bytes is worked off in chunks of `limits[1]`, each batch by itself.
+    """
     whole, budget = limits
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (batch, used) in enumerate(zip(batches, numerics, strict=True)):

@@ -113,7 +113,7 @@ def _is_linked(axis: int, leaf: Leaf, around: Surroundings) -> bool:
 
 
 def _large(leaf: Leaf, around: Surroundings) -> Role | None:
-    """What has three axes or more and is none of the above: convolutions, and what to ask."""
+    """What is none of the above: convolutions, and what to ask of three axes or more."""
     rank = len(leaf.shape)
     if rank == 2 and leaf.home in around.blocks and says("convolution", *leaf.keys[-2:]):
         is_joined = all(_is_shared(size, leaf, around) for size in leaf.shape)

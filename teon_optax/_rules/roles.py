@@ -38,7 +38,10 @@ def refused(question: str, choices: Iterable[Role]) -> Role:
 
 
 def unknown(leaf: Leaf, is_batch: bool = False) -> Role:
-    """The fallback, with a warning and a rule to paste, for matrices in the last two axes if so."""
+    """The fallback, with a warning and a rule to paste.
+
+    With `is_batch` the first rule that it offers takes the last two axes as those of matrices.
+    """
     last = len(leaf.shape) - 1
     batch = [Role("hidden", D(last - 1, last))] if is_batch else []
     return Role("unknown", choices=(*batch, *others(leaf), FALLBACK))

@@ -36,7 +36,7 @@ class Leaf:
     layer_axis: int | None = None
     scanned: str = ""  # the module whose leaves all have that axis
     is_factor: bool = False  # a "b" beside an "a", so no bias
-    block: str = ""  # `h0`, where `h0_attn_q` and `h0_up` say it of themselves
+    block: str = ""  # `h0_`, where `h0_attn_q` and `h0_up` say it of themselves
 
     @cached_property
     def keys(self) -> list[str]:
@@ -178,7 +178,7 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
 
 
 def _block_in(leaf: Leaf) -> re.Match[str] | None:
-    """What stands before the words of a name such as `h0_attn_q`, and its number."""
+    """A match of `h0_` in a name such as `h0_attn_q`; its group is what is before the number."""
     has_words = HOLE in leaf.names[leaf.depth].rstrip(HOLE)
     return re.match(r"(.*?)\d+_", leaf.keys[leaf.depth]) if has_words else None
 
