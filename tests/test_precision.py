@@ -1,6 +1,7 @@
 """How a polar factor is computed: the precision, restarts and chunks."""
 
 import math
+from typing import Any
 from unittest import mock
 
 import jax
@@ -10,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from teon_optax import polar_express
+from teon_optax import Rule, orthogonalize, polar_express
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.precision import (
     Numerics,
     byte_limits,
     chunk_size,
     default_precision,
+    product_count,
     restarts,
 )
 
@@ -60,6 +62,19 @@ def test_numerics_restart_their_polynomial_by_shape_and_not_the_svd(shape):
     assert Numerics(polynomial, DEFAULT).restarts(*shape) == (2, 3)
     assert Numerics(polynomial, HIGHEST).restarts(*shape) == (5,)
     assert Numerics(None, HIGHEST).restarts(*shape) == ()
+
+
+@pytest.mark.parametrize("precision", ["BF16_BF16_F32", jax.lax.DotAlgorithmPreset.BF16_BF16_F32])
+def test_products_of_bf16_by_name_are_one_pass(precision):
+    named, one_pass = (Numerics(resolve("polar_express"), p) for p in (precision, DEFAULT))
+    assert named.restarts(8, 32) == one_pass.restarts(8, 32) == (2, 3)
+    assert named.triples() == one_pass.triples()
+    counts = [product_count((2, 3), 4, each.precision) for each in (named, one_pass)]
+    assert counts == [4 * 5 + 2 * 5 + 1] * 2
+    kernel = {"kernel": jnp.eye(8)}
+    optimizer = orthogonalize([Rule("kernel")], precision=precision)
+    updates: Any = optimizer.update(kernel, optimizer.init(kernel))[0]
+    np.testing.assert_allclose(updates["kernel"], np.eye(8), atol=0.13)
 
 
 @pytest.mark.parametrize(
