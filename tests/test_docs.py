@@ -170,6 +170,12 @@ def test_bf16_parameters_on_a_gpu_in_the_readme_are_those_of_the_committed_bench
     assert f"LLaMA-1B took {plain} of Muon's time, and {bf16} with it" in readme
 
 
+def test_mode_1_half_as_long_in_the_readme_is_that_of_the_committed_runs():
+    minus = results("reproduce/reproduce")["half_as_long"]["teon-1-muon-scale"]["minus"]["muon"]
+    mean, half = (f"{minus[key]:.3f}".removeprefix("0") for key in ("mean", "half"))
+    assert f"it ends {mean} ± {half} above Muon" in (ROOT / "README.md").read_text("utf-8")
+
+
 def test_products_of_models_in_the_readme_are_those_of_the_committed_benchmark():
     models = results("models")["models"]
     readme = (ROOT / "README.md").read_text("utf-8")
