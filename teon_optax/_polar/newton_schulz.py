@@ -229,22 +229,20 @@ def orthogonalize_batches(
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
     # The backend decides on precisions and memory, and is no part of what a jit is cached by.
-    limits = byte_limits(jax.default_backend())
-    return _by_restarts(batches, scales, tuple(numerics.of(b.dtype) for b in batches), limits)
+    whole, chunk = byte_limits(jax.default_backend())
+    chosen = tuple(numerics.of(batch.dtype) for batch in batches)
+    return _by_restarts(batches, scales, chosen, whole, chunk)
 
 
-@functools.partial(jax.jit, static_argnames=("numerics", "limits"))
+@functools.partial(jax.jit, static_argnames=("numerics", "whole", "chunk"))
 def _by_restarts(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
     numerics: tuple[Numerics, ...],
-    limits: tuple[int, int],
+    whole: int,
+    chunk: int,
 ) -> list[jax.Array]:
-    """Works off together what agrees in d, dtype, numerics and restarts.
-
-    What exceeds `limits[0]` bytes is worked off in chunks of `limits[1]`, each batch by itself.
-    """
-    whole, budget = limits
+    """Works off together, up to `whole` bytes, what agrees in d and restarts, or else in chunks."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, (batch, used) in enumerate(zip(batches, numerics, strict=True)):
         (m, n), dtype = batch.shape[1:], np.promote_types(batch.dtype, np.float32)
@@ -257,7 +255,7 @@ def _by_restarts(
             results = together(some, factors)
         else:
             results = [
-                _in_chunks(together, batch, scale, budget)
+                _in_chunks(together, batch, scale, chunk)
                 for batch, scale in zip(some, factors, strict=True)
             ]
         done |= zip(indices, results, strict=True)
