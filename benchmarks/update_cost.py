@@ -10,7 +10,6 @@ README.md says what each figure means. Nothing here is specific to a device; on 
 
 import argparse
 import dataclasses
-import functools
 import importlib.util
 import math
 import statistics
@@ -287,8 +286,10 @@ def roofline(options: argparse.Namespace, kind: str) -> tuple[Peer, int]:
 
     @jax.jit
     def multiply(left: jax.Array, right: jax.Array) -> jax.Array:
-        once = functools.partial(jnp.matmul, b=right, precision=precision)
-        return jax.lax.fori_loop(0, times, lambda _, left: once(left), left)
+        def once(_: int, left: jax.Array) -> jax.Array:
+            return jnp.matmul(left, right, precision=precision)
+
+        return jax.lax.fori_loop(0, times, once, left)
 
     return lambda: multiply(left, right).block_until_ready(), times * 2 * count * size**3
 
