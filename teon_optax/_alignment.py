@@ -13,8 +13,8 @@ from teon_optax._groups.batching import pieces_of
 from teon_optax._groups.layout import to_matrices
 from teon_optax._groups.plan import Plan, plan
 from teon_optax._groups.report import anonymous, columns, spans
-from teon_optax._rules.default import default_rules
-from teon_optax._rules.rule import Rule, checked_rules
+from teon_optax._reading.default import default_rules
+from teon_optax._rule import Rule, checked_rules
 
 # Relative rounding error of nuclear norms in float32.
 _ROUNDING = 1e-5

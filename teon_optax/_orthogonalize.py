@@ -12,7 +12,7 @@ from teon_optax._groups.plan import Plan, plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.precision import Numerics, check_precision
-from teon_optax._rules.rule import Rule, checked_rules
+from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
 from teon_optax._sharding.placement import Located, as_shardings
 from teon_optax._sharding.sharded import orthogonalize_sharded

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from teon_optax._paths import leaf_paths
 from teon_optax._polar.memory import kept_beside, on_device
-from teon_optax._rules.paths import leaf_paths
 
 _REMEDY = (
     ": this is the state of another model. Make a new one by `init(params)`, or restore that of "

@@ -14,8 +14,8 @@ from teon_optax._groups.plan import plan_of_updates
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._polar.memory import kept_beside, on_device
-from teon_optax._rules.default import default_rules
-from teon_optax._rules.rule import Rule, checked_rules
+from teon_optax._reading.default import default_rules
+from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike
 from teon_optax._sharding.placement import as_shardings
 from teon_optax._state import check_restored, kept_as, with_stable_state

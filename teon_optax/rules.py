@@ -11,10 +11,10 @@ from typing import Any
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax._groups.layout import layout_of
-from teon_optax._rules.default import PAPER, default_rules, rules_by_role
-from teon_optax._rules.roles import Role
-from teon_optax._rules.rule import Rule, Rules
-from teon_optax._rules.tree import Leaf
+from teon_optax._reading.default import PAPER, default_rules, rules_by_role
+from teon_optax._reading.roles import Role
+from teon_optax._reading.tree import Leaf
+from teon_optax._rule import Rule, Rules
 
 
 def paper(params: Any, first: Sequence[Rule] = ()) -> Rules:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, default_rules, plan
-from teon_optax._rules.paths import leaf_paths
+from teon_optax._paths import leaf_paths
 
 # No two sizes agree, so that a wrong reading cannot look right: width, heads, their size, both
 # together, key-value heads, hidden, vocabulary, scanned layers, experts, positions, LoRA rank.

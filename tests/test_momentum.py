@@ -15,7 +15,7 @@ from absl.testing import parameterized
 from spectra import function_of
 
 from teon_optax import Rule, TeonState, orthogonalize, polar_express, scale_by_teon
-from teon_optax._rules.paths import leaf_paths
+from teon_optax._paths import leaf_paths
 
 RULES = (Rule(r"block_(?P<layer>\d+)/query", stack=2), Rule("^up$"))
 # One step compiles fast; what methods do is said elsewhere.

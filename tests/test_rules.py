@@ -12,8 +12,8 @@ from jax.tree_util import FlattenedIndexKey
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule
-from teon_optax._rules.paths import leaf_paths
-from teon_optax._rules.rule import fan_axes
+from teon_optax._paths import leaf_paths
+from teon_optax._rule import fan_axes
 
 D = MuonDimensionNumbers
 # Called with what their annotations exclude, or makes what these cannot say.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._rules.rule import Rule, fan_axes
+from teon_optax._rule import Rule, fan_axes
 
 
 class Layout(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from teon_optax._groups.layout import Layout
-from teon_optax._rules.rule import Rule
+from teon_optax._rule import Rule
 
 
 class SeriesKey(NamedTuple):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from teon_optax._rules.paths import leaf_paths
+from teon_optax._paths import leaf_paths
 
 _UNKNOWN = PartitionSpec(PartitionSpec.UNCONSTRAINED)
 _OF_PARAMS = "shardings=jax.tree.map(lambda leaf: leaf.sharding, params)"

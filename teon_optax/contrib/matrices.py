@@ -12,7 +12,7 @@ import optax
 from teon_optax._groups.layout import Layout
 from teon_optax._groups.plan import plan
 from teon_optax._polar.memory import kept_beside, on_device
-from teon_optax._rules.rule import Rule
+from teon_optax._rule import Rule
 from teon_optax._sharding.placement import merge_axes, split_axis, splittable
 
 Axes = tuple[int, ...]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from teon_optax._arguments import check_eps, check_number
-from teon_optax._rules.rule import Rule, checked_rules
+from teon_optax._rule import Rule, checked_rules
 from teon_optax.contrib.matrices import Axes, each_matrix, length, sum_of_squares
 
 

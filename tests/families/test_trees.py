@@ -16,7 +16,7 @@ from test_default_rules import Box, array, nested
 from test_roles import verdicts
 
 from teon_optax import default_rules, plan, rules
-from teon_optax._rules.paths import leaf_paths
+from teon_optax._paths import leaf_paths
 
 FOLDER = pathlib.Path(__file__).parent / "trees"
 TREES = sorted(file.stem for file in FOLDER.glob("*.txt"))

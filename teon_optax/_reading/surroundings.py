@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from teon_optax._rules.blocks import Names, held_by_blocks, is_end, repeated_blocks, stream_width
-from teon_optax._rules.names import says
-from teon_optax._rules.tree import Leaf, above
+from teon_optax._reading.blocks import Names, held_by_blocks, is_end, repeated_blocks, stream_width
+from teon_optax._reading.names import says
+from teon_optax._reading.tree import Leaf, above
 
 
 class Surroundings(NamedTuple):

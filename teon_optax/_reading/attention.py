@@ -4,7 +4,7 @@ import itertools
 
 from optax.contrib import MuonDimensionNumbers as D
 
-from teon_optax._rules.axes import (
+from teon_optax._reading.axes import (
     bias_axis,
     fans,
     heads_layout,
@@ -16,11 +16,11 @@ from teon_optax._rules.axes import (
     writer_dims,
     writer_layout,
 )
-from teon_optax._rules.blocks import is_end
-from teon_optax._rules.names import says
-from teon_optax._rules.roles import Role, ask_axes, others, projections, refused
-from teon_optax._rules.surroundings import Surroundings
-from teon_optax._rules.tree import Leaf
+from teon_optax._reading.blocks import is_end
+from teon_optax._reading.names import says
+from teon_optax._reading.roles import Role, ask_axes, others, projections, refused
+from teon_optax._reading.surroundings import Surroundings
+from teon_optax._reading.tree import Leaf
 
 
 def fused(leaf: Leaf, around: Surroundings) -> Role | None:

@@ -2,15 +2,15 @@
 
 from typing import Any
 
-from teon_optax._rules.attention import fused, latent, output, projection
-from teon_optax._rules.axes import bias_axis, fans, shifted
-from teon_optax._rules.blocks import is_end
-from teon_optax._rules.feedforward import gating, hidden, low_rank, mixture
-from teon_optax._rules.layers import layer_columns
-from teon_optax._rules.names import says
-from teon_optax._rules.roles import FALLBACK, Role, ask_axes, others, refused, unknown
-from teon_optax._rules.surroundings import Surroundings, surroundings_of
-from teon_optax._rules.tree import Leaf, leaves_of
+from teon_optax._reading.attention import fused, latent, output, projection
+from teon_optax._reading.axes import bias_axis, fans, shifted
+from teon_optax._reading.blocks import is_end
+from teon_optax._reading.feedforward import gating, hidden, low_rank, mixture
+from teon_optax._reading.layers import layer_columns
+from teon_optax._reading.names import says
+from teon_optax._reading.roles import FALLBACK, Role, ask_axes, others, refused, unknown
+from teon_optax._reading.surroundings import Surroundings, surroundings_of
+from teon_optax._reading.tree import Leaf, leaves_of
 
 
 def roles(params: Any) -> list[tuple[Leaf, Role | None, tuple[int | None, ...]]]:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 from optax.contrib import MuonDimensionNumbers as D
 
-from teon_optax._rules.axes import options, other_options
-from teon_optax._rules.tree import Leaf
+from teon_optax._reading.axes import options, other_options
+from teon_optax._reading.tree import Leaf
 
 
 class Role(NamedTuple):

@@ -2,9 +2,9 @@
 
 from optax.contrib import MuonDimensionNumbers as D
 
-from teon_optax._rules.names import WEIGHT, match, says
-from teon_optax._rules.surroundings import Surroundings
-from teon_optax._rules.tree import Leaf
+from teon_optax._reading.names import WEIGHT, match, says
+from teon_optax._reading.surroundings import Surroundings
+from teon_optax._reading.tree import Leaf
 
 # How a projection of several heads may lie, a letter an axis: d is fan_in; p the parts of a fused
 # one, h the heads and k their size are fan_out. Flax and MaxText keep d first, Gemma the heads,

@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 
-from teon_optax._rules.names import says
-from teon_optax._rules.paths import LeafType, cached, tree_types
-from teon_optax._rules.patterns import Choice, Draft, drafts_of, rule_of
-from teon_optax._rules.reading import roles
-from teon_optax._rules.roles import Role
-from teon_optax._rules.rule import Rule, Rules, fan_axes
-from teon_optax._rules.tree import Leaf
+from teon_optax._paths import LeafType, cached, tree_types
+from teon_optax._reading.names import says
+from teon_optax._reading.patterns import Choice, Draft, drafts_of, rule_of
+from teon_optax._reading.reading import roles
+from teon_optax._reading.roles import Role
+from teon_optax._reading.tree import Leaf
+from teon_optax._rule import Rule, Rules, fan_axes
 
 PAPER = {"qkv": 2, "latent": 1, "out": 1, "hidden": 1}  # K by role; all else is the fallback's
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
-from teon_optax._rules.names import WEIGHT, match, says
-from teon_optax._rules.paths import leaf_paths
+from teon_optax._paths import leaf_paths
+from teon_optax._reading.names import WEIGHT, match, says
 
 HOLE = "\0"  # where a number was in a name
 

@@ -2,11 +2,11 @@
 
 from optax.contrib import MuonDimensionNumbers as D
 
-from teon_optax._rules.axes import bias_axis, fans, matrix_dims, out_axis, reader_dims
-from teon_optax._rules.names import says
-from teon_optax._rules.roles import FALLBACK, Role, others, refused, unknown
-from teon_optax._rules.surroundings import Surroundings
-from teon_optax._rules.tree import Leaf
+from teon_optax._reading.axes import bias_axis, fans, matrix_dims, out_axis, reader_dims
+from teon_optax._reading.names import says
+from teon_optax._reading.roles import FALLBACK, Role, others, refused, unknown
+from teon_optax._reading.surroundings import Surroundings
+from teon_optax._reading.tree import Leaf
 
 
 def low_rank(leaf: Leaf, around: Surroundings) -> Role | None:

@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from teon_optax._rules.names import says
-from teon_optax._rules.tree import HOLE, Leaf
+from teon_optax._reading.names import says
+from teon_optax._reading.tree import HOLE, Leaf
 
 Names = tuple[str, ...]  # of the segments of a path, numbers left out
 

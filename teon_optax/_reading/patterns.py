@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from teon_optax._rules.roles import FALLBACK, Role
-from teon_optax._rules.rule import Rule
-from teon_optax._rules.tree import HOLE, Leaf
+from teon_optax._reading.roles import FALLBACK, Role
+from teon_optax._reading.tree import HOLE, Leaf
+from teon_optax._rule import Rule
 
 
 class _Member(NamedTuple):

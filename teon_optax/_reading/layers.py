@@ -2,10 +2,10 @@
 
 from collections import Counter
 
-from teon_optax._rules.blocks import called_layers, is_end, nouns
-from teon_optax._rules.names import says
-from teon_optax._rules.surroundings import Surroundings
-from teon_optax._rules.tree import Leaf
+from teon_optax._reading.blocks import called_layers, is_end, nouns
+from teon_optax._reading.names import says
+from teon_optax._reading.surroundings import Surroundings
+from teon_optax._reading.tree import Leaf
 
 
 def layer_columns(leaf: Leaf, around: Surroundings) -> tuple[int | None, ...]:
