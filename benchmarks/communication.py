@@ -3,6 +3,9 @@ r"""What an update on many devices sends and multiplies: TEON and Muon, by layou
     python -m benchmarks.communication --model gpt-4x256
     python -m benchmarks.communication --model llama-1b --devices 8,64 --layouts fan-in,2-D
 
+Three peers: TEON, this library's Muon (`rules.muon`, K = 1), and `optax.contrib.muon`. Both of ours
+run on meshes of type Auto and of type Explicit; whether optax's does is a row of the second table.
+
 Programs are compiled for abstract arrays on simulated devices and nothing is run, so any machine
 will do. Each count of devices has a process of its own. Whatever the JSON file of the model has
 already is not measured again (unless `--again`), so an interrupted command may be repeated.
@@ -27,9 +30,9 @@ from optax import contrib
 from benchmarks import results, update_cost
 from benchmarks.compiled import COLLECTIVES, Program
 from benchmarks.counting import count_products
-from teon_optax import plan, teon
+from teon_optax import plan, rules, teon
 
-TEON, MUON = "teon", "optax muon"
+TEON, ALONE, MUON = "teon", "rules.muon", "optax muon"
 
 
 class Layout(NamedTuple):
@@ -39,11 +42,13 @@ class Layout(NamedTuple):
       axes: Of the mesh; one that has no size here takes all devices that are left.
       spec: Along which of them fan_in and fan_out are cut.
       turned: Whether matrices that write to the residual stream are cut the other way round.
+      types: Of the mesh's axes. On Explicit ones `shardings=` is not passed.
     """
 
     axes: dict[str, int | None]
     spec: tuple[str | None, str | None]
     turned: bool = False
+    types: AxisType = AxisType.Auto
 
 
 LAYOUTS = {
@@ -52,6 +57,11 @@ LAYOUTS = {
     "2-D": Layout({"data": None, "model": 2}, ("data", "model"), turned=True),
     "HSDP": Layout({"replica": 2, "data": None}, ("data", None)),
     "replicated": Layout({"data": None}, (None, None)),
+}
+# FSDP, FSDP x TP and data parallelism once more, on meshes of type Explicit.
+EXPLICIT = {
+    f"{name} Explicit": LAYOUTS[name]._replace(types=AxisType.Explicit)
+    for name in ("fan-in", "2-D", "replicated")
 }
 COUNTS = (2, 4, 8, 16, 32, 64)
 
@@ -83,8 +93,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", choices=update_cost.MODELS, default="gpt-4x256")
     add("--devices", type=update_cost.depth_list, default=COUNTS, help="default: 2,4,8,16,32,64")
-    add("--layouts", type=names, default=list(LAYOUTS), help=f"default: {','.join(LAYOUTS)}")
-    add("--peers", type=names, default=[TEON, MUON], help=f"default: {TEON},{MUON}")
+    add("--layouts", type=names, default=[*LAYOUTS, *EXPLICIT], help="default: all")
+    add("--peers", type=names, default=[TEON, ALONE, MUON], help="default: all")
     add("--again", action="store_true", help="also what was measured before")
     add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
     add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
@@ -104,7 +114,7 @@ def start(model: str) -> dict[str, Any]:
     """The record before anything is compiled: the kernels, and one device's products."""
     shapes = kernels(model)
     single = {}
-    for name, optimizer in optimizers(None).items():
+    for name, optimizer in optimizers(shapes, None).items():
         state = jax.eval_shape(optimizer.init, shapes)
         single[name] = count_products(optimizer.update, shapes, state, shapes).flops
     groups = plan(shapes, update_cost.RULES).groups
@@ -150,9 +160,11 @@ def print_figures(options: argparse.Namespace) -> None:
     """For each pair of a layout and a peer a line of JSON."""
     (count,), shapes = options.devices, kernels(options.model)
     for layout, peer in zip(options.layouts, options.peers, strict=True):
-        shardings = placed(shapes, LAYOUTS[layout], count)
+        chosen = (LAYOUTS | EXPLICIT)[layout]
+        shardings = placed(shapes, chosen, count)
+        told = shardings if chosen.types is AxisType.Auto else None
         try:
-            found: dict[str, Any] = figures(optimizers(shardings)[peer], shapes, shardings)
+            found: dict[str, Any] = figures(optimizers(shapes, told)[peer], shapes, shardings)
         except Exception as error:  # a peer that does not compile is a result too
             found = {"error": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
         print(json.dumps(found), flush=True)
@@ -171,10 +183,16 @@ def path_of(keys: Any) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def optimizers(shardings: Any) -> dict[str, optax.GradientTransformation]:
-    """Both take all kernels."""
-    ours = teon(update_cost.LEARNING_RATE, update_cost.RULES, shardings=shardings)
-    return {TEON: ours, MUON: contrib.muon(update_cost.LEARNING_RATE)}
+def optimizers(
+    shapes: dict[str, jax.ShapeDtypeStruct], shardings: Any
+) -> dict[str, optax.GradientTransformation]:
+    """Each of them takes all kernels."""
+    rate = update_cost.LEARNING_RATE
+    return {
+        TEON: teon(rate, update_cost.RULES, shardings=shardings),
+        ALONE: teon(rate, rules.muon(shapes), shardings=shardings),
+        MUON: contrib.muon(rate),
+    }
 
 
 def placed(
@@ -184,7 +202,7 @@ def placed(
     free = count // math.prod(size for size in layout.axes.values() if size)
     sizes = {name: size or free for name, size in layout.axes.items()}
     mesh = jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+        tuple(sizes.values()), tuple(sizes), axis_types=(layout.types,) * len(sizes)
     )
 
     def of_kernel(path: str, lengths: Sequence[int]) -> NamedSharding:
@@ -220,11 +238,15 @@ def figures(
     compiled = jax.jit(optimizer.update).lower(params, state, params).compile()
     devices = next(iter(shardings.values())).mesh.size
     program = Program(compiled.as_text() or "", devices)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    arrays = memory.argument_size_in_bytes + memory.output_size_in_bytes
     return {
         "bytes": program.bytes_out(),
         "wire": program.wire_bytes(),
         "flops": program.flops(),
         "largest_gather": program.largest_gather(),
+        "peak": arrays + memory.temp_size_in_bytes - memory.alias_size_in_bytes,
         **{kind: program.count(kind) for kind in COLLECTIVES if program.count(kind)},
     }
 
@@ -244,7 +266,44 @@ def table(record: dict[str, Any]) -> str:
         f"{record['groups']} groups; one device alone multiplies {single[TEON]}, with Muon "
         f"{single[MUON]}"
     )
-    return "\n\n".join([head, results.markdown(header, rows), results.caption(record)])
+    parts = [head, results.markdown(header, rows)]
+    if alone := alone_rows(record):
+        text = "Each matrix alone, `rules.muon` (first of each pair) and `optax.contrib.muon`:"
+        header = ["layout", "axes", "devices", "MB out", "ratio", "collectives, `rules.muon`"]
+        header += ["collectives, optax", "peak MB", "FLOPs/device G"]
+        parts += [text, results.markdown(header, alone)]
+    return "\n\n".join([*parts, results.caption(record)])
+
+
+def alone_rows(record: dict[str, Any]) -> list[list[str]]:
+    """A row for each layout, type of axes and count of devices where K = 1 was measured."""
+    rows = []
+    for name in EXPLICIT:
+        base = name.removesuffix(" Explicit")
+        for layout, axes in ((base, "Auto"), (name, "Explicit")):
+            for count, found in sorted(record["rows"].items(), key=lambda item: int(item[0])):
+                if ALONE in found.get(layout, {}):
+                    ours, muon = found[layout][ALONE], found[layout].get(MUON, {})
+                    rows.append([base, axes, count, *alone_cells(ours, muon)])
+    return rows
+
+
+def alone_cells(ours: dict[str, Any], muon: dict[str, Any]) -> list[str]:
+    def both(figure: str, unit: float) -> str:
+        values = (peer.get(figure) for peer in (ours, muon))
+        return " / ".join("-" if value is None else shown(value, unit) for value in values)
+
+    ratio = f"{ours['bytes'] / muon['bytes']:.3f}" if muon.get("bytes") else "-"
+    sent = [collectives(ours), collectives(muon)]
+    return [both("bytes", 1e-6), ratio, *sent, both("peak", 1e-6), both("flops", 1e-9)]
+
+
+def collectives(found: dict[str, Any]) -> str:
+    """How many of each kind run, or the error that there was instead."""
+    if "error" in found:
+        return found["error"].partition(":")[0]
+    counts = [f"{found[kind]:g} {kind}" for kind in COLLECTIVES if kind in found]
+    return ", ".join(counts) or ("none" if found else "-")
 
 
 def cells(record: dict[str, Any], found: dict[str, Any], count: int) -> list[str]:
