@@ -2,8 +2,8 @@
 
 from teon_optax import contrib, rules
 from teon_optax._alignment import Alignment, alignment
-from teon_optax._groups.plan import Group, Plan, plan
 from teon_optax._orthogonalize import orthogonalize
+from teon_optax._plan.plan import Group, Plan, plan
 from teon_optax._polar.coefficients import polar_express
 from teon_optax._polar.unfold import mode_orthogonalize, polar
 from teon_optax._reading.default import default_rules

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._groups.batching import pieces_of
-from teon_optax._groups.layout import to_matrices
-from teon_optax._groups.plan import Plan, plan
-from teon_optax._groups.report import anonymous, columns, spans
+from teon_optax._plan.batches import pieces_of
+from teon_optax._plan.layout import to_matrices
+from teon_optax._plan.plan import Plan, plan
+from teon_optax._plan.report import anonymous, columns, spans
 from teon_optax._reading.default import default_rules
 from teon_optax._rule import Rule, checked_rules
 

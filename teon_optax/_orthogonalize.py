@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import optax
 
-from teon_optax._groups.batching import in_batches, scaled_polar_factors
-from teon_optax._groups.plan import Plan, plan, plan_of_updates
+from teon_optax._plan.batches import in_batches, scaled_polar_factors
+from teon_optax._plan.plan import Plan, plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.precision import Numerics, check_precision

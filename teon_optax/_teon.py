@@ -10,8 +10,8 @@ import numpy as np
 import optax
 
 from teon_optax._arguments import INJECTED, check_number, checked_mu_dtype
-from teon_optax._groups.plan import plan_of_updates
 from teon_optax._orthogonalize import orthogonalize
+from teon_optax._plan.plan import plan_of_updates
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._reading.default import default_rules

@@ -10,7 +10,7 @@ from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax._groups.layout import layout_of
+from teon_optax._plan.layout import layout_of
 from teon_optax._reading.default import PAPER, default_rules, rules_by_role
 from teon_optax._reading.roles import Role
 from teon_optax._reading.tree import Leaf

@@ -22,15 +22,15 @@ ROOMS = {
     "_arguments": set(),
     "_scaling": {"_arguments"},
     "_reading": {"_paths", "_rule"},
-    "_groups": {"_paths", "_polar", "_reading", "_rule", "_scaling"},
-    "_alignment": {"_groups", "_reading", "_rule"},
-    "_sharding": {"_groups", "_paths", "_polar", "_scaling"},
-    "_orthogonalize": {"_groups", "_polar", "_rule", "_scaling", "_sharding"},
+    "_plan": {"_paths", "_polar", "_reading", "_rule", "_scaling"},
+    "_alignment": {"_plan", "_reading", "_rule"},
+    "_sharding": {"_paths", "_plan", "_polar", "_scaling"},
+    "_orthogonalize": {"_plan", "_polar", "_rule", "_scaling", "_sharding"},
     "_state": {"_paths", "_polar"},
     "_teon": {
         "_arguments",
-        "_groups",
         "_orthogonalize",
+        "_plan",
         "_polar",
         "_reading",
         "_rule",
@@ -40,14 +40,14 @@ ROOMS = {
     },
     "contrib": {
         "_arguments",
-        "_groups",
         "_orthogonalize",
+        "_plan",
         "_polar",
         "_rule",
         "_scaling",
         "_sharding",
     },
-    "rules": {"_groups", "_reading", "_rule"},
+    "rules": {"_plan", "_reading", "_rule"},
 }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax import Rule, orthogonalize, polar_express
-from teon_optax._groups.layout import layout_of, to_leaf, to_matrices
+from teon_optax._plan.layout import layout_of, to_leaf, to_matrices
 
 D = MuonDimensionNumbers
 

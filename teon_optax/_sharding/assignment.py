@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
 
-from teon_optax._groups.batching import MeshAxes
-from teon_optax._groups.layout import Layout
+from teon_optax._plan.batches import MeshAxes
+from teon_optax._plan.layout import Layout
 
 # What a d x N group costs each of its devices, from d, N and how many devices share the group.
 CostFunction = Callable[[int, int, int], float]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._groups.batching import MeshAxes
+from teon_optax._plan.batches import MeshAxes
 from teon_optax._sharding.assignment import ExchangePlan, Round, devices_along
 
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._groups.coupling import fold, joint_shape, unfold
-from teon_optax._groups.layout import to_leaf, to_matrices
-from teon_optax._groups.plan import Series
+from teon_optax._plan.coupling import fold, joint_shape, unfold
+from teon_optax._plan.layout import to_leaf, to_matrices
+from teon_optax._plan.plan import Series
 from teon_optax._polar.newton_schulz import orthogonalize_batches
 from teon_optax._polar.precision import Numerics
 from teon_optax._scaling import ScaleFunction

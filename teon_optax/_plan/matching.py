@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from teon_optax._groups.layout import Layout
+from teon_optax._plan.layout import Layout
 from teon_optax._rule import Rule
 
 

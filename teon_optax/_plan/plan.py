@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from teon_optax._groups.coupling import joint_shape
-from teon_optax._groups.layout import Layout, layout_of
-from teon_optax._groups.matching import LeafMatch, SeriesKey, match_leaf, problems
-from teon_optax._groups.report import as_dict, table
 from teon_optax._paths import LeafType, cached, paths_of, tree_types
+from teon_optax._plan.coupling import joint_shape
+from teon_optax._plan.layout import Layout, layout_of
+from teon_optax._plan.matching import LeafMatch, SeriesKey, match_leaf, problems
+from teon_optax._plan.report import as_dict, table
 from teon_optax._reading.default import default_rules
 from teon_optax._rule import Rule, checked_rules
 
