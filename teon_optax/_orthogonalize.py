@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from teon_optax._mesh.placement import Located, as_shardings
+from teon_optax._mesh.sharded import orthogonalize_sharded
 from teon_optax._plan.batches import in_batches, scaled_polar_factors
 from teon_optax._plan.plan import Plan, plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
@@ -14,8 +16,6 @@ from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.precision import Numerics, check_precision
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
-from teon_optax._sharding.placement import Located, as_shardings
-from teon_optax._sharding.sharded import orthogonalize_sharded
 
 
 def orthogonalize(

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from teon_optax._mesh.placement import Located, as_shardings
 from teon_optax._orthogonalize import orthogonalize_updates
 from teon_optax._plan.batches import BatchKey, in_batches
 from teon_optax._plan.plan import plan, plan_of_updates
@@ -19,7 +20,6 @@ from teon_optax._polar.newton_schulz import weighted_sums
 from teon_optax._polar.precision import Numerics, check_precision
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
-from teon_optax._sharding.placement import Located, as_shardings
 from teon_optax.contrib.transforms import TRANSFORMS, real_weights
 
 

@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from teon_optax._plan.batches import BatchKey, in_batches, pieces_by_batch, scaled_polar_factors
-from teon_optax._plan.plan import Series
-from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
-from teon_optax._polar.precision import Numerics, product_count
-from teon_optax._scaling import ScaleFunction
-from teon_optax._sharding.assignment import Block, Entry, ExchangePlan, entry, plan_exchange
-from teon_optax._sharding.exchange import (
+from teon_optax._mesh.assignment import Block, Entry, ExchangePlan, entry, plan_exchange
+from teon_optax._mesh.exchange import (
     from_owners,
     largest_of_group,
     of_this_device,
     to_owners,
     total_of_group,
 )
-from teon_optax._sharding.placement import Located
+from teon_optax._mesh.placement import Located
+from teon_optax._plan.batches import BatchKey, in_batches, pieces_by_batch, scaled_polar_factors
+from teon_optax._plan.plan import Series
+from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
+from teon_optax._polar.precision import Numerics, product_count
+from teon_optax._scaling import ScaleFunction
 
 
 def orthogonalize_sharded(

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._mesh.assignment import ExchangePlan, Round, devices_along
 from teon_optax._plan.batches import MeshAxes
-from teon_optax._sharding.assignment import ExchangePlan, Round, devices_along
 
 
 def to_owners(plan: ExchangePlan, arrays: Sequence[jax.Array]) -> list[jax.Array]:
