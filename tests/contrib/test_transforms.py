@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from teon_optax.contrib.transforms import TRANSFORMS, real_weights
+from teon_optax.contrib._transforms import TRANSFORMS, real_weights
 
 
 def basis(transform, K):

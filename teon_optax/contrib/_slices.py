@@ -20,7 +20,7 @@ from teon_optax._polar.newton_schulz import weighted_sums
 from teon_optax._polar.precision import Numerics, check_precision
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
-from teon_optax.contrib.transforms import TRANSFORMS, real_weights
+from teon_optax.contrib._transforms import TRANSFORMS, real_weights
 
 
 def orthogonalize_slices(

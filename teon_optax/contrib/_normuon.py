@@ -10,7 +10,7 @@ import optax
 
 from teon_optax._arguments import check_eps, check_number
 from teon_optax._rule import Rule, checked_rules
-from teon_optax.contrib.matrices import Axes, each_matrix, length, sum_of_squares
+from teon_optax.contrib._matrices import Axes, each_matrix, length, sum_of_squares
 
 
 def scale_by_normuon(

@@ -10,7 +10,7 @@ import optax
 from teon_optax._arguments import check_eps
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, scaling
-from teon_optax.contrib.matrices import Axes, each_matrix, length, sum_of_squares
+from teon_optax.contrib._matrices import Axes, each_matrix, length, sum_of_squares
 
 _NORMALIZATIONS = ("none", "col", "row", "col_row", "row_col")
 
