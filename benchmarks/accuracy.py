@@ -30,7 +30,7 @@ from examples import checkpoints, run_folder
 from teon_optax import plan
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.numerics import Numerics
 
 METHODS = ("polar_express", "schatten", "jordan", "you")
 PRODUCTS = ("float32", *FORMATS)

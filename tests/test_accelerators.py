@@ -18,7 +18,7 @@ from benchmarks.emulation import with_products_in
 from teon_optax import Rule, orthogonalize, polar, polar_express, teon
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
-from teon_optax._polar.precision import Numerics, byte_limits
+from teon_optax._polar.numerics import Numerics, byte_limits
 
 # A backend, and what a one-pass product of that device multiplies.
 DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]

@@ -20,7 +20,7 @@ from teon_optax._mesh.placement import Located
 from teon_optax._plan.batches import BatchKey, in_batches, pieces_by_batch, scaled_polar_factors
 from teon_optax._plan.plan import Series
 from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
-from teon_optax._polar.precision import Numerics, product_count
+from teon_optax._polar.numerics import Numerics, product_count
 from teon_optax._scaling import ScaleFunction
 
 

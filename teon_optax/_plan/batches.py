@@ -14,7 +14,7 @@ from teon_optax._plan.coupling import fold, joint_shape, unfold
 from teon_optax._plan.layout import to_leaf, to_matrices
 from teon_optax._plan.plan import Series
 from teon_optax._polar.newton_schulz import orthogonalize_batches
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.numerics import Numerics
 from teon_optax._scaling import ScaleFunction
 
 # Axes of the mesh that cut fan_in, and that cut fan_out; or d and N of joint matrices.

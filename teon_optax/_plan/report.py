@@ -12,7 +12,7 @@ import numpy as np
 
 from teon_optax._plan.coupling import joint_shape
 from teon_optax._polar.coefficients import resolve
-from teon_optax._polar.precision import Numerics, product_count
+from teon_optax._polar.numerics import Numerics, product_count
 
 _WIDTH = 100
 _LEAST = 12  # columns for a path

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from teon_optax._polar.coefficients import Method, Triple
-from teon_optax._polar.precision import Numerics, byte_limits, chunk_size, is_exact, takes_one_more
+from teon_optax._polar.numerics import Numerics, byte_limits, chunk_size, is_exact, takes_one_more
 
 
 def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:

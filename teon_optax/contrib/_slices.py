@@ -17,7 +17,7 @@ from teon_optax._plan.plan import plan, plan_of_updates
 from teon_optax._polar.coefficients import Method, MethodLike, resolve
 from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.newton_schulz import weighted_sums
-from teon_optax._polar.precision import Numerics, check_precision
+from teon_optax._polar.numerics import Numerics, check_precision
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
 from teon_optax.contrib._transforms import TRANSFORMS, real_weights

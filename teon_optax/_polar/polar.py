@@ -7,7 +7,7 @@ import numpy as np
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.newton_schulz import orthogonalize_batches
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.numerics import Numerics
 
 
 def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:

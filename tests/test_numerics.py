@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from teon_optax import Rule, orthogonalize, polar_express
 from teon_optax._polar.coefficients import resolve
-from teon_optax._polar.precision import (
+from teon_optax._polar.numerics import (
     Numerics,
     byte_limits,
     chunk_size,
