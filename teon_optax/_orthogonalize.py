@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import optax
 
+from teon_optax._memory import kept_beside, on_device
 from teon_optax._mesh.placement import Located, as_shardings
 from teon_optax._mesh.sharded import orthogonalize_sharded
 from teon_optax._plan.batches import in_batches, scaled_polar_factors
 from teon_optax._plan.plan import Plan, plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
-from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.numerics import Numerics, check_precision
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling

@@ -10,15 +10,14 @@ import numpy as np
 import optax
 
 from teon_optax._arguments import INJECTED, check_number, checked_mu_dtype
+from teon_optax._memory import check_restored, kept_as, kept_beside, on_device, with_stable_state
 from teon_optax._mesh.placement import as_shardings
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._plan.plan import plan_of_updates
 from teon_optax._polar.coefficients import MethodLike
-from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._reading.default import default_rules
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike
-from teon_optax._state import check_restored, kept_as, with_stable_state
 
 
 class TeonState(NamedTuple):

@@ -16,8 +16,9 @@ CHECKOUT = pathlib.Path(__file__).parents[1]
 # Every room, a package or a file at the top, and the rooms whose names it imports. Each imports
 # from rooms above it alone, so a reader who goes down the table meets nothing unread.
 ROOMS = {
-    "_polar": set(),
     "_paths": set(),
+    "_memory": {"_paths"},
+    "_polar": {"_memory"},
     "_rule": set(),
     "_arguments": set(),
     "_scaling": {"_arguments"},
@@ -25,10 +26,10 @@ ROOMS = {
     "_plan": {"_paths", "_polar", "_reading", "_rule", "_scaling"},
     "_alignment": {"_plan", "_reading", "_rule"},
     "_mesh": {"_paths", "_plan", "_polar", "_scaling"},
-    "_orthogonalize": {"_mesh", "_plan", "_polar", "_rule", "_scaling"},
-    "_state": {"_paths", "_polar"},
+    "_orthogonalize": {"_memory", "_mesh", "_plan", "_polar", "_rule", "_scaling"},
     "_teon": {
         "_arguments",
+        "_memory",
         "_mesh",
         "_orthogonalize",
         "_plan",
@@ -36,9 +37,17 @@ ROOMS = {
         "_reading",
         "_rule",
         "_scaling",
-        "_state",
     },
-    "contrib": {"_arguments", "_mesh", "_orthogonalize", "_plan", "_polar", "_rule", "_scaling"},
+    "contrib": {
+        "_arguments",
+        "_memory",
+        "_mesh",
+        "_orthogonalize",
+        "_plan",
+        "_polar",
+        "_rule",
+        "_scaling",
+    },
     "rules": {"_plan", "_reading", "_rule"},
 }
 

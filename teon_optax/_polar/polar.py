@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._memory import kept_beside, on_device
 from teon_optax._polar.coefficients import MethodLike, resolve
-from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.newton_schulz import orthogonalize_batches
 from teon_optax._polar.numerics import Numerics
 

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
+from teon_optax._memory import kept_beside, on_device
 from teon_optax._mesh.placement import Located, as_shardings
 from teon_optax._orthogonalize import orthogonalize_updates
 from teon_optax._plan.batches import BatchKey, in_batches
 from teon_optax._plan.plan import plan, plan_of_updates
 from teon_optax._polar.coefficients import Method, MethodLike, resolve
-from teon_optax._polar.memory import kept_beside, on_device
 from teon_optax._polar.newton_schulz import weighted_sums
 from teon_optax._polar.numerics import Numerics, check_precision
 from teon_optax._rule import Rule, checked_rules

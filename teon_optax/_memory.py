@@ -1,4 +1,4 @@
-"""States that stay what they are: their shapes, their dtypes, and the memory that holds them."""
+"""Device and host memory, and states that keep their shapes, their dtypes and their memory."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,12 +8,25 @@ import jax.numpy as jnp
 import optax
 
 from teon_optax._paths import leaf_paths
-from teon_optax._polar.memory import kept_beside, on_device
 
 _REMEDY = (
     ": this is the state of another model. Make a new one by `init(params)`, or restore that of "
     "this model."
 )
+
+
+def on_device(leaf: jax.typing.ArrayLike) -> Any:
+    """The leaf in the memory of its device: accelerators compute with nothing else."""
+    return _in_memory(leaf, jax.memory.Space.Device)
+
+
+def kept_beside(leaf: jax.Array, other: jax.typing.ArrayLike) -> jax.Array:
+    """The leaf in the memory that another one is kept in."""
+    return _in_memory(leaf, jax.typeof(other).memory_space)
+
+
+def _in_memory(leaf: Any, space: Any) -> Any:
+    return leaf if jax.typeof(leaf).memory_space == space else jax.device_put(leaf, space)
 
 
 def with_stable_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
