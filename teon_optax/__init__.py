@@ -2,13 +2,14 @@
 
 from teon_optax import contrib, rules
 from teon_optax._alignment import Alignment, alignment
+from teon_optax._momentum import TeonState, scale_by_teon
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._plan.plan import Group, Plan, plan
 from teon_optax._polar.coefficients import polar_express
 from teon_optax._polar.polar import mode_orthogonalize, polar
 from teon_optax._reading.default import default_rules
 from teon_optax._rule import Rule
-from teon_optax._teon import TeonState, scale_by_teon, teon
+from teon_optax._teon import teon
 
 __all__ = [
     "Alignment",

@@ -1,35 +1,22 @@
-"""`teon`, the optimizer that users switch to, and `scale_by_teon`, its momentum and its heart."""
+"""`teon`, the optimizer that users switch to."""
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from teon_optax._arguments import INJECTED, check_number, checked_mu_dtype
-from teon_optax._memory import check_restored, kept_as, kept_beside, on_device, with_stable_state
+from teon_optax._memory import with_stable_state
 from teon_optax._mesh.placement import as_shardings
-from teon_optax._orthogonalize import orthogonalize
+from teon_optax._momentum import scale_by_teon
 from teon_optax._plan.plan import plan_of_updates
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._reading.default import default_rules
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike
-
-
-class TeonState(NamedTuple):
-    """State of `scale_by_teon`.
-
-    Attributes:
-      count: Number of updates so far, int32.
-      mu: The momentum, in the tree and shapes of params.
-    """
-
-    count: jax.typing.ArrayLike
-    mu: optax.Updates
 
 
 def teon(
@@ -161,115 +148,3 @@ def teon(
 def _is_zero(weight_decay: Any) -> bool:
     """Whether it is the number 0, and no array or schedule that may become another."""
     return isinstance(weight_decay, (int, float)) and weight_decay == 0
-
-
-def scale_by_teon(
-    rules: Iterable[Rule] | None = None,
-    *,
-    beta: jax.typing.ArrayLike = 0.95,
-    nesterov: bool = True,
-    mu_dtype: jax.typing.DTypeLike | None = None,
-    method: MethodLike = "polar_express",
-    scale: ScaleLike = "spectral",
-    shardings: Any = None,
-    precision: jax.lax.PrecisionLike = None,
-) -> optax.GradientTransformation:
-    """Momentum, then `orthogonalize`.
-
-    The momentum is that of `optax.contrib.scale_by_muon`: an exponential average with bias
-    correction. With rules of stack 1, `method="jordan"` and `scale="muon"` updates are those of
-    `optax.contrib.scale_by_muon` and its `scale_by_shape`. Leaves that no rule takes get the
-    momentum alone.
-
-    Args:
-      rules: As for `orthogonalize`.
-      beta: Decay of the momentum.
-      nesterov: Whether to use Nesterov's momentum.
-      mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params. With
-        it, give `update` the params where layers differ in dtype: they are coupled by that.
-      method: As for `orthogonalize`.
-      scale: As for `orthogonalize`.
-      shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know
-        where the momentum should lie: give it `out_shardings`, or do not compile it.
-      precision: As for `orthogonalize`.
-
-    Returns:
-      An `optax.GradientTransformation` with state `TeonState(count, mu)`.
-
-    Raises:
-      ValueError: If an argument is unknown or, in `init`, rules do not fit the tree.
-
-    Examples:
-      >>> import jax.numpy as jnp
-      >>> from teon_optax import Rule, scale_by_teon
-      >>> params = {f"block_{i}": {"query": {"kernel": jnp.eye(2)}} for i in range(2)}
-      >>> transform = scale_by_teon([Rule(r"block_(?P<layer>\\d+)/query", stack=2)], method="svd")
-      >>> updates, _ = transform.update(params, transform.init(params))
-      >>> updates["block_0"]["query"]["kernel"].round(2).tolist()[0]
-      [0.7099999785423279, 0.0]
-    """
-    transform = orthogonalize(
-        rules, method=method, scale=scale, shardings=shardings, precision=precision
-    )
-    check_number("beta", beta, end=1)
-    mu_dtype = checked_mu_dtype(mu_dtype)
-
-    def init_fn(params: optax.Params) -> TeonState:
-        transform.init(params)  # for its checks
-        zeros = optax.tree.zeros_like(jax.tree.map(on_device, params), dtype=mu_dtype)
-        mu = jax.tree.map(kept_beside, zeros, params)
-        return TeonState(jnp.zeros([], jnp.int32), mu)
-
-    def update_fn(
-        updates: optax.Updates, state: Any, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, TeonState]:
-        check_restored(state, updates)
-        count = optax.safe_increment(on_device(state.count))
-        decay = _decay(beta)
-        wide, mu = (jax.tree.map(_computable, tree) for tree in (updates, state.mu))
-        # As `optax.tree.update_moment`, in fewer operations per leaf.
-        mu = optax.tree.add_scale(mu, 1 - decay, optax.tree.sub(wide, mu))
-        if nesterov:
-            # As `optax.tree.bias_correction` of both, as two scalars that all leaves share.
-            of_mu = decay / _correction(decay, optax.safe_increment(count))
-            of_updates = (1 - decay) / _correction(decay, count)
-            momentum = optax.tree.add_scale(optax.tree.scale(of_mu, mu), of_updates, wide)
-        else:
-            momentum = optax.tree.scale(1 / _correction(decay, count), mu)
-        # Layers are coupled by the dtypes of params, which the plan shows. The momentum has them
-        # unless `mu_dtype` is another.
-        if params is None:
-            params = updates if mu_dtype else state.mu
-        orthogonalized, _ = transform.update(momentum, optax.EmptyState(), params)
-        return kept_as(updates, orthogonalized), kept_as(state, TeonState(count, mu))
-
-    return optax.GradientTransformation(init_fn, update_fn)
-
-
-def _decay(beta: jax.typing.ArrayLike) -> float | jax.Array:
-    """The decay of the momentum, in float32 at least and below 1.
-
-    `optax.inject_hyperparams` rounds .999 to 1 where params are in bfloat16.
-    """
-    if not isinstance(beta, jax.Array):
-        return np.asarray(beta).item()
-    is_float = jnp.issubdtype(beta.dtype, jnp.floating)
-    decay = beta.astype(np.promote_types(beta.dtype, np.float32) if is_float else np.float32)
-    return jnp.minimum(decay, 1 - jnp.finfo(decay.dtype).epsneg)
-
-
-def _correction(decay: float | jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
-    """1 - decay^count, by which an exponential average is divided, also where it is tiny."""
-    if isinstance(decay, jax.Array):
-        logarithm = jnp.log(decay)
-    else:
-        logarithm = math.log(decay) if decay else -math.inf
-    with jax.numpy_dtype_promotion("standard"):  # A float times a count.
-        return -jnp.expm1(logarithm * jnp.asarray(count))
-
-
-def _computable(leaf: jax.typing.ArrayLike) -> jax.Array:
-    """Moves a leaf to the device, in float32 at least: corrected float16 gradients may overflow."""
-    leaf = jnp.asarray(on_device(leaf))
-    wide = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf

@@ -27,11 +27,12 @@ ROOMS = {
     "_alignment": {"_plan", "_reading", "_rule"},
     "_mesh": {"_paths", "_plan", "_polar", "_scaling"},
     "_orthogonalize": {"_memory", "_mesh", "_plan", "_polar", "_rule", "_scaling"},
+    "_momentum": {"_arguments", "_memory", "_orthogonalize", "_polar", "_rule", "_scaling"},
     "_teon": {
         "_arguments",
         "_memory",
         "_mesh",
-        "_orthogonalize",
+        "_momentum",
         "_plan",
         "_polar",
         "_reading",
