@@ -76,6 +76,9 @@ PARTS = [
     _part("teon-1-all", "mode 1, all matrices", "teon-1", rules=(Rule(BLOCKS, 2),)),
 ]
 
+# Compared with stack 1 where differences of a few thousandths can be told.
+QUESTIONS = [_part("stack-1-jordan", "stack 1, jordan", "stack-1", method="jordan")]
+
 
 def _in_muons_scale(configuration: Configuration) -> Configuration:
     """The same in the scale of `optax.contrib.muon`, longer for narrowing matrices."""
@@ -88,7 +91,7 @@ def _in_muons_scale(configuration: Configuration) -> Configuration:
     )
 
 
-_SCALED = [*STACKED, *PARTS]
+_SCALED = [*STACKED, *PARTS, *QUESTIONS]
 CONFIGURATIONS = {
     each.name: each for each in [MUON, *_SCALED, *map(_in_muons_scale, _SCALED), ADAMW]
 }

@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results, training
+from benchmarks import reproduce_questions, results, training
 from benchmarks.configurations import CONFIGURATIONS, MUON_SCALE, PARTS, STACKED
 from benchmarks.training import Job, Setup
 from examples import data
@@ -54,6 +54,7 @@ FIRST_REST = 2
 REST_RATES = (2, 0, 4)
 SPACING = 2  # of a sweep, in k: a factor of 2
 MOST_RATES = 7
+SCHEDULES = ("comparison", "questions")
 PAUSE = 1.0  # seconds between two looks at the runs
 
 Record = Mapping[str, Any]
@@ -70,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         corpus = training.corpus_of(setup)  # into the cache, before the runs ask for it
         keep_setup(out, setup, options.steps, data.fingerprint(corpus))
         run(out, setup, options)
+    if options.schedule == "questions":
+        return 0
     from benchmarks import reproduce_report  # matplotlib and scipy only where they are needed
 
     reproduce_report.report(out, options.update_readme)
@@ -88,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     add("--update-readme", action="store_true", help="put tables into README and docs, too")
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: one for each core")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
+    add("--schedule", choices=SCHEDULES, default="comparison", help="what to run, in what order")
     add("--model", choices=["small", *training.MODELS], default="small")
     add("--data", help="as for examples.train_gpt; default: the standard library's source")
     add("--tokenizer", choices=("byte", "bpe"), default="byte", help="default: byte")
@@ -124,7 +128,7 @@ def run(out: Path, setup: Setup, options: argparse.Namespace) -> None:
     end = time.monotonic() + 60 * options.minutes
     running: dict[int, tuple[Job, subprocess.Popen[bytes]]] = {}
     while True:
-        for job in missing(read(out), options.steps):
+        for job in missing(read(out), options.steps, options.schedule):
             free = [worker for worker in range(options.workers) if worker not in running]
             if not free or time.monotonic() > end:
                 break
@@ -168,10 +172,11 @@ def job_of(record: Record) -> Job:
     return Job(*(record[field] for field in Job._fields))
 
 
-def missing(records: Sequence[Record], steps: int) -> list[Job]:
+def missing(records: Sequence[Record], steps: int, schedule: str = "comparison") -> list[Job]:
     """What is to be run, as far as it is known by now, the most important first."""
     done = {job_of(record) for record in records}
-    return [job for job in wanted(records, steps) if job not in done]
+    order = {"comparison": wanted, "questions": reproduce_questions.wanted}[schedule]
+    return [job for job in dict.fromkeys(order(records, steps)) if job not in done]
 
 
 def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
