@@ -13,7 +13,11 @@ from oracles import distance, rounding
 from spectra import function_of
 
 from teon_optax import polar, polar_express
+from teon_optax._polar.coefficients import resolve
+from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
+from teon_optax._polar.precision import Numerics
 
+JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 POLYNOMIALS = {
     "polar_express": "polar_express",
     "schatten": "schatten",
@@ -205,3 +209,93 @@ def test_a_batch_beyond_the_cache_gives_what_its_matrices_give_alone(count):
     for one, result in zip(M, results, strict=True):
         s = np.linalg.svd(one, compute_uv=False)
         assert distance(result, oracles.reshaped_spectrum(one, function_of(method))) < rounding(s)
+
+
+NORMS = {"polar_express": 2, "schatten": 4, "svd": 2}
+
+
+def orthogonalized(batch, method, eps, numerics=None):
+    numerics = numerics or Numerics(resolve(method))
+    return orthogonalize_batches([jnp.asarray(batch, jnp.float32)], [1.0], numerics, eps)[0]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("method", NORMS)
+def test_eps_shortens_a_factor_by_n_over_n_plus_eps(method, shape):
+    """n is the norm that the method divides by: Frobenius, or Schatten-4."""
+    M = example(SHAPES[shape], SPECTRUM)
+    lengths = np.array([1e-12, 1e-8, 1e-4, 1.0, 1e30])
+    batch = lengths[:, None, None] * M
+    n = lengths * np.linalg.norm(SPECTRUM, NORMS[method])
+    exact = oracles.reshaped_spectrum(M, function_of(method))
+    for result, each in zip(orthogonalized(batch, method, 1e-8), n, strict=True):
+        bound = tolerance(SPECTRUM, method) + 4 * EPS
+        assert distance(result, each / (each + 1e-8) * exact) < bound
+
+
+@pytest.mark.parametrize("method", NORMS)
+@pytest.mark.parametrize("eps", [0, 0.0, None])
+def test_an_eps_of_zero_makes_no_other_program(method, eps):
+    batch = jax.ShapeDtypeStruct((2, 12, 30), jnp.float32)
+    numerics = Numerics(resolve(method))
+
+    def program(*eps):
+        run = lambda M: orthogonalize_batches([M], [1.0], numerics, *eps)  # noqa: E731
+        return jax.jit(run).lower(batch).as_text()
+
+    assert program(eps) == program()
+    assert program(1e-8) != program()
+
+
+@pytest.mark.parametrize("peak", [0.0, 1e-44, 1e-38, 1e-30, 1e30, 3.4e38])
+@pytest.mark.parametrize("eps", [1e-30, 1e-8, 1.0])
+def test_eps_gives_numbers_for_every_magnitude(peak, eps):
+    M = jnp.full((1, 8, 12), peak)
+    (result,) = np.asarray(orthogonalized(M, "polar_express", eps), np.float64)
+    n = float(np.float32(peak)) * np.sqrt(96)
+    exact = oracles.composed(1.0, polar_express(5), norm=1) * n / (n + eps)
+    # Below 1e-38 some machines have no numbers: what is zero there has a factor of zero.
+    assert abs(np.linalg.norm(result, 2) - exact) < rounding([1] * 8) or (
+        peak < 1e-38 and not result.any()
+    )
+
+
+def test_a_traced_eps_is_as_good_as_a_number():
+    M = 1e-9 * example((12, 30), SPECTRUM)[None]
+    traced = jax.jit(functools.partial(orthogonalized, method="schatten"))(M, eps=1e-8)
+    np.testing.assert_allclose(traced, orthogonalized(M, "schatten", 1e-8), rtol=1e-5, atol=1e-7)
+
+
+def test_chunks_are_shortened_one_by_one():
+    rng = np.random.default_rng(2)
+    M = rng.normal(size=(300, 24, 40)) * 10.0 ** rng.uniform(-12, 0, (300, 1, 1))
+    result = np.asarray(orthogonalized(M, "jordan", 1e-8), np.float64)
+    n = np.linalg.norm(M, axis=(1, 2))[:, None, None]
+    alike = np.asarray(orthogonalized(M, "jordan", 0), np.float64)
+    np.testing.assert_allclose(result, n / (n + 1e-8) * alike, atol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("method", ["polar_express", "schatten"])
+def test_columns_of_several_devices_have_the_eps_of_the_whole_matrix(method, devices):
+    """With 8 devices a column is shorter than high: every step multiplies it twice."""
+    M = 1e-8 * example((12, 32), SPECTRUM)
+    numerics = Numerics(resolve(method)).of(jnp.dtype("float32"))
+
+    def on_a_device(columns):
+        total, largest = (lambda x: jax.lax.psum(x, "x")), (lambda x: jax.lax.pmax(x, "x"))
+        return orthogonalize_columns(columns, 2.0, total, largest, numerics, 1e-8)
+
+    columns = jnp.float32(M.reshape(12, devices, -1).swapaxes(0, 1))
+    result = jax.vmap(on_a_device, axis_name="x")(columns).swapaxes(0, 1).reshape(12, 32)
+    n = 1e-8 * np.linalg.norm(SPECTRUM, NORMS[method])
+    exact = 2 * n / (n + 1e-8) * oracles.reshaped_spectrum(M, function_of(method))
+    assert distance(result, exact) < 2 * tolerance(SPECTRUM, method)
+
+
+def test_the_derivative_of_a_shortened_factor_is_that_of_the_formula():
+    M = 1e-8 * np.eye(4)[None]
+    function = lambda t: orthogonalized(t * jnp.float32(M), "jordan", 1e-8).sum()  # noqa: E731
+    n = 2e-8
+    slope = 4 * oracles.composed(0.5, JORDAN, norm=1) * n * 1e-8 / (n + 1e-8) ** 2
+    np.testing.assert_allclose(jax.grad(function)(1.0), slope, rtol=1e-4)

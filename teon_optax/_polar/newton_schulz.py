@@ -29,10 +29,11 @@ def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
 
 def _scaled(
     M: jax.Array, largest: Callable[[jax.Array], jax.Array] = lambda peak: peak
-) -> jax.Array:
-    """M divided by its largest magnitude, in float32 at least: its squares are in range.
+) -> tuple[jax.Array, jax.Array]:
+    """Divides M by its largest magnitude, in float32 at least: its squares are in range.
 
-    `largest` is that of the magnitudes that several devices found, each in its columns of M.
+    Returns that magnitude too, 1 for zero. `largest` is that of the magnitudes that several devices
+    found, each in its columns of M.
     """
     M = M.astype(np.promote_types(M.dtype, np.float32))
     # The polar factor does not depend on the length of M, so neither does its derivative. `pmax`,
@@ -41,7 +42,7 @@ def _scaled(
     # XLA may multiply by the reciprocal: that of numbers beyond 8e37 is subnormal and becomes 0,
     # and so would M.
     shift = jnp.where(peak > 1, 2.0**-4, 1).astype(M.dtype)
-    return (M * shift) / jnp.where(peak == 0, 1, peak * shift)
+    return (M * shift) / jnp.where(peak == 0, 1, peak * shift), jnp.where(peak == 0, 1, peak)
 
 
 def _norm(G: jax.Array, method: Method) -> jax.Array:
@@ -53,13 +54,8 @@ def _norm(G: jax.Array, method: Method) -> jax.Array:
     return root if frobenius else jnp.sqrt(root)
 
 
-def _factor(
-    precision: jax.lax.PrecisionLike,
-    triples: Sequence[Triple],
-    normalization: Method | None,
-    G: jax.Array,
-) -> jax.Array:
-    """The product P of a segment's steps, from one Gram matrix alone: [d, d].
+def _factor(precision: jax.lax.PrecisionLike, triples: Sequence[Triple], G: jax.Array) -> jax.Array:
+    """Multiplies a segment's steps out, from one Gram matrix alone: their product P, [d, d].
 
     Step j maps M to Q_j M with Q_j = a I + Z and Z = b G + c G^2, so
 
@@ -70,11 +66,9 @@ def _factor(
     it is, and the first G Z is to agree with that: of three steps or more, its Z is taken in two
     parts, a product more, without which some singular values come out at 1.4. P is not quite
     symmetric once rounded: P M is the matrix that has the Gram matrix with which the segment ended,
-    and P^T M is not (with bf16 products it reached 1e13). With `normalization`, G is divided by the
-    square of the method's norm first and P by the norm last, which costs nothing.
+    and P^T M is not (with bf16 products it reached 1e13).
     """
     multiply = functools.partial(jnp.matmul, precision=precision)
-    norm = 1 if normalization is None else _norm(G, normalization)
 
     def next_gram(
         G: jax.Array, Z: jax.Array, a: jax.typing.ArrayLike, in_two_parts: bool = False
@@ -93,16 +87,15 @@ def _factor(
 
     # The first step needs no product with P, the last none for G; the others are one loop.
     (a, b, c), *rest = triples
-    G = G / jnp.square(norm)
     Z = b * G + c * multiply(G, G)
     P = Z + a * jnp.eye(len(G), dtype=G.dtype)
     if rest:
         *middle, (a_last, b, c) = rest
-        coefficients = jnp.asarray(np.reshape(middle, (-1, 3)), G.dtype)
         G = next_gram(G, Z, a, takes_one_more(len(triples), precision))
-        (P, G), _ = jax.lax.scan(step, (P, G), coefficients)
+        if middle:
+            (P, G), _ = jax.lax.scan(step, (P, G), jnp.asarray(middle, G.dtype))
         P = multiply(b * G + c * multiply(G, G), P) + a_last * P
-    return P / norm
+    return P
 
 
 def _two_parts(Z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -127,16 +120,39 @@ def orthogonalize_together(
     scales: Sequence[jax.typing.ArrayLike],
     numerics: Numerics,
     restarts: Sequence[int],
+    eps: jax.typing.ArrayLike | None = None,
 ) -> list[jax.Array]:
-    """Scaled polar factors of batches of equal d, whose Gram matrices share one polynomial."""
+    """Makes scaled polar factors of batches of equal d; their Gram matrices share one polynomial.
+
+    Arguments and result are those of `orthogonalize_batches`; `restarts` has the steps after each
+    start.
+    """
     high = [batch.shape[1] > batch.shape[2] for batch in batches]
-    wide = [jax.vmap(_scaled)(batch) for batch in _turned(batches, high)]
+    scaled = [jax.vmap(_scaled)(batch) for batch in _turned(batches, high)]
+    wide = [M for M, _ in scaled]
     if numerics.method is None:
         done = [jax.vmap(_svd_orthogonalize)(batch) for batch in wide]
+        norms = [] if eps is None else [jnp.linalg.norm(batch, axis=(1, 2)) for batch in wide]
     else:
-        done = _newton_schulz(wide, numerics, numerics.method, restarts)
-    done = [jnp.asarray(scale, M.dtype) * M for scale, M in zip(scales, done, strict=True)]
-    return _turned(done, high)
+        done, norms = _newton_schulz(wide, numerics, numerics.method, restarts)
+    sizes = [jnp.asarray(scale, M.dtype) for scale, M in zip(scales, done, strict=True)]
+    if eps is not None:
+        sizes = [
+            (size * _damping(norm, peak, eps))[:, None, None]
+            for size, norm, (_, peak) in zip(sizes, norms, scaled, strict=True)
+        ]
+    return _turned([size * M for size, M in zip(sizes, done, strict=True)], high)
+
+
+def nonzero(eps: jax.typing.ArrayLike | None) -> jax.typing.ArrayLike | None:
+    """Makes None of the Python number 0, for which no program is made: every magnitude is alike."""
+    return None if isinstance(eps, (int, float)) and eps == 0 else eps
+
+
+def _damping(norm: jax.Array, peak: jax.Array, eps: Any) -> jax.Array:
+    """Divides n by n + eps, n being the norm of a matrix that was divided by `peak` first."""
+    # Not peak * norm, which may be infinite.
+    return norm / (norm + jnp.asarray(eps, norm.dtype) / peak)
 
 
 def _turned(batches: Sequence[jax.Array], high: Sequence[bool]) -> list[jax.Array]:
@@ -145,38 +161,59 @@ def _turned(batches: Sequence[jax.Array], high: Sequence[bool]) -> list[jax.Arra
 
 
 def _newton_schulz(
-    batches: list[jax.Array], numerics: Numerics, method: Method, restarts: Sequence[int]
-) -> list[jax.Array]:
-    """Takes all steps on batches [B, d, N] of matrices that are not higher than wide.
+    batches: list[jax.Array],
+    numerics: Numerics,
+    method: Method,
+    restarts: Sequence[int],
+    total: Callable[[jax.Array], jax.Array] = lambda grams: grams,
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Takes all steps on batches [B, d, N] of matrices, and says by what it divided them: [B] each.
 
     Each segment forms Gram matrices of the (half-done) matrices and multiplies these once. Where
     every step is a segment, all but the first are one loop: a third less to compile, and .6 of the
-    memory.
+    memory. Batches hold whole matrices that are not higher than wide, or some of their columns:
+    `total` then adds up the Gram matrices of all devices that have others, [all B, d, d]. One step
+    alone multiplies the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
     """
     precision = numerics.precision
     gram = functools.partial(_gram, precision=precision)
     multiply = functools.partial(jnp.matmul, precision=precision)
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
+    narrow = batches[0].shape[2] < batches[0].shape[1]
+
+    def grams_of(batches: list[jax.Array]) -> jax.Array:
+        return total(jnp.concatenate([jax.vmap(gram)(batch) for batch in batches]))
 
     def segment(
-        batches: list[jax.Array], triples: Sequence[Any], normalization: Method | None = None
+        batches: list[jax.Array],
+        triples: Sequence[Any],
+        grams: jax.Array,
+        norms: jax.typing.ArrayLike = 1,
     ) -> list[jax.Array]:
-        grams = jnp.concatenate([jax.vmap(gram)(batch) for batch in batches])
-        factor = functools.partial(_factor, precision, triples, normalization)
-        factors = jnp.split(jax.vmap(factor)(grams), ends)
-        return [multiply(P, batch) for P, batch in zip(factors, batches, strict=True)]
+        """Takes some steps on matrices that are yet to be divided by their norms: [all B, 1, 1]."""
+        grams = grams / jnp.square(norms)
+        if len(triples) == 1 and narrow:
+            a, b, c = triples[0]
+            (G,), (M,) = grams, batches[0] / norms
+            return [(a * M + multiply(G, b * M + c * multiply(G, M)))[None]]
+        factors = jax.vmap(functools.partial(_factor, precision, triples))(grams) / norms
+        split = zip(jnp.split(factors, ends), batches, strict=True)
+        return [multiply(P, M) for P, M in split]
 
     def step(batches: list[jax.Array], triple: jax.Array) -> tuple[list[jax.Array], None]:
-        return segment(batches, [triple]), None
+        return segment(batches, [triple], grams_of(batches)), None
 
     triples = numerics.triples()
-    batches = segment(batches, triples[: restarts[0]], method)
-    if set(restarts) == {1}:
-        coefficients = jnp.asarray(np.reshape(triples[1:], (-1, 3)), batches[0].dtype)
-        return jax.lax.scan(step, batches, coefficients)[0]
-    for start, steps in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
-        batches = segment(batches, triples[start : start + steps])
-    return batches
+    grams = grams_of(batches)
+    norms = jax.vmap(functools.partial(_norm, method=method))(grams)
+    batches = segment(batches, triples[: restarts[0]], grams, norms[:, None, None])
+    if set(restarts) == {1} and len(restarts) > 1:
+        coefficients = jnp.asarray(triples[1:], batches[0].dtype)
+        batches, _ = jax.lax.scan(step, batches, coefficients)
+    else:
+        for start, steps in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
+            batches = segment(batches, triples[start : start + steps], grams_of(batches))
+    return batches, jnp.split(norms, ends)
 
 
 def _in_chunks(
@@ -213,9 +250,12 @@ def weighted_sums(weights: np.ndarray, stack: jax.Array) -> jax.Array:
 
 
 def orthogonalize_batches(
-    batches: Sequence[jax.Array], scales: Sequence[jax.typing.ArrayLike], numerics: Numerics
+    batches: Sequence[jax.Array],
+    scales: Sequence[jax.typing.ArrayLike],
+    numerics: Numerics,
+    eps: jax.typing.ArrayLike | None = None,
 ) -> list[jax.Array]:
-    """Scaled polar factors of batches of matrices.
+    """Makes scaled polar factors of batches of matrices.
 
     Batches that agree in d, dtype and restarts share one polynomial if they fit into the memory
     that is worked on at a time; otherwise each is worked off in chunks.
@@ -224,6 +264,9 @@ def orthogonalize_batches(
       batches: Arrays [B, m, n], of any floating dtypes.
       scales: Factor of each batch's result.
       numerics: By which polynomial and in which precision.
+      eps: What bounds tiny matrices: the factor of a matrix is multiplied by n / (n + eps), n being
+        the norm that the method divides it by, Frobenius or Schatten-4; Frobenius too for the SVD.
+        None or 0 takes every magnitude alike.
 
     Returns:
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
@@ -231,13 +274,14 @@ def orthogonalize_batches(
     # The backend decides on precisions and memory, and is no part of what a jit is cached by.
     whole, chunk = byte_limits(jax.default_backend())
     chosen = tuple(numerics.of(batch.dtype) for batch in batches)
-    return _by_restarts(batches, scales, chosen, whole, chunk)
+    return _by_restarts(batches, scales, nonzero(eps), chosen, whole, chunk)
 
 
 @functools.partial(jax.jit, static_argnames=("numerics", "whole", "chunk"))
 def _by_restarts(
     batches: Sequence[jax.Array],
     scales: Sequence[jax.typing.ArrayLike],
+    eps: jax.typing.ArrayLike | None,
     numerics: tuple[Numerics, ...],
     whole: int,
     chunk: int,
@@ -249,7 +293,9 @@ def _by_restarts(
         alike.setdefault((min(m, n), dtype, used, used.restarts(m, n)), []).append(index)
     done: dict[int, jax.Array] = {}
     for (_, _, used, restarts), indices in alike.items():
-        together = functools.partial(orthogonalize_together, numerics=used, restarts=restarts)
+        together = functools.partial(
+            orthogonalize_together, numerics=used, restarts=restarts, eps=eps
+        )
         some, factors = [batches[i] for i in indices], [scales[i] for i in indices]
         if sum(batch.nbytes for batch in some) <= whole:
             results = together(some, factors)
@@ -268,32 +314,29 @@ def orthogonalize_columns(
     total: Callable[[jax.Array], jax.Array],
     largest: Callable[[jax.Array], jax.Array],
     numerics: Numerics,
+    eps: jax.typing.ArrayLike | None = None,
 ) -> jax.Array:
-    """Some columns of a matrix's scaled polar factor, where the others are on other devices.
+    """Makes some columns of a matrix's scaled polar factor; the others are on other devices.
 
     Args:
       M: [d, columns], of a matrix that is not higher than wide.
       scale: Factor of the result.
       total: Sum over the devices of a symmetric matrix.
       largest: Maximum over the devices of a number.
-      numerics: A polynomial, no SVD, with a precision. A segment costs one `total`. One step alone
-        multiplies the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
+      numerics: A polynomial, no SVD, with a precision. A segment costs one `total`.
+      eps: As for `orthogonalize_batches`; the norm is that of the whole matrix.
     """
-    method, precision = numerics
-    assert method is not None
+    assert numerics.method is not None
     d, N = M.shape
-    restarts = numerics.restarts(d, max(d, N))
-    multiply = functools.partial(jnp.matmul, precision=precision)
-    M = _scaled(M, largest)
-    for steps, stop in zip(restarts, np.cumsum(restarts), strict=True):
-        triples = numerics.triples()[stop - steps : stop]
-        first = method if stop == steps else None
-        G = total(_gram(M, precision))
-        if steps == 1 and N < d:
-            norm = 1 if first is None else _norm(G, first)
-            a, b, c = triples[0]
-            M, G = M / norm, G / jnp.square(norm)
-            M = a * M + multiply(G, b * M + c * multiply(G, M))
-        else:
-            M = multiply(_factor(precision, triples, first, G), M)
-    return jnp.asarray(scale, M.dtype) * M
+    M, peak = _scaled(M, largest)
+    (columns,), (norm,) = _newton_schulz(
+        [M[None]],
+        numerics,
+        numerics.method,
+        numerics.restarts(d, max(d, N)),
+        total=lambda grams: total(grams[0])[None],
+    )
+    size = jnp.asarray(scale, M.dtype)
+    if nonzero(eps) is not None:
+        size = size * _damping(norm[0], peak, eps)
+    return size * columns[0]
