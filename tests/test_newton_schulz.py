@@ -15,7 +15,7 @@ from spectra import function_of
 from teon_optax import polar, polar_express
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
-from teon_optax._polar.precision import Numerics
+from teon_optax._polar.numerics import Numerics
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 POLYNOMIALS = {
