@@ -53,7 +53,7 @@ RULES = (
     Rule(r"block_\d+/experts/", dims=contrib.MuonDimensionNumbers(1, 2)),
 )
 LEARNING_RATE, WEIGHT_DECAY = 0.02, 0.1
-BASE, MATMUL = "optax muon", "matmul "
+BASE, ALONE, MATMUL = "optax muon", "teon K = 1", "matmul "
 # Figure -> (heading, unit, digits). All but times are the same in every run.
 FIGURES = {
     "wall_min": ("wall, min", "ms", 1e3),
@@ -158,7 +158,10 @@ def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
         name: teon(LEARNING_RATE, RULES, weight_decay=WEIGHT_DECAY, **chosen)
         for name, chosen in ours.items()
     }
-    return {BASE: muon, **by_choice, "optax adamw": optax.adamw(LEARNING_RATE)}
+    # What `rules.muon` makes of a tree that the default rules read.
+    each = [dataclasses.replace(rule, stack=min(rule.stack, 1)) for rule in RULES]
+    alone = {ALONE: teon(LEARNING_RATE, each, weight_decay=WEIGHT_DECAY)}
+    return {BASE: muon, **by_choice, **alone, "optax adamw": optax.adamw(LEARNING_RATE)}
 
 
 def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -51,7 +51,7 @@ def test_update_cost_writes_json_table_and_plot(small_model, tmp_path, capsys):
     assert {"commit", "device", "machine", "python", "versions"} <= set(record["environment"])
     assert {"jax", "optax"} <= set(record["environment"]["versions"])
     peers = record["optimizers"]
-    ours = {"optax muon", "teon polar_express", "teon schatten", "optax adamw"}
+    ours = {"optax muon", "teon polar_express", "teon schatten", "teon K = 1", "optax adamw"}
     assert ours | {"matmul float32"} <= set(peers)
     for name in ours:
         assert {*update_cost.FIGURES, "wall_ratio"} <= set(peers[name])
@@ -122,7 +122,8 @@ def test_a_gpu_multiplies_in_bf16_as_well_and_at_the_matmuls_rate(monkeypatch):
         assert counted["tpu_passes"] == counted["flops"]
         assert counted["flops"] == (4 * steps + math.ceil(steps / 2)) * 2 * D**3
     kinds = [update_cost.kind_of(name, "bfloat16") for name in found]
-    assert kinds == ["bfloat16", "float32", "float32", *["float32, bf16"] * 2, "bfloat16"]
+    ours = ["float32"] * 2 + ["float32, bf16"] * 2 + ["float32"]  # the last with K = 1
+    assert kinds == ["bfloat16", *ours, "bfloat16"]
     # Launches weigh nothing in a hundred products one after another.
     options = argparse.Namespace(model=update_cost.EXPERTS)
     monkeypatch.setattr(update_cost, "ROOFLINE_WIDTH", D)
