@@ -33,22 +33,36 @@ def with_stable_state(optimizer: optax.GradientTransformation) -> optax.Gradient
     """The optimizer, with a state that keeps its dtypes and may be kept in the memory of the host.
 
     Optax's first moment takes the dtype of the gradients at the first update, where params have
-    another; `jax.lax.scan` and `optax.apply_if_finite` then raise.
+    another; `jax.lax.scan` and `optax.apply_if_finite` then raise. Leaves of float16 are computed
+    and their state is kept in float32: squares of gradients below 2e-4 and Adam's eps of 1e-8 are
+    zero in float16, and zero divided by them is NaN.
     """
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        state = optimizer.init(jax.tree.map(on_device, params))
+        state = optimizer.init(jax.tree.map(_widened, jax.tree.map(on_device, params)))
         return optax.tree.map_params(optimizer, kept_beside, state, params)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        arguments = jax.tree.map(on_device, (updates, state, params))
-        new_updates, new_state = optimizer.update(*arguments)
+        given, old_state, old_params = jax.tree.map(on_device, (updates, state, params))
+        wide, wide_params = jax.tree.map(_widened, (given, old_params))
+        new_updates, new_state = optimizer.update(wide, old_state, wide_params)
         _check_shapes((updates, state), (new_updates, new_state))
+        new_updates = jax.tree.map(_narrowed, new_updates, given)
         return jax.tree.map(kept_beside, new_updates, updates), kept_as(state, new_state)
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _widened(leaf: jax.Array) -> jax.Array:
+    """Casts a leaf of float16 to float32, which has the exponents of squares."""
+    return leaf.astype(jnp.float32) if jnp.result_type(leaf) == jnp.float16 else leaf
+
+
+def _narrowed(leaf: jax.Array, given: jax.Array) -> jax.Array:
+    """Casts a leaf back to float16 where it was given in float16."""
+    return leaf.astype(jnp.float16) if jnp.result_type(given) == jnp.float16 else leaf
 
 
 def check_restored(state: Any, updates: Any) -> None:

@@ -1,5 +1,6 @@
 """`scale_by_teon`: momentum, then `orthogonalize`."""
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from teon_optax._arguments import check_number, checked_mu_dtype
+from teon_optax._arguments import check_flag, check_number, checked_mu_dtype
 from teon_optax._memory import check_restored, kept_as, kept_beside, on_device
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._polar.coefficients import MethodLike
@@ -51,8 +52,9 @@ def scale_by_teon(
       rules: As for `orthogonalize`.
       beta: Decay of the momentum.
       nesterov: Whether to use Nesterov's momentum.
-      mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params. With
-        it, give `update` the params where layers differ in dtype: they are coupled by that.
+      mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params, and
+        float32 for float16, which cannot hold averages beyond 65504. Where layers differ in
+        dtype, give `update` the params: layers are coupled by that.
       method: As for `orthogonalize`.
       scale: As for `orthogonalize`.
       shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know
@@ -78,11 +80,12 @@ def scale_by_teon(
         rules, method=method, scale=scale, shardings=shardings, precision=precision
     )
     check_number("beta", beta, end=1)
+    check_flag("nesterov", nesterov)
     mu_dtype = checked_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> TeonState:
         transform.init(params)  # for its checks
-        zeros = optax.tree.zeros_like(jax.tree.map(on_device, params), dtype=mu_dtype)
+        zeros = jax.tree.map(functools.partial(_zero_momentum, mu_dtype=mu_dtype), params)
         mu = jax.tree.map(kept_beside, zeros, params)
         return TeonState(jnp.zeros([], jnp.int32), mu)
 
@@ -106,10 +109,29 @@ def scale_by_teon(
         # unless `mu_dtype` is another.
         if params is None:
             params = updates if mu_dtype else state.mu
+        mu = jax.tree.map(_saturated, mu, state.mu)
         orthogonalized, _ = transform.update(momentum, optax.EmptyState(), params)
         return kept_as(updates, orthogonalized), kept_as(state, TeonState(count, mu))
 
     return optax.GradientTransformation(init_fn, update_fn)
+
+
+def _zero_momentum(leaf: jax.Array, mu_dtype: Any) -> jax.Array:
+    """Makes the momentum of a leaf before the first update, in float32 for one of float16.
+
+    An average of finite gradients may be beyond the largest number of float16, 65504.
+    """
+    zero = jnp.zeros_like(on_device(leaf), dtype=mu_dtype)
+    is_half = mu_dtype is None and zero.dtype == jnp.float16
+    return zero.astype(jnp.float32) if is_half else zero
+
+
+def _saturated(mu: jax.Array, kept: jax.typing.ArrayLike) -> jax.Array:
+    """Limits a momentum that is kept in float16 to its largest number: inf would stay for ever."""
+    if jnp.result_type(kept) != jnp.float16:
+        return mu
+    largest = jnp.asarray(jnp.finfo(jnp.float16).max, mu.dtype)
+    return jnp.where(jnp.isfinite(mu), jnp.clip(mu, -largest, largest), mu)
 
 
 def _decay(beta: jax.typing.ArrayLike) -> float | jax.Array:

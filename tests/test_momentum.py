@@ -109,7 +109,8 @@ class TypesTest(chex.TestCase):
         updates, after = update(transform)(params(dtype), before)
         assert types(after) == types(before)
         assert types(updates) == types(params(dtype))
-        assert {leaf.dtype for leaf in jax.tree.leaves(after.mu)} == {jnp.dtype(mu_dtype or dtype)}
+        kept = mu_dtype or ("float32" if dtype == "float16" else dtype)
+        assert {leaf.dtype for leaf in jax.tree.leaves(after.mu)} == {jnp.dtype(kept)}
 
     @parameterized.product(
         dtype=["float32", "bfloat16", "float16"], mu_dtype=[None, "bfloat16", "float32"]
@@ -130,6 +131,30 @@ def test_momentum_is_averaged_and_orthogonalized_in_float32_whatever_it_is_kept_
     np.testing.assert_allclose(np.float64(state.mu["up"]), 3_000, rtol=2.0**-11)
     # Of rank one: U V^T has equal entries too, and spectral norm sqrt(fan_out / fan_in).
     np.testing.assert_allclose(np.float64(updates["up"]), np.sqrt(6 / 4 / 24), rtol=2.0**-11)
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "float16"])
+def test_gradients_beyond_float16_keep_the_momentum_of_float16_params_finite(mu_dtype):
+    rng = np.random.default_rng(0)
+    half = {"up": jnp.asarray(rng.normal(size=(4, 6)), "float16")}
+    gradients = {"up": jnp.asarray(2e6 * rng.normal(size=(4, 6)), "float32")}
+    transform: Any = scale_by_teon(RULES, mu_dtype=mu_dtype, method="svd")
+    state = transform.init(half)
+    for _ in range(3):
+        updates, state = transform.update(gradients, state, half)
+        assert all(np.isfinite(np.float64(leaf)).all() for leaf in (state.mu["up"], updates["up"]))
+    if mu_dtype is None:
+        (expected,) = oracles.joint([gradients["up"]], 1)
+        np.testing.assert_allclose(
+            np.float64(updates["up"]), np.sqrt(6 / 4) * expected, atol=8 * oracles.EPS
+        )
+
+
+def test_a_gradient_that_is_not_finite_stays_so_in_a_momentum_of_float16():
+    transform: Any = scale_by_teon(RULES, mu_dtype="float16", method="svd")
+    half = {"bias": jnp.ones(3, "float16")}
+    _, state = transform.update({"bias": jnp.full(3, jnp.inf)}, transform.init(half), half)
+    assert np.isinf(np.float64(state.mu["bias"])).all()
 
 
 @pytest.mark.parametrize("mu_dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16"), np.float16])

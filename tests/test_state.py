@@ -1,9 +1,11 @@
 """States keep their types, and those of another model are refused."""
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -83,6 +85,24 @@ def test_a_restored_state_that_is_another_model_s_is_refused(case):
     damage, words = WRONG[case]
     with pytest.raises(ValueError, match=re.escape(words)):
         transform.update(own, damage(transform.init(own)))
+
+
+@pytest.mark.parametrize("mu_dtype", [None, "float32", "float16"])
+@pytest.mark.parametrize("size", [0.0, 1e-7, 1e-4, 1e-2, 6e4])
+def test_adam_of_float16_params_takes_the_steps_of_float32_ones(size, mu_dtype):
+    """Its eps of 1e-8 and squares below 6e-8 would be zero in float16."""
+    optimizer: Any = teon(0.5, RULES, mu_dtype=mu_dtype, method=QUICK)
+    gradients = np.asarray([size, -size], np.float16)
+
+    def second_step(dtype):
+        tree = {"bias": jnp.ones(2, dtype)}
+        state = optimizer.init(tree)
+        for _ in range(2):
+            updates, state = optimizer.update({"bias": jnp.asarray(gradients, dtype)}, state, tree)
+        assert updates["bias"].dtype == dtype
+        return np.float64(updates["bias"])
+
+    np.testing.assert_allclose(second_step("float16"), second_step("float32"), rtol=2.0**-10)
 
 
 @pytest.mark.promotes_ranks
