@@ -134,8 +134,8 @@ def alignment(
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`alignment(rank={rank!r})`: rank should be a positive integer.")
+    every_K = [None] if stacks is None else _checked_stacks(stacks)
     rules = checked_rules(default_rules(momentum) if rules is None else rules)
-    every_K = [None] if stacks is None else stacks
     plans = [plan(momentum, [_at(K, rule) for rule in rules]) for K in every_K]
     return Alignments(
         Alignment(group.members, group.layers, *jax.tree.map(float, _measure(stack, rank)))
@@ -145,31 +145,49 @@ def alignment(
     )
 
 
+def _checked_stacks(stacks: Any) -> tuple[int, ...]:
+    """Makes a tuple of the K that are asked about, or raises if one is no positive integer."""
+    listed = tuple(stacks) if isinstance(stacks, Iterable) else ()
+    if not listed or any(isinstance(K, bool) or not isinstance(K, int) or K < 1 for K in listed):
+        raise ValueError(
+            f"`alignment(stacks={stacks!r})`: stacks should be positive integers, such as (2, 4)."
+        )
+    return listed
+
+
 def _at(K: int | None, rule: Rule) -> Rule:
     """The rule with another K, if it stacks layers and another is given."""
     return rule if K is None or rule.stack < 2 else dataclasses.replace(rule, stack=K)
 
 
-def _stacks(momentum: Any, planned: Plan) -> Iterator[jax.Array]:
-    """The layers of each group, wherever the leaves were: [K, batch, fan_in, fan_out]."""
+def _stacks(momentum: Any, planned: Plan) -> Iterator[np.ndarray]:
+    """Collects the layers of each group, wherever the leaves were: [K, batch, fan_in, fan_out]."""
     leaves = jax.tree.leaves(momentum)
     for series in planned.series:
         held = {i: to_matrices(jax.device_get(leaves[i]), series.layout) for i in series.leaves}
         every = pieces_of(series, 0, series.depth)
-        matrices = jnp.concatenate([held[p.leaf][p.part][p.start : p.stop] for p in every])
+        matrices = np.concatenate([held[p.leaf][p.part][p.start : p.stop] for p in every])
         K = series.rule.stack * series.coupled
         # Parts that are not coupled come first among what is alone; the plan has groups for each.
-        for part in jnp.split(matrices, series.alone // series.experts, axis=1):
+        for part in np.split(matrices, series.alone // series.experts, axis=1):
             for start in range(0, len(part), K):
-                yield part[start : start + K]
+                yield _of_size_one(part[start : start + K])
+
+
+def _of_size_one(stack: np.ndarray) -> np.ndarray:
+    """Divides a stack by its largest magnitude: the measures do not depend on it.
+
+    Devices would flush numbers of 1e-38 to zero, and squares of 1e20 are not finite.
+    """
+    wide = stack.astype(np.promote_types(stack.dtype, np.float32))
+    return wide / (np.max(np.abs(wide)) or 1)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
 def _measure(
-    stack: jax.Array, rank: int
+    stack: np.ndarray, rank: int
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
     """r of modes 1 and 2, overlaps of left and right vectors, of [K, batch, fan_in, fan_out]."""
-    stack = stack.astype(np.promote_types(stack.dtype, np.float32))
     # Of kernels: the paper's right vectors come first.
     right, singular_values, left = jnp.linalg.svd(stack, full_matrices=False)
     joint = [jnp.linalg.svd(jnp.concatenate(stack, axis), compute_uv=False) for axis in (-2, -1)]

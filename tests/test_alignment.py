@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -116,6 +117,20 @@ def test_neither_the_order_nor_the_size_of_the_layers_matters():
     group, other = measured(kernels, 2), measured(-1e3 * kernels[[2, 0, 1]], 2)
     assert np.allclose(group.ratios, other.ratios, rtol=20 * EPS)
     assert np.allclose(group.overlaps, other.overlaps, atol=100 * EPS)
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30])
+def test_the_size_of_all_layers_does_not_matter(size):
+    kernels = np.random.default_rng(0).normal(size=(2, 4, 6))
+    expected, found = measured(kernels), measured(size * kernels)
+    # Numbers below 1.2e-38 have 20 bits here.
+    np.testing.assert_allclose(jax.tree.leaves(found[2:]), jax.tree.leaves(expected[2:]), rtol=1e-4)
+
+
+@pytest.mark.parametrize("stacks", [2, (), (0,), (2.0,), ("2",), "24", (True,)], ids=repr)
+def test_stacks_that_are_no_positive_integers_are_refused(stacks):
+    with pytest.raises(ValueError, match=re.escape(f"`alignment(stacks={stacks!r})`: stacks")):
+        alignment({"block_0": jnp.eye(2)}, [Rule("block")], stacks=stacks)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.float32])
