@@ -36,6 +36,34 @@ def check_eps(eps: Any) -> None:
     check_number("eps", eps, float(jnp.finfo(jnp.float32).tiny))
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raises unless it is a schedule or a number that is not negative, as of a learning rate."""
+    if callable(value):
+        return
+    if not is_number(value, 0, math.inf):
+        raise ValueError(
+            f"`{name}={value!r}` should be a number, at least 0, or a schedule, a function of the "
+            "number of updates."
+        )
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raises unless it is True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"`{name}={value!r}` should be True or False.")
+
+
+def check_mask(mask: Any) -> None:
+    """Raises unless it is None, a function, or a tree of booleans."""
+    is_bare = isinstance(mask, (bool, np.ndarray, jax.Array))
+    leaves = [] if callable(mask) else jax.tree.leaves(mask)
+    if is_bare or not all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves):
+        raise ValueError(
+            f"`weight_decay_mask={mask!r}` should be a tree of booleans or a function of params; "
+            f"{INJECTED}."
+        )
+
+
 def refuse_schedule(name: str, value: Any) -> None:
     """Raises if an argument that takes no schedule is one, and says who calls it."""
     if callable(value):

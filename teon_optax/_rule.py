@@ -93,7 +93,7 @@ class Rule:
             )
         try:
             return re.compile(self.pattern)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"`Rule({self.pattern!r})`: the pattern is no regular expression: {error}. "
                 "Escape special characters with a backslash in a raw string, as in r'h\\.0'."
@@ -185,11 +185,15 @@ class Rules(tuple[Rule, ...]):
 
 
 @overload
-def checked_rules(rules: None) -> None: ...
+def checked_rules(rules: None, name: str = "rules") -> None: ...
 @overload
-def checked_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]: ...
-def checked_rules(rules: Any) -> tuple[Rule, ...] | None:
-    """`rules` as a tuple, or None, which stands for `default_rules` of a tree that is not yet seen.
+def checked_rules(rules: Iterable[Rule], name: str = "rules") -> tuple[Rule, ...]: ...
+def checked_rules(rules: Any, name: str = "rules") -> tuple[Rule, ...] | None:
+    """Makes a tuple of an argument's rules; None stays: `default_rules` of a tree not yet seen.
+
+    Args:
+      rules: What the user gave.
+      name: Name of the argument.
 
     Raises:
       ValueError: If it is no iterable of `Rule`.
@@ -199,7 +203,7 @@ def checked_rules(rules: Any) -> tuple[Rule, ...] | None:
     listed = tuple(rules) if isinstance(rules, Iterable) else (rules,)
     if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in listed):
         raise ValueError(
-            f"`rules={rules!r}` should be a tuple of `Rule`, such as `(Rule('kernel'),)`."
+            f"`{name}={rules!r}` should be a tuple of `Rule`, such as `(Rule('kernel'),)`."
         )
     return listed
 

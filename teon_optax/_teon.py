@@ -1,14 +1,12 @@
 """`teon`, the optimizer that users switch to."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
-from teon_optax._arguments import INJECTED, check_number, checked_mu_dtype
+from teon_optax._arguments import check_mask, check_rate, checked_mu_dtype
 from teon_optax._memory import with_stable_state
 from teon_optax._mesh.placement import as_shardings
 from teon_optax._momentum import scale_by_teon
@@ -80,14 +78,9 @@ def teon(
     """
     rules = checked_rules(rules)
     mu_dtype = checked_mu_dtype(mu_dtype)
-    for name, number in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        if not callable(number):
-            check_number(name, number, start=-math.inf)
-    if isinstance(weight_decay_mask, (bool, np.ndarray, jax.Array)):
-        raise ValueError(
-            f"`weight_decay_mask={weight_decay_mask!r}` should be a tree of booleans or a function "
-            f"of params; {INJECTED}."
-        )
+    check_rate("learning_rate", learning_rate)
+    check_rate("weight_decay", weight_decay)
+    check_mask(weight_decay_mask)
     # Decay needs params, which some trainers do not pass.
     decays = weight_decay_mask is not None or not _is_zero(weight_decay)
     decay = (

@@ -53,11 +53,14 @@ def test_numbers_of_python_numpy_and_jax_are_numbers(name, value):
     TAKE_A_NUMBER[name](value)
 
 
-@pytest.mark.parametrize("name", ["beta", "scale"])
-def test_what_is_negative_is_refused_but_as_a_learning_rate_or_weight_decay(name):
+@pytest.mark.parametrize("name", TAKE_A_NUMBER)
+def test_what_is_negative_is_refused(name):
     with pytest.raises(ValueError, match=re.escape(f"`{name}=-0.5` should be")):
         TAKE_A_NUMBER[name](-0.5)
-    teon(-0.5, weight_decay=-0.5)
+
+
+def test_a_learning_rate_may_be_zero():
+    teon(0.0, weight_decay=0.0)
 
 
 def test_a_scale_that_devices_flush_to_zero_is_refused():

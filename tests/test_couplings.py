@@ -278,6 +278,12 @@ def test_siblings_of_unequal_shape_or_absent_are_refused_with_the_way_out():
         plan({"w": array((8, 2, 4))}, [Rule("w", dims=D(0, (1, 2)), join="heads")])
 
 
+def test_a_slice_that_refers_to_another_group_is_sorted_as_text():
+    tree = {name: jnp.eye(2) for name in ("b_b", "a_a")}
+    groups = plan(tree, [Rule(r"(?P<name>a|b)_(?P<slice>\1)")]).groups
+    assert [group.members for group in groups] == [("a_a",), ("b_b",)]
+
+
 def test_alternatives_may_hold_an_escaped_bar():
     tree = {name: jax.ShapeDtypeStruct((4, 4), jnp.float32) for name in ("a", "k|v")}
     (group,) = plan(tree, [Rule(r"(?P<slice>k\|v|a)")]).groups

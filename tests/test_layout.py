@@ -197,3 +197,8 @@ def test_a_program_does_not_grow_with_equal_parts(join):
     whole = program_length(params, [Rule(pattern, stack=2)])
     parts = program_length(params, [Rule(pattern, stack=2, split=32, join=join)])
     assert parts < 1.5 * whole
+
+
+def test_a_split_is_refused_before_its_sizes_are_listed():
+    with pytest.raises(ValueError, match="split=1000000000000 does not fit its first fan_out axis"):
+        layout_of((4, 6), Rule("w", split=10**12))

@@ -341,7 +341,9 @@ COUPLED = {
     "orthogonalize": lambda rules: orthogonalize(rules, method="svd"),
     "scale_by_teon": lambda rules: scale_by_teon(rules, method="svd"),
     "scale_by_teon in float32": lambda rules: scale_by_teon(rules, method="svd", mu_dtype=F),
-    "teon in bfloat16": lambda rules: teon(-1.0, rules, method="svd", mu_dtype=B),
+    "teon in bfloat16": lambda rules: optax.chain(
+        teon(1.0, rules, method="svd", mu_dtype=B), optax.scale(-1.0)
+    ),
 }
 
 

@@ -222,6 +222,21 @@ def test_per_head_of_fused_projections_whose_parts_differ():
     assert found["blocks/2/attn/qkv/kernel"] == ((32, 8), 12)
 
 
+def test_per_head_does_not_ask_for_heads_of_what_rules_put_first_take():
+    tree = tree_of({"blocks/*/attn/query/kernel": "64x64", "blocks/*/attn/out/kernel": "64x64"})
+    first = Rule("query", split=2)
+    assert rules.per_head(tree, first=[first])[0] == first
+
+
+@pytest.mark.parametrize("name", [*SETS, "lora", "per_head"])
+@pytest.mark.parametrize("first", ["query", Rule("query"), 2], ids=str)
+def test_what_is_no_tuple_of_rules_cannot_be_put_first(name, first):
+    with pytest.raises(ValueError, match=re.escape(f"`first={first!r}` should be a tuple of `R")):
+        ({**SETS, "lora": rules.lora, "per_head": rules.per_head}[name])(
+            tree_of({"blocks/*/attn/query/kernel": "64x64"}), first=first
+        )
+
+
 def test_per_head_says_so_where_there_are_no_projections():
     mlp = tree_of({"blocks/*/up/kernel": "64x256", "blocks/*/down/kernel": "256x64"})
     with pytest.raises(ValueError, match="finds no Q, K or V projection, so there are no heads"):

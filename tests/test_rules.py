@@ -87,6 +87,7 @@ def test_fan_axes_are_tuples_in_the_order_written(dims, axes):
         ((5,), "`Rule(5)`: pattern should be a string, a regular expression."),
         ((re.compile("w"),), "`Rule(re.compile('w'))`: pattern should be a string"),
         (("h.(",), "`Rule('h.(')`: the pattern is no regular expression: missing ),"),
+        (("a{99999999999}",), "the pattern is no regular expression: the repetition number is too"),
         (("w", -1), '`Rule(r"w", stack=-1)` has a negative stack: write 0 for the fallback'),
         (("w", 2.0), "`Rule('w', stack=2.0)`: stack should be an integer, not float."),
         (("w", True), "`Rule('w', stack=True)`: stack should be an integer, not bool."),

@@ -143,6 +143,10 @@ def test_without_rules_they_are_the_default_rules_of_the_whole_tree():
     [
         ({"weight_decay_mask": True}, "`weight_decay_mask=True` should be a tree of booleans or a"),
         ({"weight_decay_mask": jnp.array(True)}, "or a function of params; under `optax.inject_hy"),
+        ({"weight_decay_mask": "kernel"}, "`weight_decay_mask='kernel'` should be a tree of boo"),
+        ({"weight_decay_mask": {"query": "no"}}, "should be a tree of booleans"),
+        ({"nesterov": "no"}, "`nesterov='no'` should be True or False."),
+        ({"nesterov": 0.0}, "`nesterov=0.0` should be True or False."),
         ({"fallback": "adamw"}, "`fallback='adamw'` should be an optimizer, such as `optax.adamw("),
         ({"fallback": optax.adamw}, "should be an optimizer, such as `optax.adamw(3e-4)`."),
         ({"method": "nope"}, "`method='nope'` is unknown"),
@@ -157,6 +161,11 @@ def test_without_rules_they_are_the_default_rules_of_the_whole_tree():
 def test_a_wrong_argument_is_refused_when_the_optimizer_is_built(arguments, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         teon(0.02, **arguments)
+
+
+def test_a_learning_rate_that_is_no_number_is_told_of_schedules():
+    with pytest.raises(ValueError, match="`learning_rate=None` should be a number, at least 0, or"):
+        teon(None)  # pyright: ignore[reportArgumentType]
 
 
 def test_rules_that_do_not_fit_are_refused_in_init():

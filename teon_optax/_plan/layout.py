@@ -122,13 +122,14 @@ def _normalized(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...
 
 def _part_sizes(split: int | tuple[int, ...], length: int) -> tuple[int, ...]:
     """The sizes of fused parts along an axis of this length, or an error if they do not fit."""
-    sizes = (length // split,) * split if isinstance(split, int) else split
-    if sum(sizes) != length or 0 in sizes:
+    # Tested first: as many sizes as a mistyped number says may not fit into the memory.
+    fits = length % split == 0 if isinstance(split, int) else sum(split) == length
+    if not fits:
         raise ValueError(
             f"split={split} does not fit its first fan_out axis of length {length}: write a "
             "divisor, or sizes that add up to it"
         )
-    return sizes
+    return (length // split,) * split if isinstance(split, int) else split
 
 
 def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:

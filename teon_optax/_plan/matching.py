@@ -75,7 +75,10 @@ def _position(name: str, rule: Rule) -> int:
     """
     group = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
     words = re.split(r"(?<!\\)\|", group[1]) if group else []
-    fits = (re.fullmatch(word, name, rule.compiled.flags) for word in words)
+    try:
+        fits = [re.fullmatch(word, name, rule.compiled.flags) for word in words]
+    except re.error:  # It refers to another group.
+        return 0
     return next((index for index, fit in enumerate(fits) if fit), 0)
 
 

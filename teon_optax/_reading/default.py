@@ -13,7 +13,7 @@ from teon_optax._reading.patterns import Choice, Draft, drafts_of, rule_of
 from teon_optax._reading.reading import roles
 from teon_optax._reading.roles import Role
 from teon_optax._reading.tree import Leaf
-from teon_optax._rule import Rule, Rules, fan_axes
+from teon_optax._rule import Rule, Rules, checked_rules, fan_axes
 
 PAPER = {"qkv": 2, "latent": 1, "out": 1, "hidden": 1}  # K by role; all else is the fallback's
 
@@ -57,7 +57,7 @@ def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
           Rule(r"^embed/embedding$", stack=0),
       )
     """
-    rules, warning = _kept(*tree_types(params), tuple(first))
+    rules, warning = _kept(*tree_types(params), checked_rules(first, "first"))
     _warn(warning)
     return rules
 
@@ -79,9 +79,9 @@ def rules_by_role(
 ) -> Rules:
     """`first`, then rules for all other leaves by role, each role with its stack.
 
-    `change` may give a leaf another role before the rules are made.
+    `change` may give a leaf that `first` does not take another role before the rules are made.
     """
-    rules, warning = _read(params, first, stacks, change)
+    rules, warning = _read(params, checked_rules(first, "first"), stacks, change)
     _warn(warning)
     return rules
 
@@ -99,12 +99,20 @@ def _read(
 ) -> tuple[Rules, str]:
     """The rules by role, and what to warn of, if anything."""
     found = roles(params)
-    changed = [(leaf, role and change(leaf, role), columns) for leaf, role, columns in found]
+    changed = [
+        (leaf, role and (role if _takes(first, leaf) else change(leaf, role)), columns)
+        for leaf, role, columns in found
+    ]
     drafts = drafts_of(changed, first, stacks)
     _refuse([draft for draft in drafts if draft.choice.role.name == "refused"])
     warning = _warning(drafts, [leaf for leaf, _, _ in found], first)
     drafts.sort(key=lambda draft: -draft.choice.stack)
     return Rules((*first, *(rule_of(draft, draft.choice) for draft in drafts))), warning
+
+
+def _takes(first: Sequence[Rule], leaf: Leaf) -> bool:
+    """Tells whether one of these rules is found in the path of a leaf."""
+    return any(rule.search(leaf.path) for rule in first)
 
 
 def _listing(draft: Draft) -> str:
