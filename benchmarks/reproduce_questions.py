@@ -5,11 +5,12 @@
 
 The order, so that what is known at any moment can be used:
 
-1. noise: the reference twice, from first parameters that differ by rounding;
-2. the fallback's learning rate, with the reference, on seed 0; all share it;
-3. the learning rate of the reference's matrices, on seed 0;
-4. seeds 1 to 3 at the reference's rate, seed by seed: first the methods that could become the
-   default, so that the standard deviation of paired differences is known early, then the others;
+1. noise: the reference twice, from first parameters that differ by rounding, on seed 0;
+2. the fallback's learning rate and then the matrices', with the reference, on seed 0: where runs of
+   an eighth of the tokens a step were best, and twice that;
+3. seeds 1 to 3 at the better ones, seed by seed: first the methods that could become the default,
+   so that the standard deviation of paired differences is known early, then the others;
+4. the third point of both rates, and more until the best lies inside;
 5. the rate of each method of its own, three points on seed 0;
 6. seeds 1 to 6 of all, each at its own best rate.
 """
@@ -41,7 +42,19 @@ def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
     for nudge in (0, 1):
         yield Job(REFERENCE, CENTRE, REST_CENTRE, SWEEP_SEED, steps, nudge)
     rest = _losses(records, "rest_k", Job(REFERENCE, CENTRE, 0, SWEEP_SEED, steps))
-    for k in [*REST_RATES, *neighbours(rest, REST_RATES)]:
+    yield from (Job(REFERENCE, CENTRE, k, SWEEP_SEED, steps) for k in REST_RATES)
+    if rest.keys() < set(REST_RATES):
+        return
+    better_rest = min(REST_RATES, key=rest.__getitem__)
+    swept = _losses(records, "k", Job(REFERENCE, 0, better_rest, SWEEP_SEED, steps))
+    yield from (Job(REFERENCE, k, better_rest, SWEEP_SEED, steps) for k in RATES)
+    if swept.keys() < set(RATES):
+        return
+    better = min(RATES, key=swept.__getitem__)
+    for names in ([REFERENCE, *FIRST], OTHERS):
+        for seed in FIRST_SEEDS:
+            yield from (Job(name, better, better_rest, seed, steps) for name in names)
+    for k in neighbours(rest, REST_RATES):
         yield Job(REFERENCE, CENTRE, k, SWEEP_SEED, steps)
     rest_k = best_inside(rest, REST_RATES)
     if rest_k is None:
@@ -55,9 +68,6 @@ def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
     shared = best_inside(swept[REFERENCE], RATES)
     if shared is None:
         return
-    for names in ([REFERENCE, *FIRST], OTHERS):
-        for seed in FIRST_SEEDS:
-            yield from (Job(name, shared, rest_k, seed, steps) for name in names)
     own = {REFERENCE: shared}
     first = (shared, shared + 2)
     for name in COMPARED:
