@@ -11,12 +11,14 @@ from jax.core import Tracer
 INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
 
 
-def check_number(name: str, value: Any, start: float = 0, end: float = math.inf) -> None:
-    """Raises unless the argument is a number, at least `start` and less than `end` in float32.
+def check_number(
+    name: str, value: Any, start: float = 0, end: float = math.inf, of: str = "teon"
+) -> None:
+    """Raises unless an argument of the function `of` is a number from `start` to below `end`.
 
-    Traced numbers are taken as they are: what they are is not known.
+    It should be so in float32. Traced numbers are taken as they are: what they are is not known.
     """
-    refuse_schedule(name, value)
+    refuse_schedule(name, value, of)
     if is_number(value, start, end):
         return
     remedy = ""
@@ -31,9 +33,9 @@ def check_number(name: str, value: Any, start: float = 0, end: float = math.inf)
     raise ValueError(f"`{name}={value!r}` should be a number{bounds}{remedy}.")
 
 
-def check_eps(eps: Any) -> None:
-    """Raises unless it is a positive number: a matrix of zeros is divided by it."""
-    check_number("eps", eps, float(jnp.finfo(jnp.float32).tiny))
+def check_eps(eps: Any, of: str) -> None:
+    """Raises unless the argument `eps` of the function `of` is a positive and normal number."""
+    check_number("eps", eps, float(jnp.finfo(jnp.float32).tiny), of=of)
 
 
 def check_rate(name: str, value: Any) -> None:
@@ -64,13 +66,12 @@ def check_mask(mask: Any) -> None:
         )
 
 
-def refuse_schedule(name: str, value: Any) -> None:
-    """Raises if an argument that takes no schedule is one, and says who calls it."""
+def refuse_schedule(name: str, value: Any, of: str = "teon") -> None:
+    """Raises if an argument of the function `of` is a schedule, and says who would call it."""
     if callable(value):
         raise ValueError(
             f"`{name}={value!r}` is a function, perhaps a schedule: "
-            f"`optax.inject_hyperparams(teon)(learning_rate, {name}=schedule)` calls it in each "
-            "step."
+            f"`optax.inject_hyperparams({of})(..., {name}=schedule)` calls it in each step."
         )
 
 

@@ -44,6 +44,7 @@ ROOMS = {
         "_memory",
         "_mesh",
         "_orthogonalize",
+        "_paths",
         "_plan",
         "_polar",
         "_rule",

@@ -52,7 +52,7 @@ def normalize_matrices(
     """
     if normalize not in _NORMALIZATIONS:
         raise ValueError(f"`normalize={normalize!r}` should be one of {_NORMALIZATIONS}.")
-    check_eps(eps)
+    check_eps(eps, "normalize_matrices")
     rules, factor = checked_rules(rules), scaling(scale)
 
     def normalized(matrix: jax.Array, fan_in: Axes, fan_out: Axes) -> tuple[jax.Array]:

@@ -52,7 +52,7 @@ def scale_by_normuon(
     rules = checked_rules(rules)
     check_number("beta2", beta2, end=1)
     check_number("rms", 1 if rms is None else rms)
-    check_eps(eps)
+    check_eps(eps, "scale_by_normuon")
 
     def zero(matrix: jax.Array, fan_in: Axes, fan_out: Axes) -> tuple[jax.Array, jax.Array]:
         del fan_out
