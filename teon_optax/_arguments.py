@@ -69,9 +69,10 @@ def check_mask(mask: Any) -> None:
 def refuse_schedule(name: str, value: Any, of: str = "teon") -> None:
     """Raises if an argument of the function `of` is a schedule, and says who would call it."""
     if callable(value):
+        first = "learning_rate" if of == "teon" else "..."
         raise ValueError(
             f"`{name}={value!r}` is a function, perhaps a schedule: "
-            f"`optax.inject_hyperparams({of})(..., {name}=schedule)` calls it in each step."
+            f"`optax.inject_hyperparams({of})({first}, {name}=schedule)` calls it in each step."
         )
 
 
