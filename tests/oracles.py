@@ -29,11 +29,11 @@ def joint(kernels, mode, function=np.ones_like):
     return [part.T for part in parts] if mode == 1 else parts
 
 
-def composed(singular_values, triples, norm):
-    """p_S(... p_1(s / norm)) for the quintics a x + b x^3 + c x^5."""
+def composed(singular_values, steps, norm):
+    """p_S(... p_1(s / norm)) for quintics a x + b x^3 + c x^5 and cubics a x + b x^3."""
     x = np.asarray(singular_values, np.float64) / norm
-    for a, b, c in triples:
-        x = a * x + b * x**3 + c * x**5
+    for a, b, *c in steps:
+        x = a * x + b * x**3 + sum(c) * x**5
     return x
 
 

@@ -18,7 +18,6 @@ from teon_optax._polar.numerics import (
     byte_limits,
     chunk_size,
     default_precision,
-    product_count,
     restarts,
 )
 
@@ -68,8 +67,8 @@ def test_numerics_restart_their_polynomial_by_shape_and_not_the_svd(shape):
 def test_products_of_bf16_by_name_are_one_pass(precision):
     named, one_pass = (Numerics(resolve("polar_express"), p) for p in (precision, DEFAULT))
     assert named.restarts(8, 32) == one_pass.restarts(8, 32) == (2, 3)
-    assert named.triples() == one_pass.triples()
-    counts = [product_count((2, 3), 4, each.precision) for each in (named, one_pass)]
+    assert named.steps() == one_pass.steps()
+    counts = [each.product_count((2, 3), 4) for each in (named, one_pass)]
     assert counts == [4 * 5 + 2 * 5 + 1] * 2
     kernel = {"kernel": jnp.eye(8)}
     optimizer = orthogonalize([Rule("kernel")], precision=precision)
@@ -152,11 +151,11 @@ def test_one_pass_products_join_no_step_where_the_last_three_grow_too_much():
 
 
 def test_quintics_of_one_pass_products_are_slowed_but_for_the_last():
-    exact, one_pass = (Numerics(resolve(JORDAN), p).triples() for p in (HIGHEST, DEFAULT))
+    exact, one_pass = (Numerics(resolve(JORDAN), p).steps() for p in (HIGHEST, DEFAULT))
     assert exact == JORDAN
     np.testing.assert_allclose(one_pass[:-1], np.array(JORDAN[:-1]) / 1.05, rtol=1e-15)
     assert one_pass[-1] == JORDAN[-1]
-    assert Numerics(None, DEFAULT).triples() == ()
+    assert Numerics(None, DEFAULT).steps() == ()
 
 
 @pytest.mark.parametrize("precision", [HIGHEST, DEFAULT], ids=str)

@@ -20,7 +20,7 @@ from teon_optax._mesh.placement import Located
 from teon_optax._plan.batches import BatchKey, in_batches, pieces_by_batch, scaled_polar_factors
 from teon_optax._plan.plan import Series
 from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
-from teon_optax._polar.numerics import Numerics, product_count
+from teon_optax._polar.numerics import Numerics
 from teon_optax._scaling import ScaleFunction
 
 
@@ -178,7 +178,7 @@ def _cost(numerics: Numerics, d: int, N: int, devices_per_group: int) -> float:
     if numerics.method is None:
         return N / d if devices_per_group == 1 else float("inf")
     columns = -(-N // devices_per_group)
-    return product_count(numerics.restarts(d, max(d, columns)), columns / d, numerics.precision)
+    return numerics.product_count(numerics.restarts(d, max(d, columns)), columns / d)
 
 
 def _of_owner(

@@ -12,7 +12,7 @@ import numpy as np
 
 from teon_optax._plan.coupling import joint_shape
 from teon_optax._polar.coefficients import resolve
-from teon_optax._polar.numerics import Numerics, product_count
+from teon_optax._polar.numerics import Numerics
 
 _WIDTH = 100
 _LEAST = 12  # columns for a path
@@ -232,7 +232,7 @@ def _polar_factor_flops(shape: tuple[int, int], restarts: tuple[int, ...] | None
     numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
     d, ratio = min(shape), max(shape) / min(shape)
     restarts = restarts or numerics.restarts(*shape)
-    return 2 * d**3 * product_count(restarts, ratio, numerics.precision)
+    return 2 * d**3 * numerics.product_count(restarts, ratio)
 
 
 def _dearer_than_alone(group: Any) -> str:

@@ -1,4 +1,4 @@
-"""Odd quintics that drive singular values to one: published tables, and Polar Express."""
+"""Odd polynomials that drive singular values to one: published tables, and greedy minimax ones."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-Triple = tuple[float, float, float]
+Pair = tuple[float, float]  # (a, b), the cubic a x + b x^3
+Triple = tuple[float, float, float]  # (a, b, c), the quintic a x + b x^3 + c x^5
+Step = Pair | Triple
 MethodLike = str | Sequence[Sequence[float]]
 
 # K. Jordan, Muon, 2024: the same triple in each of 5 steps (reprinted in arXiv 2601.23261).
@@ -27,22 +29,40 @@ _YOU: tuple[Triple, ...] = tuple(
     )
 )
 
+# K. Ahn and others, Dion, 2025, as `optax.contrib.muon(ns_coeffs="dion")` of optax 0.2.8 has them.
+_DION: tuple[Triple, ...] = (
+    (4.0848, -6.8946, 2.9270),
+    (3.9505, -6.3029, 2.6377),
+    (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012),
+)
+
 # arXiv 2505.16932, reference implementation: a quintic is never fitted below this share of the
 # upper bound; a lower one would let the polynomial come near zero inside the interval.
 _CUSHION = 0.02407327424182761
+# Of float32, in which coefficients are used.
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST_STEPS = 1000  # Any method has converged long before, and any program is too large.
+_LARGEST_SAFETY = 10.0
 # Relative width of the interval from which the Taylor quintic is exact in float64.
 _CONVERGED = 5e-6
 
 
 class Method(NamedTuple):
-    """Quintics in the order of use, and the norm that the matrix is divided by first."""
+    """Steps in the order of use, and the norm that the matrix is divided by first.
 
-    coefficients: tuple[Triple, ...]
-    norm: str = "frobenius"  # or "schatten4"
+    Attributes:
+      coefficients: A triple (a, b, c) for each quintic, a pair (a, b) for each cubic.
+      norm: "frobenius" or "schatten4", of the singular values.
+    """
+
+    coefficients: tuple[Step, ...]
+    norm: str = "frobenius"
 
 
 def _best_quintic(lower: float, upper: float) -> Triple:
-    """The odd quintic that is nearest to 1 on [lower, upper], by Remez exchange."""
+    """Finds the odd quintic that is nearest to 1 on [lower, upper], by Remez exchange."""
     if lower / upper >= 1 - _CONVERGED:
         return 15 / 8 / upper, -10 / 8 / upper**3, 3 / 8 / upper**5
     inner = np.array([(3 * lower + upper) / 4, (lower + 3 * upper) / 4])
@@ -60,9 +80,51 @@ def _best_quintic(lower: float, upper: float) -> Triple:
     return float(a), float(b), float(c)
 
 
-def _quintic(triple: Triple, x: Any) -> Any:
-    a, b, c = triple
-    return a * x + b * x**3 + c * x**5
+def _best_cubic(lower: float, upper: float) -> Pair:
+    """Finds the odd cubic that is nearest to 1 on [lower, upper].
+
+    Its error is the same at both ends, which gives a = -b q with q = l^2 + l u + u^2, and as large
+    with the other sign at sqrt(q / 3), the maximum between them.
+    """
+    q = lower**2 + lower * upper + upper**2
+    b = -2 / (2 * (q / 3) ** 1.5 + lower * upper * (lower + upper))
+    return -b * q, b
+
+
+def _value(step: Step, x: float) -> float:
+    return sum(number * x ** (2 * i + 1) for i, number in enumerate(step))
+
+
+def greedy(degrees: Sequence[int], lower: float, safety: float) -> tuple[Step, ...]:
+    """Composes polynomials of the degrees 3 and 5, each nearest to 1 on what the last one left.
+
+    The first one's interval is [lower, 1]. Quintics are those of the Polar Express, with its safety
+    factor: see `polar_express`. Nothing can lie between zero and the ends of a cubic, so none is
+    kept from the bottom of its interval.
+    """
+    upper, steps = 1.0, []
+    for degree in degrees:
+        cushion = _CUSHION * upper if degree == 5 else 0.0
+        best = _best_quintic if degree == 5 else _best_cubic
+        step: Step = best(max(lower, cushion), upper)
+        if cushion > lower:
+            # The fit did not see the bottom of the interval: centre its ends' values around 1.
+            recentre = 2 / (_value(step, lower) + _value(step, upper))
+            step = _times(step, recentre)
+        steps.append(step)
+        lower = _value(step, lower)
+        upper = 2 - lower
+    steps = [*(of_quotient(step, safety) for step in steps[:-1]), steps[-1]]
+    return (of_quotient(steps[0], safety), *steps[1:])
+
+
+def _times(step: Step, factor: float) -> Any:
+    return tuple(number * factor for number in step)
+
+
+def of_quotient(step: Step, divisor: float) -> Any:
+    """Makes the polynomial of x / divisor."""
+    return tuple(number / divisor ** (2 * i + 1) for i, number in enumerate(step))
 
 
 def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> tuple[Triple, ...]:
@@ -84,15 +146,15 @@ def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> 
     Args:
       steps: Number of quintics.
       lower: Smallest singular value, relative to the largest, that the composition is made for.
-      safety: The factor s, 1 or more.
+      safety: The factor s, from 1 to 10.
 
     Returns:
       `steps` triples (a, b, c), for a matrix that was divided by its norm. A method takes them as
       they are: `method=polar_express(5)` is `method="polar_express"`.
 
     Raises:
-      ValueError: If `steps` is not a positive integer, `lower` is not between 0 and 1, or `safety`
-        is not a finite number from 1 on.
+      ValueError: If `steps` is not an integer from 1 to 1,000, `lower` is not between 0 and 1, or
+        `safety` is not a number from 1 to 10.
 
     Examples:
       >>> [round(a, 4) for a, b, c in polar_express(3)]
@@ -103,27 +165,21 @@ def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> 
     References:
       Amsel et al., The Polar Express, 2025, arXiv 2505.16932, algorithm 1 and theorem 3.1.
     """
-    if not isinstance(steps, (int, np.integer)) or not _is_real(steps) or steps < 1:
-        raise ValueError(f"`polar_express(steps={steps!r})`: steps should be a positive integer.")
+    is_integer = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
+    if not is_integer or not 1 <= steps <= _MOST_STEPS:
+        raise ValueError(
+            f"`polar_express(steps={steps!r})`: steps should be a positive integer, "
+            f"{_MOST_STEPS} at most."
+        )
     if not _is_real(lower) or not 0 < lower < 1:
         raise ValueError(f"`polar_express(lower={lower!r})`: lower should be between 0 and 1.")
-    if not _is_real(safety) or safety < 1:
+    if not _is_real(safety) or not 1 <= safety <= _LARGEST_SAFETY:
         raise ValueError(
-            f"`polar_express(safety={safety!r})`: safety should be a number from 1 on, such as "
-            "1.01, or 1 for the published table."
+            f"`polar_express(safety={safety!r})`: safety should be a number from 1 to "
+            f"{_LARGEST_SAFETY:g}, such as 1.01, or 1 for the published table."
         )
-    upper, triples = 1.0, []
-    for _ in range(int(steps)):
-        a, b, c = _best_quintic(max(lower, _CUSHION * upper), upper)
-        if _CUSHION * upper > lower:
-            # The fit did not see the bottom of the interval: centre its ends' values around 1.
-            recentre = 2 / (_quintic((a, b, c), lower) + _quintic((a, b, c), upper))
-            a, b, c = a * recentre, b * recentre, c * recentre
-        triples.append((a, b, c))
-        lower = _quintic((a, b, c), lower)
-        upper = 2 - lower
-    triples = [*(_of_quotient(triple, safety) for triple in triples[:-1]), triples[-1]]
-    return (_of_quotient(triples[0], safety), *triples[1:])
+    steps_of_five: Any = greedy((5,) * int(steps), float(lower), float(safety))
+    return steps_of_five
 
 
 def _is_real(number: Any) -> bool:
@@ -131,13 +187,8 @@ def _is_real(number: Any) -> bool:
     if isinstance(number, (jax.Array, np.ndarray)) and not number.ndim:
         number = number.item()
     is_number = isinstance(number, (int, float, np.integer, np.floating))
-    return is_number and not isinstance(number, bool) and math.isfinite(number)
-
-
-def _of_quotient(triple: Triple, divisor: float) -> Triple:
-    """The quintic of x / divisor."""
-    a, b, c = triple
-    return a / divisor, b / divisor**3, c / divisor**5
+    # Not `math.isfinite`, which overflows on an integer of 400 digits.
+    return is_number and not isinstance(number, bool) and bool(-math.inf < number < math.inf)
 
 
 _METHODS: dict[str, Method | None] = {
@@ -146,16 +197,19 @@ _METHODS: dict[str, Method | None] = {
     # The Schatten-4 norm is 3 to 4 times tighter than Frobenius on a Gaussian spectrum, so 4 steps
     # made for a larger lower bound are as accurate.
     "schatten": Method(polar_express(4, 5e-3), norm="schatten4"),
+    # The same for an error of .12: two cubics, which need no square of a Gram matrix, at its end.
+    "fast": Method(greedy((5, 5, 3, 3), 0.0115, 1.01), norm="schatten4"),
     "jordan": Method(_JORDAN),
+    "dion": Method(_DION),
     "you": Method(_YOU),
     "svd": None,
 }
 
 
 def resolve(method: MethodLike) -> Method | None:
-    """The method behind a name or a sequence of triples; None is the exact factor by SVD.
+    """Finds the method behind a name or a sequence of coefficients; None is the SVD's exact factor.
 
-    Triples are used as they are given, on M / |M|_F.
+    Coefficients are used as they are given, on M / |M|_F. A quintic with c = 0 is a cubic.
     """
     names = ", ".join(map(repr, _METHODS))
     if isinstance(method, str):
@@ -173,12 +227,23 @@ def resolve(method: MethodLike) -> Method | None:
     if isinstance(method, jax.Array):
         method = np.asarray(method).tolist()  # Inside `jax.jit`, parts of it would be traced.
     try:
-        triples = tuple((a, b, c) for a, b, c in method)
-    except (TypeError, ValueError):
-        triples = ()
-    if not triples or not all(_is_real(number) for triple in triples for number in triple):
+        steps: Any = tuple(tuple(step) for step in method)
+    except TypeError:
+        steps = ()
+    is_coefficients = all(len(step) in (2, 3) and all(map(_is_real, step)) for step in steps)
+    if not steps or not is_coefficients:
         raise ValueError(
-            f"`method={method!r}` should be a name ({names}) or a "
-            "non-empty tuple of triples (a, b, c) of finite numbers, one per step."
+            f"`method={method!r}` should be a name ({names}) or a non-empty tuple of triples "
+            "(a, b, c) or pairs (a, b) of finite numbers, one per step."
         )
-    return Method(tuple((float(a), float(b), float(c)) for a, b, c in triples))
+    infinite = [number for step in steps for number in step if abs(number) > _LARGEST]
+    if infinite:
+        raise ValueError(
+            f"`method={method!r}` has the coefficient {infinite[0]}, which is infinite in float32, "
+            f"whose largest number is {_LARGEST:.2e}."
+        )
+    return Method(tuple(_as_step(*map(float, step)) for step in steps))
+
+
+def _as_step(a: float, b: float, c: float = 0.0) -> Step:
+    return (a, b, c) if c else (a, b)

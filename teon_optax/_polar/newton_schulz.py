@@ -1,8 +1,18 @@
 """Every product of the library: polar factors of batches of matrices, by Newton-Schulz iteration.
 
-Each step is an odd quintic of the matrix, p(M) = a M + b (M M^T) M + c (M M^T)^2 M. Matrices are
-taken as d x N, not higher than wide, so that every product is on the left of one. Steps run on Gram
-matrices, which are d x d; equal d share one polynomial.
+TEON takes the momenta of K layers as one matrix, the d x N joint matrix M = [M_1 | .. | M_K], and
+each layer goes along its part of the polar factor:
+
+    U V^T = (M_1 M_1^T + .. + M_K M_K^T)^(-1/2) [M_1 | .. | M_K]
+
+The inverse root is not computed. From X = M / |M| on, each step is an odd quintic of X,
+
+    A = X X^T        X <- a X + (b A + c A^2) X
+
+or, with c = 0, a cubic. It maps a singular value x to a x + b x^3 + c x^5, and coefficients are
+such that all come near 1. Matrices are not higher than wide, so that every product is on the left
+of one. Steps run on Gram matrices, d x d: those of a segment are one matrix P before P X is formed.
+Equal d share one polynomial.
 """
 
 import functools
@@ -14,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._polar.coefficients import Method, Triple
+from teon_optax._polar.coefficients import Method, Step
 from teon_optax._polar.numerics import Numerics, byte_limits, chunk_size, is_exact, takes_one_more
 
 
@@ -54,10 +64,10 @@ def _norm(G: jax.Array, method: Method) -> jax.Array:
     return root if frobenius else jnp.sqrt(root)
 
 
-def _factor(precision: jax.lax.PrecisionLike, triples: Sequence[Triple], G: jax.Array) -> jax.Array:
+def _factor(precision: jax.lax.PrecisionLike, steps: Sequence[Step], G: jax.Array) -> jax.Array:
     """Multiplies a segment's steps out, from one Gram matrix alone: their product P, [d, d].
 
-    Step j maps M to Q_j M with Q_j = a I + Z and Z = b G + c G^2, so
+    Step j maps M to Q_j M with Q_j = a I + Z and Z = b G + c G^2, or Z = b G of a cubic, so
 
         P <- Q_j P = Z P + a P          G <- Q_j G Q_j = Z W + a W,  W = G Z + a G
 
@@ -79,23 +89,46 @@ def _factor(precision: jax.lax.PrecisionLike, triples: Sequence[Triple], G: jax.
         G = multiply(Z, W) + a * W
         return (G + G.T) / 2
 
-    def step(carry: tuple[jax.Array, jax.Array], triple: jax.Array) -> tuple[Any, None]:
+    def step(
+        carry: tuple[jax.Array, jax.Array], coefficients: Sequence[Any]
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
         P, G = carry
-        a, b, c = triple
-        Z = b * G + c * multiply(G, G)
+        a, Z = _polynomial(coefficients, G, multiply)
         return (multiply(Z, P) + a * P, next_gram(G, Z, a)), None
 
-    # The first step needs no product with P, the last none for G; the others are one loop.
-    (a, b, c), *rest = triples
-    Z = b * G + c * multiply(G, G)
+    # The first step needs no product with P, the last none for G; the others are loops.
+    a, Z = _polynomial(steps[0], G, multiply)
     P = Z + a * jnp.eye(len(G), dtype=G.dtype)
-    if rest:
-        *middle, (a_last, b, c) = rest
-        G = next_gram(G, Z, a, takes_one_more(len(triples), precision))
-        if middle:
-            (P, G), _ = jax.lax.scan(step, (P, G), jnp.asarray(middle, G.dtype))
-        P = multiply(b * G + c * multiply(G, G), P) + a_last * P
+    if len(steps) > 1:
+        G = next_gram(G, Z, a, takes_one_more(len(steps), precision))
+        P, G = _loops(step, (P, G), steps[1:-1], G.dtype)
+        a, Z = _polynomial(steps[-1], G, multiply)
+        P = multiply(Z, P) + a * P
     return P
+
+
+def _polynomial(
+    coefficients: Sequence[Any], G: jax.Array, multiply: Callable[[jax.Array, jax.Array], jax.Array]
+) -> tuple[Any, jax.Array]:
+    """Computes a and Z of the step M <- a M + Z M: by one product, of a cubic by none."""
+    a, b, *c = coefficients
+    return a, b * G + c[0] * multiply(G, G) if c else b * G
+
+
+def _loops(
+    step: Callable[[Any, Any], tuple[Any, None]],
+    carry: Any,
+    coefficients: Sequence[Step],
+    dtype: jnp.dtype,
+) -> Any:
+    """Takes steps one after the other: a loop for each run of equal degrees."""
+    for _, run in itertools.groupby(coefficients, key=len):
+        same = list(run)
+        if len(same) == 1:
+            carry, _ = step(carry, same[0])
+        else:
+            carry, _ = jax.lax.scan(step, carry, jnp.asarray(same, dtype))
+    return carry
 
 
 def _two_parts(Z: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -186,33 +219,32 @@ def _newton_schulz(
 
     def segment(
         batches: list[jax.Array],
-        triples: Sequence[Any],
+        steps: Sequence[Any],
         grams: jax.Array,
         norms: jax.typing.ArrayLike = 1,
     ) -> list[jax.Array]:
         """Takes some steps on matrices that are yet to be divided by their norms: [all B, 1, 1]."""
         grams = grams / jnp.square(norms)
-        if len(triples) == 1 and narrow:
-            a, b, c = triples[0]
-            (G,), (M,) = grams, batches[0] / norms
-            return [(a * M + multiply(G, b * M + c * multiply(G, M)))[None]]
-        factors = jax.vmap(functools.partial(_factor, precision, triples))(grams) / norms
+        if len(steps) == 1 and narrow:
+            (a, b, *c), (G,), (M,) = steps[0], grams, batches[0] / norms
+            inner = b * M + c[0] * multiply(G, M) if c else b * M
+            return [(a * M + multiply(G, inner))[None]]
+        factors = jax.vmap(functools.partial(_factor, precision, steps))(grams) / norms
         split = zip(jnp.split(factors, ends), batches, strict=True)
         return [multiply(P, M) for P, M in split]
 
-    def step(batches: list[jax.Array], triple: jax.Array) -> tuple[list[jax.Array], None]:
-        return segment(batches, [triple], grams_of(batches)), None
+    def step(batches: list[jax.Array], coefficients: Sequence[Any]) -> tuple[list[jax.Array], None]:
+        return segment(batches, [coefficients], grams_of(batches)), None
 
-    triples = numerics.triples()
+    steps = numerics.steps()
     grams = grams_of(batches)
     norms = jax.vmap(functools.partial(_norm, method=method))(grams)
-    batches = segment(batches, triples[: restarts[0]], grams, norms[:, None, None])
-    if set(restarts) == {1} and len(restarts) > 1:
-        coefficients = jnp.asarray(triples[1:], batches[0].dtype)
-        batches, _ = jax.lax.scan(step, batches, coefficients)
+    batches = segment(batches, steps[: restarts[0]], grams, norms[:, None, None])
+    if set(restarts) == {1}:
+        batches = _loops(step, batches, steps[1:], batches[0].dtype)
     else:
-        for start, steps in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
-            batches = segment(batches, triples[start : start + steps], grams_of(batches))
+        for start, length in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
+            batches = segment(batches, steps[start : start + length], grams_of(batches))
     return batches, jnp.split(norms, ends)
 
 

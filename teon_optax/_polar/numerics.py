@@ -1,13 +1,13 @@
 """How a polar factor is computed here: precision of products, restarts, chunks."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._polar.coefficients import Method, Triple
+from teon_optax._polar.coefficients import Method, Step
 
 _HIGHEST = jax.lax.Precision.HIGHEST
 
@@ -43,7 +43,7 @@ def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
 
 
 def restarts(
-    triples: Sequence[Triple], shape: Sequence[int], precision: jax.lax.PrecisionLike
+    triples: Sequence[Step], shape: Sequence[int], precision: jax.lax.PrecisionLike
 ) -> tuple[int, ...]:
     """How many steps follow each start from the matrices themselves.
 
@@ -100,7 +100,7 @@ def _equal_parts(steps: int, count: int) -> tuple[int, ...]:
     return tuple(steps // count + (i < steps % count) for i in range(count))
 
 
-def _is_stable(triples: Sequence[Triple], lengths: tuple[int, ...]) -> bool:
+def _is_stable(triples: Sequence[Step], lengths: tuple[int, ...]) -> bool:
     """Whether no segment of so many steps grows beyond what float32 products allow."""
     ends = np.cumsum(lengths)
     *others, last = [
@@ -109,10 +109,10 @@ def _is_stable(triples: Sequence[Triple], lengths: tuple[int, ...]) -> bool:
     return max(others, default=0) <= _LARGEST_GROWTH and last <= _LARGEST_GROWTH_OF_THE_LAST
 
 
-def _growth(triples: Sequence[Triple]) -> float:
+def _growth(triples: Sequence[Step]) -> float:
     """How much an error that enters at any of these steps is enlarged by those that follow."""
     growth = 1.0
-    for a, _, _ in triples:
+    for a, *_ in triples:
         growth = max(growth, 1) * abs(a)
     return growth
 
@@ -134,8 +134,8 @@ class Numerics(NamedTuple):
             return ()
         return restarts(self.method.coefficients, (m, n), self.precision)
 
-    def triples(self) -> tuple[Triple, ...]:
-        """The method's quintics, of one-pass products all but the last of them slowed.
+    def steps(self) -> tuple[Step, ...]:
+        """Gives the method's coefficients; of one-pass products, all but the last step slowed.
 
         A quintic that is made for singular values up to u reaches far beyond 1 a little above u:
         7 % above, Polar Express in its last two steps ends at 1e3. Its safety factor is for the
@@ -145,8 +145,25 @@ class Numerics(NamedTuple):
             return ()
         *others, last = self.method.coefficients
         if not is_exact(self.precision):
-            others = [(a / _SLOWED_BY, b / _SLOWED_BY, c / _SLOWED_BY) for a, b, c in others]
+            slower: Any = [tuple(number / _SLOWED_BY for number in step) for step in others]
+            others = slower
         return (*others, last)
+
+    def product_count(self, restarts: Sequence[int], ratio: float) -> float:
+        """Counts the products of d x d matrices that one group takes, with these restarts.
+
+        Args:
+          restarts: Steps after each start.
+          ratio: Columns that a device holds of a joint matrix, divided by d; below 1 if it shares
+            the matrix with others.
+        """
+        assert self.method is not None
+        squares = sum(len(step) == 3 for step in self.method.coefficients)
+        steps = sum(restarts)
+        if len(restarts) == steps and ratio < 1:
+            return ratio * (2 * steps + squares)
+        more = sum(takes_one_more(length, self.precision) for length in restarts)
+        return 3 * steps + squares + len(restarts) * (2 * ratio - 3) + more
 
 
 def check_precision(precision: jax.lax.PrecisionLike) -> None:
@@ -163,24 +180,6 @@ def is_exact(precision: jax.lax.PrecisionLike) -> bool:
 def takes_one_more(steps: int, precision: jax.lax.PrecisionLike) -> bool:
     """Whether a segment of so many steps takes a product more, for the sake of accuracy."""
     return steps > 2 and not is_exact(precision)
-
-
-def product_count(
-    restarts: tuple[int, ...], ratio: float, precision: jax.lax.PrecisionLike
-) -> float:
-    """Products of d x d matrices that one group takes, with these restarts.
-
-    Args:
-      restarts: Steps after each start.
-      ratio: Columns that a device holds of a joint matrix, divided by d; below 1 if it shares the
-        matrix with others.
-      precision: Precision of the products.
-    """
-    steps = sum(restarts)
-    if len(restarts) == steps and ratio < 1:
-        return 3 * ratio * steps
-    more = sum(takes_one_more(length, precision) for length in restarts)
-    return 4 * steps + len(restarts) * (2 * ratio - 3) + more
 
 
 def byte_limits(backend: str) -> tuple[int, int]:

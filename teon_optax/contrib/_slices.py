@@ -15,7 +15,7 @@ from teon_optax._mesh.placement import Located, as_shardings
 from teon_optax._orthogonalize import orthogonalize_updates
 from teon_optax._plan.batches import BatchKey, in_batches
 from teon_optax._plan.plan import plan, plan_of_updates
-from teon_optax._polar.coefficients import Method, MethodLike, resolve
+from teon_optax._polar.coefficients import Method, MethodLike, of_quotient, resolve
 from teon_optax._polar.newton_schulz import weighted_sums
 from teon_optax._polar.numerics import Numerics, check_precision
 from teon_optax._rule import Rule, checked_rules
@@ -192,6 +192,5 @@ def _of_doubled(method: Method) -> Method:
     That matrix's norm is greater, which the first quintic makes up for.
     """
     greater = 2 ** (1 / 4 if method.norm == "schatten4" else 1 / 2)
-    (a, b, c), *others = method.coefficients
-    first = a * greater, b * greater**3, c * greater**5
-    return method._replace(coefficients=(first, *others))
+    first, *others = method.coefficients
+    return method._replace(coefficients=(of_quotient(first, 1 / greater), *others))
