@@ -6,7 +6,7 @@ from examples import rule_texts, shards
 from examples.command_line import Parser, path, real, whole
 from examples.model_sizes import MODELS
 
-METHODS = ("polar_express", "schatten", "jordan", "you", "svd")
+METHODS = ("polar_express", "schatten", "fast", "jordan", "dion", "you", "svd")
 # The best of a sweep over the default run in steps of two, each optimizer for itself.
 LEARNING_RATES = {"teon": 0.02, "muon": 0.02, "adamw": 0.0015}
 ADAM_LEARNING_RATE = 0.01

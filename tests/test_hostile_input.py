@@ -15,7 +15,7 @@ from spectra import function_of
 
 from teon_optax import Rule, orthogonalize, plan, polar_express, teon
 
-METHODS = ["polar_express", "schatten", "jordan", "you", "svd"]
+METHODS = ["polar_express", "schatten", "fast", "jordan", "dion", "you", "svd"]
 MODES = [1, 2, 3]
 SHAPES = {"row": (1, 9), "column": (9, 1), "flat": (3, 200), "square": (8, 8), "tall": (32, 8)}
 DEPTH, K = 10, 5  # Two groups, in one batch.

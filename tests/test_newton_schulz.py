@@ -21,7 +21,9 @@ JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 POLYNOMIALS = {
     "polar_express": "polar_express",
     "schatten": "schatten",
+    "fast": "fast",
     "jordan": "jordan",
+    "dion": "dion",
     "you": "you",
     "own triples": polar_express(2, 0.3),
 }
@@ -168,7 +170,7 @@ def test_the_svd_keeps_directions_of_a_zero_singular_value_at_zero():
     assert distance(polar(jnp.float32(M), "svd"), exact) < rounding([1] * 16)
 
 
-@pytest.mark.parametrize("method", ["svd", "polar_express", "schatten", "jordan"])
+@pytest.mark.parametrize("method", ["svd", "polar_express", "schatten", "fast", "jordan"])
 def test_zero_gives_zero(method):
     np.testing.assert_array_equal(polar(jnp.zeros((12, 30)), method), np.zeros((12, 30)))
 
@@ -211,7 +213,7 @@ def test_a_batch_beyond_the_cache_gives_what_its_matrices_give_alone(count):
         assert distance(result, oracles.reshaped_spectrum(one, function_of(method))) < rounding(s)
 
 
-NORMS = {"polar_express": 2, "schatten": 4, "svd": 2}
+NORMS = {"polar_express": 2, "schatten": 4, "fast": 4, "svd": 2}
 
 
 def orthogonalized(batch, method, eps, numerics=None):

@@ -78,7 +78,14 @@ def test_products_of_bf16_by_name_are_one_pass(precision):
 
 @pytest.mark.parametrize(
     ("method", "segments"),
-    [("polar_express", (5,)), ("schatten", (4,)), ("jordan", (5,)), ("you", (3, 3))],
+    [
+        ("polar_express", (5,)),
+        ("schatten", (4,)),
+        ("fast", (4,)),
+        ("jordan", (5,)),
+        ("dion", (5,)),
+        ("you", (3, 3)),
+    ],
 )
 def test_restarts_of_methods_with_exact_products(method, segments):
     assert Numerics(resolve(method), HIGHEST).restarts(8, 12) == segments
