@@ -41,6 +41,9 @@ RATES = (0.005, 0.01, 0.02, 0.04)
 ADAM_RATES = (0.001, 0.002, 0.004, 0.008)
 OTHER_RATES = (0.0003, 0.003)  # of the fallback, at these rates of the matrices:
 RATES_OF_OTHERS = (0.01, 0.02)
+# Of the larger model: the others lie beyond the best of the sweeps behind `examples.train_gpt`.
+LARGER = {"teon(rate)": (0.01, 0.02, 0.04), "optax.contrib.muon(rate)": (0.01, 0.02)}
+LARGER_ADAM, LARGER_OTHERS = (0.001, 0.002), (0.02,)
 SEED, MORE_SEEDS = 0, (1, 2)
 HELD_OUT = 256  # sequences
 
@@ -183,18 +186,27 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def wanted(losses: dict[Run, float]) -> Iterator[Run]:
-    """All runs, the cheaper model first: every rate from one seed, then the best from two more."""
+    """All runs, the cheaper model first: rates from one seed, then the best from two more."""
     for name, make in TASKS.items():
         lengths = [make().steps // part for part in (1, 2)]
         for optimizer in OPTIMIZERS:
-            for rate in ADAM_RATES if optimizer == ADAMW else RATES:
-                if optimizer in (SAME, MUON, ADAMW) or rate in RATES_OF_OTHERS:
-                    yield from (Run(name, steps, optimizer, rate, SEED) for steps in lengths)
+            for rate in rates_of(name, optimizer):
+                yield from (Run(name, steps, optimizer, rate, SEED) for steps in lengths)
         for seed in MORE_SEEDS if name == CHEAP else ():
             for optimizer in (SAME, MUON, ADAMW):
                 for steps in lengths:
                     if (rate := best(losses, name, steps, optimizer)) is not None:
                         yield Run(name, steps, optimizer, rate, seed)
+
+
+def rates_of(task: str, optimizer: str) -> Sequence[float]:
+    """Says which rates of an optimizer are run on a task."""
+    cheap = task == CHEAP
+    if optimizer == ADAMW:
+        return ADAM_RATES if cheap else LARGER_ADAM
+    if optimizer in LARGER:
+        return RATES if cheap else LARGER[optimizer]
+    return RATES_OF_OTHERS if cheap else LARGER_OTHERS
 
 
 def best(losses: dict[Run, float], task: str, steps: int, optimizer: str) -> float | None:

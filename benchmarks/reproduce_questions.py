@@ -6,11 +6,12 @@
 The order, so that what is known at any moment can be used:
 
 1. noise: the reference twice, from first parameters that differ by rounding, on seed 0;
-2. the fallback's learning rate and then the matrices', with the reference, on seed 0: where runs of
-   an eighth of the tokens a step were best, and twice that;
-3. seeds 1 to 3 at the better ones, seed by seed: first the methods that could become the default,
+2. the learning rate of the reference's matrices, on seed 0: the one that was best with an eighth of
+   the tokens a step, and twice that;
+3. seeds 1 to 3 at the better one, seed by seed: first the methods that could become the default,
    so that the standard deviation of paired differences is known early, then the others;
-4. the third point of both rates, and more until the best lies inside;
+4. the fallback's rate (it moved ends by .004 there, and the matrices' by .05), then the matrices'
+   again, each until the best of three rates lies inside;
 5. the rate of each method of its own, three points on seed 0;
 6. seeds 1 to 6 of all, each at its own best rate.
 """
@@ -41,21 +42,17 @@ def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
 
     for nudge in (0, 1):
         yield Job(REFERENCE, CENTRE, REST_CENTRE, SWEEP_SEED, steps, nudge)
-    rest = _losses(records, "rest_k", Job(REFERENCE, CENTRE, 0, SWEEP_SEED, steps))
-    yield from (Job(REFERENCE, CENTRE, k, SWEEP_SEED, steps) for k in REST_RATES)
-    if rest.keys() < set(REST_RATES):
+    early = _losses(records, "k", Job(REFERENCE, 0, REST_CENTRE, SWEEP_SEED, steps))
+    yield from (Job(REFERENCE, k, REST_CENTRE, SWEEP_SEED, steps) for k in RATES)
+    if any(k not in early for k in RATES):
         return
-    better_rest = min(REST_RATES, key=rest.__getitem__)
-    swept = _losses(records, "k", Job(REFERENCE, 0, better_rest, SWEEP_SEED, steps))
-    yield from (Job(REFERENCE, k, better_rest, SWEEP_SEED, steps) for k in RATES)
-    if swept.keys() < set(RATES):
-        return
-    better = min(RATES, key=swept.__getitem__)
+    better = min(RATES, key=early.__getitem__)
     for names in ([REFERENCE, *FIRST], OTHERS):
         for seed in FIRST_SEEDS:
-            yield from (Job(name, better, better_rest, seed, steps) for name in names)
-    for k in neighbours(rest, REST_RATES):
-        yield Job(REFERENCE, CENTRE, k, SWEEP_SEED, steps)
+            yield from (Job(name, better, REST_CENTRE, seed, steps) for name in names)
+    rest = _losses(records, "rest_k", Job(REFERENCE, better, 0, SWEEP_SEED, steps))
+    for k in [*REST_RATES, *neighbours(rest, REST_RATES)]:
+        yield Job(REFERENCE, better, k, SWEEP_SEED, steps)
     rest_k = best_inside(rest, REST_RATES)
     if rest_k is None:
         return
