@@ -23,13 +23,18 @@ class Rule:
         optimizer, 1 is Muon, 2 or more TEON. K is this times what `slice` and `join` couple.
       mode: Mode of the unfolding (arXiv 2601.23261). 1 shares the Gram matrix over fan_out, 2 over
         fan_in, 3 over the K matrices.
-      dims: Axes that are summed over (fan_in) and axes of the result (fan_out) of the whole leaf;
-        all others are batch. None is a matrix (fan_in, fan_out) in the axes that `layer_axis`
-        leaves.
+      dims: Axes that are summed over (fan_in) and axes of the result (fan_out) of the whole leaf,
+        or of its `view`; all others are batch. None is a matrix (fan_in, fan_out) in the axes that
+        `layer_axis` leaves.
       layer_axis: Axis of the leaf that counts layers (`nn.scan`, `nnx.vmap`).
       split: A fused projection's parts along the first fan_out axis: their number, or their sizes.
       join: "parts", "heads" or both: couples the (equal) parts of `split`, and the matrices along
         the axes that `dims` does not name. Without it, each part and each head is alone.
+      view: The shape that a leaf is reshaped to before `dims` names its axes; with `layer_axis`,
+        that of one layer. It takes apart what lies in turns along one axis: Q, K and V by heads,
+        (d, 3 h k), are `view=(d, h, 3, k), dims=(0, (1, 3))`; by groups of q query heads and a key
+        and a value head they are `view=(d, g, q + 2, k), dims=(0, (2, 1, 3)), split=(q, 1, 1)`;
+        gate and up in turns, (d, 2 f), are `view=(d, f, 2), dims=(0, 1)`.
 
     Raises:
       ValueError: If an argument has the wrong type or range, or two of them contradict each other.
@@ -49,6 +54,7 @@ class Rule:
     layer_axis: int | None = None
     split: int | tuple[int, ...] = 1
     join: str | tuple[str, ...] = ()
+    view: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         self.search("")  # Compiles the pattern, or raises.
@@ -66,6 +72,7 @@ class Rule:
             )
         if self.layer_axis is not None:
             self._set("layer_axis", self._integer("layer_axis", self.layer_axis))
+        self._check_view()
         self._check_dims()
         self._check_split()
         self._check_coupling()
@@ -113,6 +120,17 @@ class Rule:
                 f"{type(value).__name__}."
             ) from None
 
+    def _check_view(self) -> None:
+        if self.view is None:
+            return
+        sizes = self._axes("view", self.view)
+        if not isinstance(self.view, Sequence) or len(sizes) < 2 or min(sizes) < 1:
+            raise ValueError(
+                f"`Rule({self.pattern!r}, view={self.view!r})`: view should be a shape, a tuple of "
+                "two positive lengths or more."
+            )
+        self._set("view", sizes)
+
     def _check_dims(self) -> None:
         if self.dims is None:
             return
@@ -128,8 +146,9 @@ class Rule:
                 "kind."
             )
         self._set("dims", MuonDimensionNumbers(*(a[0] if len(a) == 1 else a for a in axes)))
-        layer = () if self.layer_axis is None else (self.layer_axis,)
-        named = (*axes[0], *axes[1], *layer)
+        # With a view, `dims` counts the axes of one layer, which has no layer axis.
+        has_layer = self.layer_axis is not None and self.view is None
+        named = (*axes[0], *axes[1], *([self.layer_axis] if has_layer else []))
         if len(set(named)) != len(named):
             raise ValueError(
                 f"`{self}` names an axis twice: reduction axes, output axes and layer_axis must "

@@ -1,5 +1,6 @@
 """A leaf and its matrices (fan_in, fan_out): a bijection."""
 
+import dataclasses
 import math
 from typing import NamedTuple
 
@@ -10,11 +11,29 @@ import numpy as np
 from teon_optax._rule import Rule, fan_axes
 
 
+class Stored(NamedTuple):
+    """How a leaf lies that its rule sees in another shape.
+
+    Attributes:
+      shape: Shape of the leaf.
+      layer_axis: The axis that counts layers, if there is one; the view has it first.
+    """
+
+    shape: tuple[int, ...]
+    layer_axis: int | None
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Lists the axes of the leaf as they lie in the view: the one of layers first."""
+        first = () if self.layer_axis is None else (self.layer_axis,)
+        return (*first, *(axis for axis in range(len(self.shape)) if axis not in first))
+
+
 class Layout(NamedTuple):
     """Where a leaf's matrices are: what each of its axes is for, and the sizes of its fused parts.
 
     Attributes:
-      shape: Shape of the leaf.
+      shape: Shape of the leaf, or the one that it is seen in.
       layer: The axis that counts layers, if there is one.
       batch: Axes along which matrices are orthogonalized each on its own.
       fan_in: Axes that are summed over.
@@ -22,6 +41,7 @@ class Layout(NamedTuple):
       sizes: Lengths of the fused parts along the first fan_out axis.
       heads: Axes along which a rule couples matrices.
       joins_parts: Whether the rule couples the parts, which then have one size.
+      stored: How the leaf itself lies, if its rule has a view.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +52,7 @@ class Layout(NamedTuple):
     sizes: tuple[int, ...]
     heads: tuple[int, ...] = ()
     joins_parts: bool = False
+    stored: Stored | None = None
 
     def length(self, axes: tuple[int, ...]) -> int:
         """Product of the lengths of some axes."""
@@ -85,6 +106,8 @@ def layout_of(shape: tuple[int, ...], rule: Rule) -> Layout:
       ValueError: With the reason and the remedy, if the rule does not fit the shape.
     """
     layer = () if rule.layer_axis is None else _normalized((rule.layer_axis,), shape)
+    if rule.view is not None:
+        return _viewed(shape, layer, rule, rule.view)
     if rule.dims is None:
         rest = tuple(axis for axis in range(len(shape)) if axis not in layer)
         if len(rest) != 2:
@@ -108,6 +131,50 @@ def layout_of(shape: tuple[int, ...], rule: Rule) -> Layout:
             raise ValueError("no axis is left for the heads to join: pass dims without theirs")
     sizes = _part_sizes(rule.split, shape[fan_out[0]])
     return Layout(shape, layer, batch, fan_in, fan_out, sizes, heads, "parts" in rule.join)
+
+
+def _viewed(
+    shape: tuple[int, ...], layer: tuple[int, ...], rule: Rule, view: tuple[int, ...]
+) -> Layout:
+    """Reads a leaf in its rule's view, in which the axis of layers comes first."""
+    of_layer = math.prod(length for axis, length in enumerate(shape) if axis not in layer)
+    if math.prod(view) != of_layer:
+        one = "one layer of it" if layer else "the leaf"
+        raise ValueError(
+            f"view={view} has {math.prod(view)} entries and {one} {of_layer}: write lengths whose "
+            "product that is"
+        )
+    own = layout_of(view, dataclasses.replace(rule, stack=1, layer_axis=None, view=None))
+    stored = Stored(shape, layer[0] if layer else None)
+    if not layer:
+        return own._replace(stored=stored)
+    batch, fan_in, fan_out, heads = (
+        tuple(axis + 1 for axis in axes) for axes in (own.batch, own.fan_in, own.fan_out, own.heads)
+    )
+    return own._replace(
+        shape=(shape[layer[0]], *view),
+        layer=(0,),
+        batch=batch,
+        fan_in=fan_in,
+        fan_out=fan_out,
+        heads=heads,
+        stored=stored,
+    )
+
+
+def seen(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """Reshapes a leaf to the shape of its layout, which differs where its rule has a view."""
+    stored = layout.stored
+    return leaf if stored is None else leaf.transpose(stored.order).reshape(layout.shape)
+
+
+def unseen(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """Reshapes a leaf back from the shape of its layout: the inverse of `seen`."""
+    stored = layout.stored
+    if stored is None:
+        return leaf
+    turned = leaf.reshape([stored.shape[axis] for axis in stored.order])
+    return turned.transpose(np.argsort(stored.order))
 
 
 def _normalized(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -139,9 +206,9 @@ def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
     one role are flattened in the order that the rule writes.
     """
     roles = layout.roles
-    unfused = [leaf]
+    unfused = [seen(leaf, layout)]
     if len(layout.arrays) > 1:
-        unfused = jnp.split(leaf, layout.bounds, axis=layout.fan_out[0])
+        unfused = jnp.split(unfused[0], layout.bounds, axis=layout.fan_out[0])
     matrices = []
     for part, size in zip(unfused, layout.arrays, strict=True):
         axes = part.reshape(_shape_with_parts(layout, size)).transpose(sum(roles, ()))
@@ -160,7 +227,8 @@ def to_leaf(matrices: list[jax.Array], layout: Layout) -> jax.Array:
         whole = list(layout.shape)
         whole[layout.fan_out[0]] = size * layout.equal_parts
         parts.append(axes.reshape(whole))
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=layout.fan_out[0])
+    whole_leaf = parts[0] if len(parts) == 1 else jnp.concatenate(parts, layout.fan_out[0])
+    return unseen(whole_leaf, layout)
 
 
 def _shape_with_parts(layout: Layout, size: int) -> tuple[int, ...]:
