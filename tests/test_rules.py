@@ -24,7 +24,7 @@ BLOCK = r"block_(?P<layer>\d+)/"
 
 def test_a_rule_of_a_pattern_alone_is_muon_of_matrices():
     rule = Rule("kernel")
-    assert dataclasses.astuple(rule) == ("kernel", 1, 1, None, None, 1, ())
+    assert dataclasses.astuple(rule) == ("kernel", 1, 1, None, None, 1, (), None)
 
 
 def test_a_rule_is_frozen_and_hashable():
