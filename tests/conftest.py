@@ -24,6 +24,10 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("reproducible")
 
 
+# `--doctest-modules` would import the files of two folders as one module.
+collect_ignore_glob = ["*/conftest.py"]
+
+
 def pytest_collection_modifyitems(items):
     """Programs and whole models take minutes in all: the quick tests leave them out."""
     for item in items:
@@ -40,8 +44,14 @@ def quick_compilation():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def strict_arithmetic():
-    """No operation changes a dtype or broadcasts a rank unless the code says so."""
+def strict_arithmetic(request):
+    """No operation changes a dtype or broadcasts a rank unless the code says so.
+
+    Whole programs, and the models of other libraries, run under JAX's default arithmetic.
+    """
+    if request.path.parent.name in ("integration", "families"):
+        yield
+        return
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
 

@@ -1,4 +1,4 @@
-"""Whole programs run as users run them, under JAX's default arithmetic."""
+"""What whole programs train on, and a model that is small enough."""
 
 import dataclasses
 import random
@@ -6,11 +6,6 @@ import random
 import pytest
 
 from examples.model_sizes import MODELS
-
-
-@pytest.fixture(scope="module", autouse=True)
-def strict_arithmetic():
-    """Flax and Optax promote dtypes and ranks."""
 
 
 @pytest.fixture(scope="module")
