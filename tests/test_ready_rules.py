@@ -4,12 +4,12 @@ import re
 from typing import Any
 
 import pytest
+from listings import array, nested, parsed, trees
 from optax.contrib import MuonDimensionNumbers
-from test_default_rules import FAMILIES, array, nested, shapes
-from test_roles import tree_of
 
 from teon_optax import Rule, default_rules, plan, rules
 
+FAMILIES = trees("kinds/families")
 SETS = {
     "paper": rules.paper,
     "muon": rules.muon,
@@ -21,6 +21,14 @@ OUTPUTS = re.compile(
     r"(attn|attention|Attention)(_\d)?/(out|o|(o|out|output|c)_proj|attn_vec_einsum|linear"
     r"|output/dense)/|layers/\d/wo$|block_\d/output/"
 )
+
+
+def tree_of(shapes):
+    """The tree of these shapes, written as in the listings."""
+    (tree,) = parsed(
+        "# A tree\n" + "".join(f"{path}: {shape} F\n" for path, shape in shapes.items())
+    )
+    return tree.params
 
 
 def treatments(planned):
@@ -45,8 +53,8 @@ def expected(name, member, stack, counts_layers):
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_takes_the_leaves_of_the_default_rules_and_changes_k_alone(name):
-    for family, rows in FAMILIES.items():
-        params = shapes(rows)
+    for family, tree in FAMILIES.items():
+        params = tree.params
         default, made = plan(params), plan(params, SETS[name](params))
         before, after = treatments(default), treatments(made)
         assert made.fallback == default.fallback, family
@@ -63,8 +71,8 @@ def test_a_set_takes_the_leaves_of_the_default_rules_and_changes_k_alone(name):
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_printed_is_code_that_makes_it(name):
-    for family, rows in FAMILIES.items():
-        made = SETS[name](shapes(rows))
+    for family, tree in FAMILIES.items():
+        made = SETS[name](tree.params)
         names = {"Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers}
         pasted: dict = dict(names)
         exec(f"rules = {made}", pasted)
@@ -186,19 +194,19 @@ def sizes_by_path(planned):
 
 def test_per_head_of_latent_attention():
     latent = {
-        "layers/*/attn/q_a_proj/kernel": "64x16",
-        "layers/*/attn/q_b_proj/kernel": "16x96",
-        "layers/*/attn/kv_b_proj/kernel": "16x120",
-        "layers/*/attn/o_proj/kernel": "64x64",
+        "layers/{0..2}/attn/q_a_proj/kernel": "64x16",
+        "layers/{0..2}/attn/q_b_proj/kernel": "16x96",
+        "layers/{0..2}/attn/kv_b_proj/kernel": "16x120",
+        "layers/{0..2}/attn/o_proj/kernel": "64x64",
     }
     found = sizes_by_path(plan(tree_of(latent), rules.per_head(tree_of(latent), head_dim=24)))
     assert found["layers/1/attn/q_b_proj/kernel"] == ((16, 24), 4)
     assert found["layers/1/attn/kv_b_proj/kernel"] == ((16, 24), 5)
     assert found["layers/1/attn/q_a_proj/kernel"] == ((64, 16), 1)
     with_heads = {
-        "layers/*/attn/wq_b/kernel": "16x4x24",
-        "layers/*/attn/wkv_b/kernel": "16x4x16",
-        "layers/*/attn/out/kernel": "4x8x32",
+        "layers/{0..2}/attn/wq_b/kernel": "16x4x24",
+        "layers/{0..2}/attn/wkv_b/kernel": "16x4x16",
+        "layers/{0..2}/attn/out/kernel": "4x8x32",
     }
     found = sizes_by_path(plan(tree_of(with_heads), rules.per_head(tree_of(with_heads))))
     assert found["layers/1/attn/wq_b/kernel"] == ((16, 24), 4)
@@ -206,17 +214,23 @@ def test_per_head_of_latent_attention():
 
 
 def test_per_head_of_fused_projections_whose_parts_differ():
-    dbrx = {"blocks/*/attn/Wqkv/kernel": "32x48", "blocks/*/attn/out_proj/kernel": "32x32"}
+    dbrx = {
+        "blocks/{0..2}/attn/Wqkv/kernel": "32x48",
+        "blocks/{0..2}/attn/out/kernel": "32x32",
+    }
     found = sizes_by_path(plan(tree_of(dbrx), rules.per_head(tree_of(dbrx), head_dim=8)))
     assert found["blocks/2/attn/Wqkv/kernel"] == ((32, 8), 6)
-    assert found["blocks/2/attn/out_proj/kernel"] == ((32, 32), 1)
-    heads = {"blocks/*/attn/qkv_proj/kernel": "32x8x4", "blocks/*/attn/out/kernel": "4x4x32"}
+    assert found["blocks/2/attn/out/kernel"] == ((32, 32), 1)
+    heads = {
+        "blocks/{0..2}/attn/qkv_proj/kernel": "32x8x4",
+        "blocks/{0..2}/attn/out/kernel": "4x4x32",
+    }
     found = sizes_by_path(plan(tree_of(heads), rules.per_head(tree_of(heads))))
     assert found["blocks/2/attn/qkv_proj/kernel"] == ((32, 4), 8)
     threes = {
-        "blocks/*/attn/qkv/kernel": "32x3x4x8",
-        "blocks/*/attn/out/kernel": "4x8x32",
-        "blocks/*/ln/scale": "32",
+        "blocks/{0..2}/attn/qkv/kernel": "32x3x4x8",
+        "blocks/{0..2}/attn/out/kernel": "4x8x32",
+        "blocks/{0..2}/ln/scale": "32",
     }
     found = sizes_by_path(plan(tree_of(threes), rules.per_head(tree_of(threes))))
     assert found["blocks/2/attn/qkv/kernel"] == ((32, 8), 12)
@@ -238,19 +252,19 @@ def test_what_is_no_tuple_of_rules_cannot_be_put_first(name, first):
 
 
 def test_per_head_says_so_where_there_are_no_projections():
-    mlp = tree_of({"blocks/*/up/kernel": "64x256", "blocks/*/down/kernel": "256x64"})
+    mlp = tree_of({"blocks/{0..2}/up/kernel": "64x256", "blocks/{0..2}/down/kernel": "256x64"})
     with pytest.raises(ValueError, match="finds no Q, K or V projection, so there are no heads"):
         rules.per_head(mlp, head_dim=8)
 
 
 def test_lora_gives_b_to_muon_and_a_to_the_fallback():
     factors = {
-        "blocks/*/q/w_lora_a": "64x4",
-        "blocks/*/q/w_lora_b": "4x8x16",
-        "blocks/*/up/kernel": "64x256",
-        "blocks/*/up/fee": "64x4",
-        "blocks/*/up/fum": "4x256",
-        "blocks/*/down/kernel": "256x64",
+        "blocks/{0..2}/q/w_lora_a": "64x4",
+        "blocks/{0..2}/q/w_lora_b": "4x8x16",
+        "blocks/{0..2}/up/kernel": "64x256",
+        "blocks/{0..2}/up/fee": "64x4",
+        "blocks/{0..2}/up/fum": "4x256",
+        "blocks/{0..2}/down/kernel": "256x64",
     }
     params = tree_of(factors)
     planned = plan(params, rules.lora(params))
@@ -260,7 +274,9 @@ def test_lora_gives_b_to_muon_and_a_to_the_fallback():
     assert {"blocks/1/q/w_lora_a", "blocks/1/up/fee"} <= set(planned.fallback)
     assert found["blocks/1/down/kernel"] == ((256, 64), 1) and not planned.unused
     with pytest.raises(ValueError, match="no leaf is a low-rank factor by name"):
-        rules.lora(tree_of({"blocks/*/up/kernel": "64x256", "blocks/*/down/kernel": "256x64"}))
+        rules.lora(
+            tree_of({"blocks/{0..2}/up/kernel": "64x256", "blocks/{0..2}/down/kernel": "256x64"})
+        )
 
 
 @pytest.mark.parametrize("name", ["all_hidden", "attention_out"])

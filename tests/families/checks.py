@@ -1,8 +1,7 @@
 """What the test of every family asserts: the whole plan, the orientation, a loss that falls.
 
-A family says for each path what every axis is, a letter each: `i` fan_in, `o` fan_out, `l` layers,
-`b` batch. In paths `*` is a number and `@` Haiku's (nothing, _1, _2). The oracle reads nothing
-else.
+What is right stands in tests/trees/models, in a file of the family's name: every leaf with its
+shape, and how it is read. The oracle reads nothing else.
 """
 
 import os
@@ -18,31 +17,31 @@ import optax
 import oracles
 import pytest
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
-from optax.contrib import MuonDimensionNumbers
+from listings import (
+    Reading,
+    expanded,
+    leaf_of,
+    reading_of,
+    rules_in,
+    same,
+    trees,
+    unboxed,
+)
 
 from teon_optax import Rule, default_rules, orthogonalize, plan, teon
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
-FALLBACK: str = "fallback"
 # Programs this small compile for longer than they run.
 QUICKLY: dict = {"xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
     QUICKLY["xla_cpu_use_fusion_emitters"] = False
 
 
-class As(NamedTuple):
-    """How a leaf is read: K, a letter for each axis, equal parts along the first `o`."""
-
-    stack: int
-    axes: str
-    parts: int = 1
-
-
 class Run(NamedTuple):
     """A joint matrix: what the plan calls its layers, and where their entries are."""
 
     members: tuple[str, ...]
-    row: str
+    reading: Reading
     places: list[tuple[int, np.ndarray]]  # leaf, flat positions (batch, fan_in, fan_out)
 
     @property
@@ -50,18 +49,6 @@ class Run(NamedTuple):
         """(fan_in, fan_out, batch)."""
         batch, fan_in, fan_out = self.places[0][1].shape
         return fan_in, fan_out, batch
-
-
-def teon_of(axes, parts=1):
-    return As(2, axes, parts)
-
-
-def muon_of(axes, parts=1):
-    return As(1, axes, parts)
-
-
-def under(prefix, rows, suffix=""):
-    return {f"{prefix}{path}{suffix}": row for path, row in rows.items()}
 
 
 def library(name):
@@ -98,62 +85,56 @@ def paths_of(params):
     return [jax.tree_util.keystr(unboxed(keys), simple=True, separator="/") for keys in flat]
 
 
-def rows_of(params, expected):
-    """The leaves of every row of `expected`, by number; each leaf is in one row."""
-    paths = paths_of(params)
-    rows = {}
-    for row in expected:
-        regex = re.escape(row).replace(r"\*", r"(\d+)").replace("@", r"(?:_(\d+))?")
-        found = [(re.fullmatch(regex, path), leaf) for leaf, path in enumerate(paths)]
-        # The first number counts layers; the others tell types apart.
-        numbers = [
-            (int(match.groups("0")[0]) if match.groups() else 0, leaf)
-            for match, leaf in found
-            if match
-        ]
-        rows[row] = [leaf for _, leaf in sorted(numbers)]
-    leaves = sorted(sum(rows.values(), []))
-    unread = {paths[leaf] for leaf in set(range(len(paths))) - set(leaves)}
-    assert leaves == list(range(len(paths))), unread
-    assert all(rows.values()), [row for row, leaves in rows.items() if not leaves]
-    return paths, rows
-
-
-def positions(shape, how):
+def positions(shape, reading):
     """Flat positions of a leaf's entries: parts of (layers, batch, fan_in, fan_out)."""
-    assert len(shape) == len(how.axes), (shape, how)
-    axes = {letter: [a for a, x in enumerate(how.axes) if x == letter] for letter in "lbio"}
-    index = np.arange(np.prod(shape)).reshape(shape).transpose(sum(axes.values(), []))
-    sizes = {letter: int(np.prod([shape[a] for a in axes[letter]])) for letter in "lbi"}
-    flat = index.reshape(*sizes.values(), shape[axes["o"][0]], -1)
-    return [part.reshape(*part.shape[:3], -1) for part in np.split(flat, how.parts, axis=3)]
+    seen = reading.view or shape
+    axes = {letter: [a for a, x in enumerate(reading.axes) if x == letter] for letter in "lbiOo"}
+    index = np.arange(np.prod(shape)).reshape(seen).transpose(sum(axes.values(), []))
+    sizes = {letter: int(np.prod([seen[a] for a in axes[letter]])) for letter in "lbiO"}
+    flat = index.reshape(*sizes.values(), -1)
+    ends = np.cumsum(reading.cut(shape))[:-1]
+    return [part.reshape(*part.shape[:3], -1) for part in np.split(flat, ends, axis=3)]
 
 
-def runs(params, expected):
-    """Every joint matrix that `expected` asks for."""
-    shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
-    paths, rows = rows_of(params, expected)
-    for row, leaves in rows.items():
-        how = expected[row]
-        for part in range(0 if how == FALLBACK else how.parts):
-            suffix = f":{part}" if how.parts > 1 else ""
-            layers = []
-            for leaf in leaves:
-                for layer, entries in enumerate(positions(shapes[leaf], how)[part]):
-                    index = f"[{layer}]" if "l" in how.axes else ""
-                    layers.append((f"{paths[leaf]}{suffix}{index}", (leaf, entries)))
-            for start in range(0, len(layers), how.stack):
-                members, places = zip(*layers[start : start + how.stack], strict=True)
-                yield Run(members, row, list(places))
+def runs(params, tree, turn=lambda reading: reading):
+    """Every joint matrix that a listing asks for."""
+    places = {path: leaf for leaf, path in enumerate(paths_of(params))}
+    for line in tree.lines:
+        reading = turn(right(line))
+        for kind in expanded(line.pattern, numbers=False) if reading.stack else ():
+            series = [unboxed(path) for path in expanded(kind)]
+            is_series = reading.kind == "T" and "l" not in reading.axes
+            for paths in [series] if is_series else [[path] for path in series]:
+                yield from _joint(paths, places, line.shape, reading)
 
 
-def misfits(updates, gradients, params, expected):
-    """Row -> how far its updates are from the paper's, in units of what rounding allows."""
+def _joint(paths, places, shape, reading):
+    count = len(positions(shape, reading))
+    for part in range(count):
+        suffix = f":{part}" if count > 1 else ""
+        layers = []
+        for path in paths:
+            for layer, entries in enumerate(positions(shape, reading)[part]):
+                index = f"[{layer}]" if "l" in reading.axes else ""
+                layers.append((f"{path}{suffix}{index}", (places[path], entries)))
+        for start in range(0, len(layers), reading.stack):
+            members, where = zip(*layers[start : start + reading.stack], strict=True)
+            yield Run(members, reading, list(where))
+
+
+def right(line):
+    """How a leaf should be read, which is what an error should offer if it is asked about."""
+    (reading,) = line.answer.offered if line.answer.is_asked else line.answer.readings
+    return reading
+
+
+def misfits(updates, gradients, runs):
+    """Members -> how far their updates are from the paper's, in units of what rounding allows."""
     found, wanted = (
         [np.asarray(x).ravel() for x in jax.tree.leaves(t)] for t in (updates, gradients)
     )
-    worst: dict[str, float] = {}
-    for run in runs(params, expected):
+    worst: dict[tuple[str, ...], float] = {}
+    for run in runs:
         fan_in, fan_out, batch = run.size
         scale = np.sqrt(fan_out / fan_in)
         for b in range(batch):
@@ -162,43 +143,48 @@ def misfits(updates, gradients, params, expected):
             allowed = scale * oracles.rounding(stretch, squared=False)
             for (leaf, entries), Q in zip(run.places, oracles.joint(kernels, 1), strict=True):
                 error = oracles.distance(found[leaf][entries[b]], scale * Q)
-                worst[run.row] = max(worst.get(run.row, 0), error / allowed)
+                worst[run.members] = max(worst.get(run.members, 0), error / allowed)
     return worst
 
 
-def transposed(how):
+def transposed(reading):
     """The reading with fan_in and fan_out exchanged; a part of another length is no part."""
-    return how if how == FALLBACK else As(how.stack, how.axes.translate(str.maketrans("io", "oi")))
+    axes = reading.axes.lower().translate(str.maketrans("io", "oi"))
+    return reading._replace(axes=axes, parts=1)
 
 
-def assert_plan(params, expected, rules):
+def assert_plan(params, tree, rules):
     made = plan(params, rules)
-    paths, rows = rows_of(params, expected)
-    apart = {
-        paths[leaf] for row, leaves in rows.items() if expected[row] == FALLBACK for leaf in leaves
+    shapes = dict(zip(paths_of(params), map(jnp.shape, jax.tree.leaves(params)), strict=True))
+    assert shapes == {path: line.shape for path, line in tree.lines_by_path.items()}
+    assert set(made.fallback) == {
+        path for path, line in tree.lines_by_path.items() if not right(line).stack
     }
-    assert set(made.fallback) == apart
     assert {g.members: (g.fan_in, g.fan_out, g.batch) for g in made.groups} == {
-        run.members: run.size for run in runs(params, expected)
+        run.members: run.size for run in runs(params, tree)
     }
     assert all(group.rule.mode == 1 for group in made.groups)
 
 
-def assert_orientation(params, expected, rules):
+def assert_orientation(params, tree, rules):
     """The update is the paper's, and is not that of the transposed matrices."""
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
     optimizer = orthogonalize(rules, method="svd")
     update = jax.jit(lambda g: optimizer.update(g, optimizer.init(g))[0], compiler_options=QUICKLY)
     updates = update(gradients)
-    fit = misfits(updates, gradients, params, expected)
+    wanted = list(runs(params, tree))
+    fit = misfits(updates, gradients, wanted)
     assert max(fit.values()) <= 1, fit
     # A square matrix alone has the same polar factor and scale either way.
-    square = {run.row for run in runs(params, expected) if run.size[0] == run.size[1]}
-    alone = {row for row in square if expected[row].stack == 1}
-    wrong = {row: transposed(how) for row, how in expected.items()}
-    misfit = misfits(updates, gradients, params, wrong)
-    assert all(misfit[row] > 100 for row in fit.keys() - alone), misfit
+    square = {run.members for run in wanted if run.size[0] == run.size[1]}
+    alone = {run.members for run in wanted if run.reading.stack == 1} & square
+    turned: dict[str, float] = {}
+    for members, far in misfits(updates, gradients, runs(params, tree, transposed)).items():
+        for path in map(leaf_of, members):
+            turned[path] = min(far, turned.get(path, far))
+    paths = {leaf_of(member) for members in fit.keys() - alone for member in members}
+    assert all(turned[path] > 100 for path in paths), turned
 
 
 def assert_trains(params, loss, rules=None, learning_rate=0.02, steps=21):
@@ -219,11 +205,11 @@ def assert_trains(params, loss, rules=None, learning_rate=0.02, steps=21):
     assert after < 0.9 * before, (before, after)
 
 
-def summary(expected, is_asked):
+def summary(tree, is_asked):
     """What the table of the page says of a family: each matrix by the last names of its path."""
 
     def called(stack):
-        paths = [path for path, how in expected.items() if how != FALLBACK and how.stack == stack]
+        paths = [path for path, line in tree.lines_by_path.items() if right(line).stack == stack]
         names = (re.sub(r"/(kernel|weight|w)$", "", path) for path in paths)
         return ", ".join(dict.fromkeys(f"`{name.rpartition('/')[2]}`" for name in names))
 
@@ -247,31 +233,40 @@ def assert_on_page(params, rules, name, said):
         assert page == written
 
 
-def check(name, params, loss, expected, first=(), **training):
-    """The plan, the orientation and the training of a model whose rules are the default ones."""
+def check(name, params, loss, first=(), **training):
+    """The plan, the orientation and the training of a model, as its listing says.
+
+    What the default rules ask about is answered by the rules that they offer.
+    """
+    tree = trees(f"models/{name}")[name]
+    is_asked = any(line.answer.is_asked for line in tree.lines)
+    first = [*first, *answered(params, tree)] if is_asked else first
     rules = default_rules(params, first)
-    assert_plan(params, expected, rules)
-    assert_orientation(params, expected, rules)
+    assert_plan(params, tree, rules)
+    assert_orientation(params, tree, rules)
     assert_trains(params, loss, rules if first else None, **training)
-    assert_on_page(params, rules, name, summary(expected, bool(first)))
+    assert_on_page(params, rules, name, summary(tree, is_asked))
 
 
-def offers(params):
-    """The refused leaves with the rules that the error offers for each."""
-    with pytest.raises(ValueError, match="cannot tell how to read some leaves") as error:
-        default_rules(params)
-    names = {"Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers}
-    for entry in re.split(r"\n(?=\")", str(error.value))[1:]:
-        paths = re.findall(r'"([^"(^]+)"(?=, )', entry.splitlines()[0])
-        lines = re.findall(r"^    (Rule\(.*\))  # (.*)$", entry, re.M)
-        # Where two read the axes alike, the first.
-        yield paths, {axes: eval(line, names) for line, axes in reversed(lines)}
+def answered(params, tree):
+    """Of the rules that are offered, those that read the leaves as the listing says."""
+    asked = [(p, line) for p, line in tree.lines_by_path.items() if line.answer.is_asked]
+    rules: list[Rule] = []
+    for path, line in asked:
+        if not any(rule.search(path) for rule in rules):
+            offered = [rule for rule in rules_in(told(params, rules)) if rule.search(path)]
+            fit = [r for r in offered if same(reading_of(r, line.shape), right(line), line.shape)]
+            assert fit, (path, offered)
+            rules.append(fit[0])
+    return rules
 
 
-def answered(params, readings):
-    """The offered rules, as pasted: the axes to choose are in `readings`, by patterns of paths."""
-
-    def choice(path):
-        return next(axes for pattern, axes in readings.items() if re.search(pattern, path))
-
-    return [rules[choice(paths[0])] for paths, rules in offers(params)]
+def told(params, first):
+    """What the default rules say, as an error or a warning, of what they cannot read."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            default_rules(params, first)
+        except ValueError as error:
+            return str(error)
+    return "\n".join(str(warning.message) for warning in caught)

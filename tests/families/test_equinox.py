@@ -4,22 +4,10 @@ import functools
 from typing import Any
 
 import jax
-from checks import FALLBACK, answered, check, filled, library, muon_of, teon_of, under
+from checks import check, filled, library
 from tasks import IMAGES, TOKENS, D, E, F, H, K, V, label_loss, next_token_loss
 
 eqx = library("equinox")
-
-AROUND = {"embed/weight": FALLBACK, "head/weight": FALLBACK}
-
-
-def rows(layer=lambda axes: axes):
-    attention = under(
-        "", dict.fromkeys(["query", "key", "value"], teon_of(layer("oi"))), "_proj/weight"
-    )
-    attention |= {"output_proj/weight": muon_of(layer("oi"))}
-    mlp = dict.fromkeys(["mlp/layers/0/weight", "mlp/layers/1/weight"], muon_of(layer("oi")))
-    mlp |= {"mlp/layers/0/bias": FALLBACK, "mlp/layers/1/bias": FALLBACK}
-    return under("attn/", attention) | mlp | {"ln/weight": FALLBACK, "ln/bias": FALLBACK}
 
 
 class Block(eqx.Module):
@@ -106,19 +94,16 @@ def test_multihead_attention():
     params, loss = problem(Model)
     # What is no array was filtered out: None, and no leaf.
     assert any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=lambda x: x is None))
-    check("equinox", params, loss, under("blocks/*/", rows()) | AROUND)
+    check("equinox", params, loss)
 
 
 def test_filter_vmap():
-    expected = under("blocks/", rows(lambda axes: "l" + axes)) | AROUND
-    check("equinox-filter-vmap", *problem(Stacked), expected)
+    check("equinox-filter-vmap", *problem(Stacked))
 
 
 def test_experts_are_a_batch():
-    expected = {"experts/weight": muon_of("boi"), "router/weight": FALLBACK}
-    expected |= {"ln/weight": FALLBACK, "ln/bias": FALLBACK}
     model = functools.partial(Model, make=Experts)
-    check("equinox-experts", *problem(model), under("blocks/*/", expected) | AROUND)
+    check("equinox-experts", *problem(model))
 
 
 def test_convolutions_go_to_the_fallback():
@@ -136,10 +121,7 @@ def test_convolutions_go_to_the_fallback():
             x = jax.nn.relu(self.conv(image.transpose(2, 0, 1))).mean((1, 2))
             return self.classifier(jax.nn.relu(self.hidden(x)))
 
-    expected = dict.fromkeys(["conv/weight", "conv/bias", "hidden/bias"], FALLBACK)
-    expected |= dict.fromkeys(["classifier/weight", "classifier/bias"], FALLBACK)
-    expected |= {"hidden/weight": muon_of("oi")}
-    check("equinox-convolutions", *problem(Convolutions, IMAGES, label_loss), expected)
+    check("equinox-convolutions", *problem(Convolutions, IMAGES, label_loss))
 
 
 def test_shared_layers_ask_for_a_rule():
@@ -161,6 +143,4 @@ def test_shared_layers_ask_for_a_rule():
             return jax.vmap(head)(x)
 
     params, loss = problem(Tied)
-    first = answered(params, {"pytree/0": "fallback"})
-    expected = under("blocks/*/", rows()) | {"shared/pytree/0/weight": FALLBACK}
-    check("equinox-shared", params, loss, expected, first)
+    check("equinox-shared", params, loss)

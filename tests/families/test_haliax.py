@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import pytest
-from checks import FALLBACK, answered, check, filled, library, muon_of, teon_of, under
+from checks import check, filled, library
 from tasks import TOKENS, D, E, F, H, K, V, next_token_loss
 
 hax = library("haliax")
@@ -18,7 +18,6 @@ Heads, Size, Experts = hax.Axis("heads", H), hax.Axis("size", K), hax.Axis("expe
 Batch, Pos = (
     hax.Axis(name, size) for name, size in zip(("batch", "pos"), TOKENS.shape, strict=True)
 )
-AROUND = {"embed/weight": FALLBACK, "head/weight": FALLBACK}
 
 
 class Block(eqx.Module):
@@ -103,25 +102,11 @@ def problem(blocks):
     return filled(params), loss
 
 
-def rows(out_first, layer=""):
-    # What an error calls (out, in) is "oi" here.
-    query, output, matrix = ("ooi", "oii", "oi") if out_first else ("ioo", "iio", "io")
-    projections = dict.fromkeys(["q_proj", "k_proj", "v_proj"], teon_of(layer + query))
-    others = {"o_proj": muon_of(layer + output)} | dict.fromkeys(
-        ["up", "down"], muon_of(layer + matrix)
-    )
-    return under("", projections | others, "/weight") | {"ln/weight": FALLBACK, "ln/bias": FALLBACK}
-
-
 @pytest.mark.parametrize("out_first", [True, False])
 def test_a_rule_says_where_fan_out_is(out_first):
     params, loss = problem(lambda key: [Block.init(key, out_first) for _ in range(2)])
-    readings = {"[qkv]_proj": "(out, out, in)", "o_proj": "(out, in, in)", "": "(out, in)"}
-    if not out_first:
-        readings = {"[qkv]_proj": "(in, out, out)", "o_proj": "(in, in, out)", "": "(in, out)"}
-    first = answered(params, readings)
     name = "haliax" if out_first else "haliax-in-first"
-    check(name, params, loss, under("blocks/*/", rows(out_first)) | AROUND, first)
+    check(name, params, loss)
 
 
 def test_stacked():
@@ -131,15 +116,9 @@ def test_stacked():
         return hax.nn.Stacked.init(L, Block)(jax.random.split(key, 3))
 
     params, loss = problem(stacked)
-    readings = {"[qkv]_proj": "(layer, out, out, in)", "o_proj": "(layer, out, in, in)"}
-    readings |= {"": "(layer, out, in)"}
-    first = answered(params, readings)
-    expected = under("blocks/stacked/", rows(True, "l")) | AROUND
-    check("haliax-stacked", params, loss, expected, first)
+    check("haliax-stacked", params, loss)
 
 
 def test_experts_are_a_batch():
     params, loss = problem(lambda key: [Mixture.init(key) for _ in range(2)])
-    first = answered(params, {"experts": "(batch, in, out)"})
-    expected = {"experts/weight": muon_of("bio"), "router/weight": FALLBACK}
-    check("haliax-experts", params, loss, under("blocks/*/", expected) | AROUND, first)
+    check("haliax-experts", params, loss)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import FALLBACK, answered, check, filled, muon_of, teon_of, under
+from checks import check, filled
 from tasks import (
     IMAGES,
     INPUTS,
@@ -27,24 +27,7 @@ from tasks import (
     next_token_loss,
 )
 
-PROJECTIONS = ["query", "key", "value"]
-OWN = under("", dict.fromkeys(PROJECTIONS, teon_of("io")), "/kernel")
-OWN |= {"out/kernel": muon_of("io")}
-HEADS = under("", dict.fromkeys(PROJECTIONS, teon_of("ioo")), "/kernel")
-HEADS |= {"out/kernel": muon_of("iio")}
-BIASES = {f"{name}/bias": FALLBACK for name in [*PROJECTIONS, "out"]}
-GATED = dict.fromkeys(["gate/kernel", "up/kernel", "down/kernel"], muon_of("io"))
-NORM = dict.fromkeys(["LayerNorm_0/scale", "LayerNorm_0/bias"], FALLBACK)
-AROUND = dict.fromkeys(["Embed_0/embedding", "Dense_0/kernel"], FALLBACK)
 Dense = functools.partial(nn.Dense, use_bias=False)
-
-
-def scanned(rows, axis):
-    def along(row):
-        axes = row != FALLBACK and row.axes[:axis] + "l" + row.axes[axis:]
-        return row._replace(axes=axes) if axes else row
-
-    return {path: along(row) for path, row in rows.items()}
 
 
 class Attention(nn.Module):
@@ -90,9 +73,6 @@ class Model(nn.Module):
         return Dense(V)(x)
 
 
-BLOCK = under("attn/", OWN) | under("mlp/", GATED) | NORM
-
-
 def problem(model, inputs=TOKENS, loss=next_token_loss):
     """Parameters, and the loss as a function of them."""
     params = filled(jax.eval_shape(model.init, jax.random.key(0), inputs)["params"])
@@ -100,7 +80,7 @@ def problem(model, inputs=TOKENS, loss=next_token_loss):
 
 
 def test_dense_layers_with_grouped_queries_and_a_gated_mlp():
-    check("linen-dense", *problem(Model()), under("Block_*/", BLOCK) | AROUND)
+    check("linen-dense", *problem(Model()))
 
 
 @pytest.mark.filterwarnings("ignore:SelfAttention will be deprecated")
@@ -110,9 +90,7 @@ def test_dense_layers_with_grouped_queries_and_a_gated_mlp():
 def test_attention_of_flax(name):
     # Attention wider than the stream: width and heads x size differ.
     attention = functools.partial(getattr(nn, name), num_heads=H, qkv_features=A, out_features=D)
-    expected = under(f"Block_*/{name}_0/", HEADS | BIASES) | under("Block_*/mlp/", GATED)
-    model = Model(functools.partial(Block, attention))
-    check(f"linen-{name}", *problem(model), expected | under("Block_*/", NORM) | AROUND)
+    check(f"linen-{name}", *problem(Model(functools.partial(Block, attention))))
 
 
 def in_scan(block, axis, length=3, name="layers"):
@@ -135,9 +113,7 @@ def test_scan(axis):
         heads = in_scan(functools.partial(Block, attention), axis)()
         return lambda x: heads(dense(x))
 
-    rows = under(f"{name}_0/", HEADS | BIASES) | under("mlp/", GATED) | NORM
-    expected = under("layers/", scanned(rows, axis)) | under("dense_layers/", scanned(BLOCK, axis))
-    check(f"linen-scan-{axis}", *problem(Model(both, 1)), expected | AROUND)
+    check(f"linen-scan-{axis}", *problem(Model(both, 1)))
 
 
 class Pair(nn.Module):
@@ -147,12 +123,7 @@ class Pair(nn.Module):
 
 
 def test_scan_over_a_pattern_of_blocks_asks_which_number_counts_the_layers():
-    params, loss = problem(Model(in_scan(Pair, 0), 1))
-    first = answered(params, {"query|key|value": "(layer, in, out)"})
-    expected = dict(AROUND)
-    for position in (0, 1):
-        expected |= under(f"layers/layers_{position}/", scanned(BLOCK, 0))
-    check("linen-scan-pattern", params, loss, expected, first)
+    check("linen-scan-pattern", *problem(Model(in_scan(Pair, 0), 1)))
 
 
 def test_remat_and_partitioned_boxes():
@@ -165,12 +136,11 @@ def test_remat_and_partitioned_boxes():
         def __call__(self, x):
             return boxed(D, "down")(nn.silu(boxed(F, "up")(x)))
 
-    rows = {path: row for path, row in BLOCK.items() if "gate" not in path}
     model = Model(functools.partial(nn.remat(Block), mlp=functools.partial(Mlp, name="mlp")))
     params, loss = problem(model)
     boxes = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_box) if is_box(leaf)]
     assert len(boxes) == 4
-    check("linen-remat-partitioned", params, loss, under("CheckpointBlock_*/", rows) | AROUND)
+    check("linen-remat-partitioned", params, loss)
 
 
 def is_box(node):
@@ -196,12 +166,8 @@ class Experts(nn.Module):
 
 
 def test_experts_are_a_batch():
-    experts = under("moe/experts/", {f"{n}/kernel": muon_of("bio") for n in ("gate", "up", "down")})
-    expected = under(
-        "Block_*/", under("attn/", OWN) | NORM | experts | {"moe/router/kernel": FALLBACK}
-    )
     model = Model(functools.partial(Block, mlp=functools.partial(Experts, name="moe")))
-    check("linen-experts", *problem(model), expected | AROUND)
+    check("linen-experts", *problem(model))
 
 
 class Convolutions(nn.Module):
@@ -214,13 +180,7 @@ class Convolutions(nn.Module):
 
 
 def test_convolutions_go_to_the_fallback():
-    biases = {f"{name}/bias": FALLBACK for name in ("Conv_*", "Dense_0", "classifier")}
-    kernels = {
-        "Conv_*/kernel": FALLBACK,
-        "classifier/kernel": FALLBACK,
-        "Dense_0/kernel": muon_of("io"),
-    }
-    check("linen-convolutions", *problem(Convolutions(), IMAGES, label_loss), kernels | biases)
+    check("linen-convolutions", *problem(Convolutions(), IMAGES, label_loss))
 
 
 class Adapted(nn.Module):
@@ -249,11 +209,7 @@ def test_lora_factors_go_to_the_fallback():
                 x = Mlp(name=f"block_{index}")(x)
             return nn.Dense(V, name="classifier")(x)
 
-    factors = {f"{n}/lora_{f}": FALLBACK for n in ("up", "down") for f in "ab"}
-    base = {f"{n}/base/kernel": muon_of("io") for n in ("up", "down")}
-    expected = under("block_*/", factors | base)
-    expected |= {"classifier/kernel": FALLBACK, "classifier/bias": FALLBACK}
-    check("linen-lora", *problem(Adapter(), INPUTS, label_loss), expected)
+    check("linen-lora", *problem(Adapter(), INPUTS, label_loss))
 
 
 def test_tied_embeddings_are_one_leaf_of_the_fallback():
@@ -267,10 +223,7 @@ def test_tied_embeddings_are_one_leaf_of_the_fallback():
                 x = Block()(x)
             return embed.attend(x)
 
-    expected = under("Block_*/", BLOCK) | dict.fromkeys(
-        ["Embed_0/embedding", "pos_embedding"], FALLBACK
-    )
-    check("linen-tied", *problem(Tied()), expected)
+    check("linen-tied", *problem(Tied()))
 
 
 class Decoder(nn.Module):
@@ -294,9 +247,4 @@ class Translator(nn.Module):
 
 
 def test_encoder_and_decoder_stacks_never_mix():
-    decoder = under("self_attention/", OWN) | under("encoder_decoder_attention/", OWN)
-    expected = under("encoder_layers_*/", OWN) | under(
-        "decoder_layers_*/", decoder | under("mlp/", GATED)
-    )
-    expected |= dict.fromkeys(["shared_embedding/embedding", "logits_dense/kernel"], FALLBACK)
-    check("linen-encoder-decoder", *problem(Translator()), expected)
+    check("linen-encoder-decoder", *problem(Translator()))

@@ -6,11 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from checks import FALLBACK, answered, check, filled, muon_of, teon_of, under
-from optax.contrib import MuonDimensionNumbers
+from checks import check, filled
 from tasks import TOKENS, D, E, F, G, H, K, V, attend, next_token_loss
-
-from teon_optax import Rule
 
 INIT = nn.initializers.lecun_normal()
 
@@ -99,20 +96,8 @@ def problem(model):
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_gemma(transposed):
-    projections = {
-        "q_einsum/w": teon_of("oio"),
-        "kv_einsum/w": teon_of("ooio", 2),
-        "_query_norm/scale": FALLBACK,
-    }
-    if transposed:
-        projections = {"qkv_einsum/w": teon_of("ooio", 3)}
-    gating = muon_of("ooi" if transposed else "oio", 2)
-    expected = under("attn/", projections | {"attn_vec_einsum/w": muon_of("iio")})
-    expected |= under("mlp/", {"gating_einsum": gating, "linear": muon_of("io")})
-    expected |= {"pre_attention_norm/scale": FALLBACK}
-    expected = under("layer_*/", expected) | {"embedder/input_embedding": FALLBACK}
     name = "gemma-fused" if transposed else "gemma"
-    check(name, *problem(Gemma(H if transposed else G, transposed)), expected)
+    check(name, *problem(Gemma(H if transposed else G, transposed)))
 
 
 def test_einsums_of_flax_ask_for_a_rule():
@@ -136,12 +121,7 @@ def test_einsums_of_flax_ask_for_a_rule():
                 x = Block()(x)
             return embed.attend(x)
 
-    params, loss = problem(Model())
-    out = Rule("out/kernel", dims=MuonDimensionNumbers((0, 1), 2))
-    first = [*answered(params, {"einsum": "(out, in, out)"}), out]
-    einsums = dict.fromkeys(["q_einsum", "k_einsum", "v_einsum"], teon_of("oio"))
-    expected = under("Block_*/", einsums | {"out": muon_of("iio")}, "/kernel")
-    check("linen-einsum", params, loss, expected | {"Embed_0/embedding": FALLBACK}, first)
+    check("linen-einsum", *problem(Model()))
 
 
 class MaxTextAttention(nn.Module):
@@ -211,22 +191,4 @@ class MaxText(nn.Module):
 
 @pytest.mark.parametrize("scanned", [False, True])
 def test_maxtext(scanned):
-    # Scanned, the layers are axis 1, between fan_in and the heads.
-    def along(axes):
-        return axes[:1] + "l" + axes[1:] if scanned else axes
-
-    attention = dict.fromkeys(["query", "key", "value"], teon_of(along("ioo")))
-    attention = under("self_attention/", attention | {"out": muon_of(along("iio"))}, "/kernel")
-    attention |= {"pre_self_attention_layer_norm/scale": FALLBACK}
-    names = "wi_0", "wi_1", "wo"
-    mlp = under("mlp/", dict.fromkeys(names, muon_of(along("io"))), "/kernel")
-    moe = dict.fromkeys(names, muon_of("blio")) | {"gate/kernel": FALLBACK}
-    place = "params/decoder/layers/" if scanned else "params/decoder/layers_*/"
-    expected = under(place, attention | mlp)
-    if scanned:
-        expected |= under("params/decoder/moe_layers/", attention | under("MoeBlock_0/", moe))
-    expected |= under(
-        "params/decoder/", {"decoder_norm/scale": FALLBACK, "logits_dense/kernel": FALLBACK}
-    )
-    expected |= {"params/token_embedder/embedding": FALLBACK}
-    check("maxtext-scanned" if scanned else "maxtext", *problem(MaxText(scanned)), expected)
+    check("maxtext-scanned" if scanned else "maxtext", *problem(MaxText(scanned)))

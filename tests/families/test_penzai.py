@@ -1,7 +1,8 @@
 """penzai: parameters without names in their paths, so that every matrix needs a rule."""
 
 import jax
-from checks import FALLBACK, answered, check, filled, library, muon_of
+from checks import answered, check, filled, library
+from listings import trees
 from optax.contrib import MuonDimensionNumbers
 from tasks import TOKENS, D, F, G, V, next_token_loss
 
@@ -42,25 +43,9 @@ def problem():
     return filled(shapes), loss
 
 
-def offered(params):
-    """Matrices of equal shapes are in one rule: 3 and 4 are key and value of block 0."""
-    readings = {"^(0|20)$": "fallback", "2": "(in, out, out, out)", "3": "(in, out, out)"}
-    return answered(params, readings | {"5": "(in, in, in, out)", "7|9": "(in, out)"})
-
-
-def rows():
-    places = {"2": "iooo", "3": "ioo", "4": "ioo", "5": "iiio", "7": "io", "8": "io", "9": "io"}
-    blocks = {
-        str(int(place) + 9 * block): muon_of(axes)
-        for place, axes in places.items()
-        for block in range(2)
-    }
-    return blocks | dict.fromkeys(["0", "1", "6", "10", "15", "19", "20"], FALLBACK)
-
-
 def test_every_matrix_needs_a_rule():
     params, loss = problem()
-    check("penzai", params, loss, rows(), offered(params))
+    check("penzai", params, loss)
 
 
 def test_rules_by_position_join_the_same_projection_of_two_blocks():
@@ -70,6 +55,8 @@ def test_rules_by_position_join_the_same_projection_of_two_blocks():
     key, value = (
         Rule(rf"^(?P<layer>{places})$", stack=2, dims=dims) for places in ("3|12", "4|13")
     )
-    rules = default_rules(params, [query, key, value, *offered(params)])
+    rules = default_rules(
+        params, [query, key, value, *answered(params, trees("models/penzai")["penzai"])]
+    )
     members = {group.members for group in plan(params, rules).groups if group.rule.stack == 2}
     assert members == {("2", "11"), ("3", "12"), ("4", "13")}

@@ -1,0 +1,63 @@
+"""Every tree of tests/trees/ is read as its listing says, and by rules that can be printed."""
+
+import functools
+import re
+import warnings
+
+import pytest
+from listings import leaf_of, read, stacked, trees, wrong
+from optax.contrib import MuonDimensionNumbers
+
+from teon_optax import Rule, default_rules, plan
+from teon_optax._paths import leaf_paths
+
+TREES = trees()
+each_tree = pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
+FAMILIES = trees("kinds/families")
+each_family = pytest.mark.parametrize("tree", FAMILIES.values(), ids=list(FAMILIES))
+
+
+@functools.cache
+def found_in(name):
+    return read(TREES[name].params, TREES[name].lines_by_path)
+
+
+@each_tree
+def test_a_leaf_is_read_as_its_listing_says_or_is_asked(tree):
+    assert wrong(tree, found_in(tree.name)) == {}
+
+
+@each_tree
+def test_joint_groups_are_pairs_of_neighbouring_layers_of_one_kind(tree):
+    params, found = tree.params, found_in(tree.name)
+    first = [Rule(f"^{re.escape(path)}$", stack=0) for path, what in found.items() if what.is_asked]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        rules = default_rules(params, first)
+    groups = [group for group in plan(params, rules).groups if group.rule.stack > 1]
+    alone = [group for group in groups if group.rule.layer_axis is None]
+    members = {tuple(dict.fromkeys(map(leaf_of, group.members))) for group in alone}
+    assert members == stacked(tree, found)
+    assert all(group.rule.mode == 1 and group.rule.stack == 2 for group in groups)
+
+
+@each_family
+def test_no_rules_mean_the_default_rules(tree):
+    params = tree.params
+    assert plan(params) == plan(params, default_rules(params))
+
+
+@each_family
+def test_every_rule_takes_a_leaf_and_no_leaf_fits_two(tree):
+    params = tree.params
+    rules = default_rules(params)
+    fits = [[rule for rule in rules if rule.search(path)] for path, _ in leaf_paths(params)]
+    assert all(len(fit) <= 1 for fit in fits)
+    assert {rule for fit in fits for rule in fit} == set(rules)
+
+
+@each_family
+def test_printed_rules_can_be_pasted_back(tree):
+    rules = default_rules(tree.params)
+    names = {"Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers}
+    assert eval(str(rules), names) == rules
