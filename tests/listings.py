@@ -412,7 +412,7 @@ def reading_of(rule: Rule, shape: Sequence[int]) -> Reading:
         return FALLBACK
     kind = "T" if rule.stack > 1 else "M"
     layer = None if rule.layer_axis is None else rule.layer_axis % len(shape)
-    view: tuple[int, ...] = tuple(getattr(rule, "view", None) or ())
+    view: tuple[int, ...] = rule.view or ()
     # `dims` numbers the axes of the whole leaf, or those of the view of one layer.
     rank = len(view or shape)
     places = [axis for axis in range(rank) if view or axis != layer]
@@ -427,10 +427,34 @@ def reading_of(rule: Rule, shape: Sequence[int]) -> Reading:
         place = layer
         if view:
             before = math.prod(shape[:layer])
-            place = next(n for n in range(len(view) + 1) if math.prod(view[:n]) == before)
+            places = [n for n in range(len(view) + 1) if math.prod(view[:n]) == before]
+            if not places:
+                raise ValueError(f"{rule} has layers within an axis of {spelled(shape)}.")
+            place = places[0]
             view = (*view[:place], shape[layer], *view[place:])
         axes.insert(place, "l")
     return Reading(kind, "".join(axes), rule.split, view)
+
+
+def written(params: Any, found: Mapping[str, Found]) -> list[str]:
+    """Lines that say how matrices are read, by kind: what differs in one number is in braces."""
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for path, leaf in leaf_paths(params):
+        if np.ndim(leaf) < 2:
+            continue
+        before, number, after = re.fullmatch(r"(\D*)(\d*)(.*)", path).groups()  # pyright: ignore
+        mark = "{}" if number else ""
+        what = f"{spelled(np.shape(leaf))} {found[path]}"
+        kinds.setdefault((f"{before}{mark}{after}", what), []).append(number)
+    lines = []
+    for (pattern, what), numbers in kinds.items():
+        numbers = sorted(numbers, key=lambda number: int(number or 0))
+        held = "{" + ",".join(numbers) + "}" if len(numbers) > 1 else numbers[0]
+        range_of_all = f"{{{numbers[0]}..{numbers[-1]}}}"
+        if len(numbers) > 2 and expanded(range_of_all) == numbers:
+            held = range_of_all
+        lines.append(f"{pattern.replace('{}', held)}: {what}")
+    return lines
 
 
 def rules_in(text: str) -> list[Rule]:

@@ -1,16 +1,20 @@
 """Every tree of tests/trees/ is read as its listing says, and by rules that can be printed."""
 
 import functools
+import os
+import pathlib
 import re
 import warnings
 
 import pytest
-from listings import leaf_of, read, stacked, trees, wrong
+from listings import leaf_of, read, stacked, trees, written, wrong
 from optax.contrib import MuonDimensionNumbers
 
+from benchmarks.architectures import ARCHITECTURES
 from teon_optax import Rule, default_rules, plan
 from teon_optax._paths import leaf_paths
 
+SNAPSHOT = pathlib.Path(__file__).parent / "snapshot.txt"
 TREES = trees()
 each_tree = pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
 FAMILIES = trees("kinds/families")
@@ -61,3 +65,16 @@ def test_printed_rules_can_be_pasted_back(tree):
     rules = default_rules(tree.params)
     names = {"Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers}
     assert eval(str(rules), names) == rules
+
+
+def test_the_snapshot_has_how_every_tree_is_read_and_what_is_offered():
+    """`WRITE_OUTPUT=1 python -m pytest tests/test_trees.py -k snapshot` writes it anew."""
+    lines = ["# How the default rules read every tree of tests/trees and benchmarks/architectures."]
+    for name, tree in TREES.items():
+        lines += ["", f"# {name}", *written(tree.params, found_in(name))]
+    for name, architecture in ARCHITECTURES.items():
+        params = architecture.shapes()
+        lines += ["", f"# {name}", *written(params, read(params))]
+    if os.environ.get("WRITE_OUTPUT"):
+        SNAPSHOT.write_text("\n".join([*lines, ""]), "utf-8")
+    assert SNAPSHOT.read_text("utf-8").splitlines() == lines
