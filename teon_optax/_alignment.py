@@ -11,10 +11,10 @@ import numpy as np
 
 from teon_optax._plan.batches import pieces_of
 from teon_optax._plan.layout import to_matrices
-from teon_optax._plan.plan import Plan, plan
+from teon_optax._plan.plan import Plan
 from teon_optax._plan.report import anonymous, columns, spans
-from teon_optax._reading.default import default_rules
-from teon_optax._rule import Rule, checked_rules
+from teon_optax._planning import plan, rules_of
+from teon_optax._rule import Rule
 
 # Relative rounding error of nuclear norms in float32.
 _ROUNDING = 1e-5
@@ -135,7 +135,7 @@ def alignment(
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"`alignment(rank={rank!r})`: rank should be a positive integer.")
     every_K = [None] if stacks is None else _checked_stacks(stacks)
-    rules = checked_rules(default_rules(momentum) if rules is None else rules)
+    rules = rules_of(momentum, rules)
     plans = [plan(momentum, [_at(K, rule) for rule in rules]) for K in every_K]
     return Alignments(
         Alignment(group.members, group.layers, *jax.tree.map(float, _measure(stack, rank)))

@@ -14,7 +14,7 @@ from teon_optax._arguments import check_flag, check_number, checked_mu_dtype
 from teon_optax._memory import check_restored, kept_as, kept_beside, on_device
 from teon_optax._orthogonalize import orthogonalize
 from teon_optax._polar.coefficients import MethodLike
-from teon_optax._rule import Rule
+from teon_optax._rule import Rule, takes_rules
 from teon_optax._scaling import ScaleLike
 
 
@@ -30,6 +30,7 @@ class TeonState(NamedTuple):
     mu: optax.Updates
 
 
+@takes_rules
 def scale_by_teon(
     rules: Iterable[Rule] | None = None,
     *,

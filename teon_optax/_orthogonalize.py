@@ -11,13 +11,15 @@ from teon_optax._memory import kept_beside, on_device
 from teon_optax._mesh.placement import Located, as_shardings
 from teon_optax._mesh.sharded import orthogonalize_sharded
 from teon_optax._plan.batches import in_batches, scaled_polar_factors
-from teon_optax._plan.plan import Plan, plan, plan_of_updates
+from teon_optax._plan.plan import Plan
+from teon_optax._planning import plan, plan_of_updates
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.numerics import Numerics, check_precision
-from teon_optax._rule import Rule, checked_rules
+from teon_optax._rule import Rule, checked_rules, takes_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
 
 
+@takes_rules
 def orthogonalize(
     rules: Iterable[Rule] | None = None,
     *,

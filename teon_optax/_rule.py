@@ -4,10 +4,13 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Iterable, Sequence
-from typing import Any, overload
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar, overload
 
 from optax.contrib import MuonDimensionNumbers
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -225,6 +228,26 @@ def checked_rules(rules: Any, name: str = "rules") -> tuple[Rule, ...] | None:
             f"`{name}={rules!r}` should be a tuple of `Rule`, such as `(Rule('kernel'),)`."
         )
     return listed
+
+
+def takes_rules(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Wraps a function of `rules`, so that an argument of `Rule` is told where it belongs."""
+
+    @functools.wraps(function)
+    def call(*arguments: Arguments.args, **named: Arguments.kwargs) -> Result:
+        misplaced = {field.name for field in dataclasses.fields(Rule)} & {*named}
+        if misplaced:
+            name = min(misplaced)
+            given, ready = f"{name}={named[name]!r}", ""
+            if name in ("mode", "stack"):
+                ready = f", or take a ready set, such as `teon_optax.rules.paper(params, {given})`"
+            raise TypeError(
+                f"`{function.__name__}({given})`: each rule has its own {name}, so write "
+                f"`rules=[Rule(pattern, {given})]`{ready}."
+            )
+        return function(*arguments, **named)
+
+    return call
 
 
 def fan_axes(dims: MuonDimensionNumbers) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -10,13 +10,13 @@ from teon_optax._arguments import check_mask, check_rate, checked_mu_dtype
 from teon_optax._memory import with_stable_state
 from teon_optax._mesh.placement import as_shardings
 from teon_optax._momentum import scale_by_teon
-from teon_optax._plan.plan import plan_of_updates
+from teon_optax._planning import plan_of_updates, rules_of
 from teon_optax._polar.coefficients import MethodLike
-from teon_optax._reading.default import default_rules
-from teon_optax._rule import Rule, checked_rules
+from teon_optax._rule import Rule, checked_rules, takes_rules
 from teon_optax._scaling import ScaleLike
 
 
+@takes_rules
 def teon(
     learning_rate: optax.ScalarOrSchedule,
     rules: Iterable[Rule] | None = None,
@@ -28,6 +28,7 @@ def teon(
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
+    adam_learning_rate: optax.ScalarOrSchedule | None = None,
     fallback: optax.GradientTransformation | None = None,
     shardings: Any = None,
     precision: jax.lax.PrecisionLike = None,
@@ -50,9 +51,11 @@ def teon(
       weight_decay_mask: Tree of booleans (or its prefix, or a function of params that gives it):
         where to decay.
       mu_dtype: As for `scale_by_teon`; the default fallback's too.
+      adam_learning_rate: A number or a schedule, that of the default fallback; None is
+        `learning_rate`, so that a schedule reaches every leaf.
       fallback: A whole optimizer for the other leaves, learning rate included. None is
-        `optax.adamw(learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`, whose state
-        keeps the dtypes that `init` gave it.
+        `optax.adamw(adam_learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`, whose
+        state keeps the dtypes that `init` gave it.
       shardings: As for `orthogonalize`.
       precision: As for `orthogonalize`.
 
@@ -78,7 +81,16 @@ def teon(
     """
     rules = checked_rules(rules)
     mu_dtype = checked_mu_dtype(mu_dtype)
+    if adam_learning_rate is None:
+        adam_learning_rate = learning_rate
+    elif fallback is not None:
+        raise ValueError(
+            f"`adam_learning_rate={adam_learning_rate!r}` is the rate of the default fallback, and "
+            "`fallback=` replaces that: give your optimizer its rate, as in `fallback=optax.adamw"
+            "(3e-4)`, or leave out one of the two."
+        )
     check_rate("learning_rate", learning_rate)
+    check_rate("adam_learning_rate", adam_learning_rate)
     check_rate("weight_decay", weight_decay)
     check_mask(weight_decay_mask)
     # Decay needs params, which some trainers do not pass.
@@ -88,7 +100,7 @@ def teon(
     )
     if fallback is None:
         adam = optax.scale_by_adam(0.9, 0.95, mu_dtype=mu_dtype)
-        descent = optax.scale_by_learning_rate(learning_rate)
+        descent = optax.scale_by_learning_rate(adam_learning_rate)
         fallback = with_stable_state(optax.chain(adam, decay, descent))
     elif not isinstance(fallback, optax.GradientTransformation):
         raise ValueError(
@@ -117,7 +129,7 @@ def teon(
 
     def partitioned(tree: Any, params: Any) -> optax.GradientTransformationExtraArgs:
         # Default rules need the whole tree: what is an embedding tells what is a head.
-        tree_rules = default_rules(tree) if rules is None else rules
+        tree_rules = rules_of(tree, rules)
         taken = plan_of_updates(tree, params, tree_rules).taken
         leaves, structure = jax.tree.flatten(tree)
         labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]

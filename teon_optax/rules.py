@@ -5,27 +5,38 @@ Each works on every tree that `default_rules` reads, and can be printed, pasted 
     optimizer = teon(0.02, rules.attention_out(params))
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
 from teon_optax._plan.layout import layout_of
-from teon_optax._reading.default import PAPER, default_rules, rules_by_role
+from teon_optax._reading.default import PAPER, rules_by_role
 from teon_optax._reading.roles import Role
 from teon_optax._reading.tree import Leaf
 from teon_optax._rule import Rule, Rules
 
+__all__ = ["all_hidden", "attention_out", "lora", "muon", "paper", "per_head"]
 
-def paper(params: Any, first: Sequence[Rule] = ()) -> Rules:
-    r"""The paper's choice, `default_rules`: Q, K and V in pairs of layers, mode 1; the rest Muon.
+
+def paper(params: Any, stack: int = 2, mode: int = 1, first: Sequence[Rule] = ()) -> Rules:
+    r"""Stacks Q, K and V in pairs of layers, in mode 1, as the paper does; the rest is Muon's.
+
+    These are the `default_rules`, unless `stack` or `mode` is another.
 
     Args:
       params: Tree of arrays, or of anything with `shape` and `dtype`.
+      stack: K, how many consecutive layers of a projection are coupled.
+      mode: Mode of the unfolding. 1 shares the Gram matrix over fan_out, 2 over fan_in, which is
+        cheaper where projections are wider than the stream, 3 over the layers.
       first: As for `default_rules`: rules for what it cannot read, which stay as they are.
 
     Returns:
       A tuple of rules; `print` shows it as code.
+
+    Raises:
+      ValueError: If `stack` is not a positive integer or `mode` is not 1, 2 or 3.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -38,7 +49,13 @@ def paper(params: Any, first: Sequence[Rule] = ()) -> Rules:
           Rule(r"^block_(?P<layer>\d+)/attn/out/kernel$"),
       )
     """
-    return default_rules(params, first)
+    _check_stack("paper", stack)
+    if isinstance(mode, bool) or mode not in (1, 2, 3):
+        raise ValueError(f"`rules.paper(params, mode={mode!r})`: mode should be 1, 2 or 3.")
+    found = rules_by_role(params, first, PAPER | {"qkv": stack})
+    given, ours = found[: len(first)], found[len(first) :]
+    in_mode = (dataclasses.replace(rule, mode=mode) if rule.stack > 1 else rule for rule in ours)
+    return Rules((*given, *in_mode))
 
 
 def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:

@@ -80,6 +80,43 @@ def test_a_set_printed_is_code_that_makes_it(name):
         assert isinstance(made, tuple) and all(isinstance(rule, Rule) for rule in made)
 
 
+@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize("stack", [1, 2, 4])
+def test_the_paper_s_set_has_the_k_and_the_mode_that_are_asked_for(stack, mode):
+    attention = {name: {"kernel": array(6, 6)} for name in ("query", "key", "value", "out")}
+    params = {f"block_{i}": {"attn": attention, "up": array(6, 9)} for i in range(4)}
+    made = rules.paper(params, stack, mode)
+    found = {(group.rule.stack, group.rule.mode) for group in plan(params, made).groups}
+    assert found == {(1, 1), (stack, mode if stack > 1 else 1)}
+    assert rules.paper(params) == default_rules(params)
+
+
+def test_a_rule_put_first_keeps_its_mode():
+    first = (Rule(r"block_(?P<layer>\d+)/query", stack=2, mode=3),)
+    params = {f"block_{i}": {"query": array(6, 6), "key": array(6, 6)} for i in range(2)}
+    assert [rule.mode for rule in rules.paper(params, mode=2, first=first)] == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"stack": 0}, "stack should be a positive integer"),
+        ({"mode": 4}, r"`rules.paper\(params, mode=4\)`: mode should be 1, 2 or 3"),
+        ({"mode": True}, "mode should be 1, 2 or 3"),
+    ],
+)
+def test_the_paper_s_set_refuses_another_k_or_mode(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        rules.paper({"query": array(6, 6)}, **arguments)
+
+
+def test_all_names_the_sets_alone():
+    assert all(getattr(rules, name).__module__ == rules.__name__ for name in rules.__all__)
+    functions = {name for name, value in vars(rules).items() if callable(value)}
+    own = {name for name in functions if getattr(rules, name).__module__ == rules.__name__}
+    assert {name for name in own if not name.startswith("_")} == {*rules.__all__}
+
+
 def test_printed_rules_have_a_line_each_and_name_their_imports():
     heads = {"query": (6, 4, 5), "key": (6, 4, 5), "out": (4, 5, 6)}
     attention = {name: {"kernel": array(*shape)} for name, shape in heads.items()}

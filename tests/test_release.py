@@ -29,6 +29,7 @@ def test_the_version_is_the_same_in_all_files():
     assert re.findall(r"^ +version += \{(.+)\},$", text("README.md"), re.M) == [version()]
     newest = re.search(r"^## (\S+) - ", text("CHANGELOG.md"), re.M)
     assert newest and newest[1] == version()
+    assert teon_optax.__version__ == version()
 
 
 def test_the_citation_has_the_date_of_the_changelog():

@@ -14,7 +14,7 @@ import variants
 from absl.testing import parameterized
 from flax import nnx
 
-from teon_optax import Rule, default_rules, plan, polar_express, scale_by_teon, teon
+from teon_optax import Rule, default_rules, orthogonalize, plan, polar_express, scale_by_teon, teon
 
 # Momentum, AdamW and hyperparameters are Optax's.
 pytestmark = pytest.mark.promotes_dtypes
@@ -78,6 +78,17 @@ def test_all_other_leaves_get_adamw_with_betas_of_9_and_95_and_the_same_weight_d
     updates, _ = run(teon(rate, RULES, weight_decay=0.1, method=QUICK), params(), steps=3)
     expected, _ = run(optax.adamw(rate, 0.9, 0.95, weight_decay=0.1), params(), steps=3)
     assert_close(some(updates, LEFT), some(expected, LEFT))
+
+
+@pytest.mark.parametrize("rate", [0.003, SCHEDULE], ids=["number", "schedule"])
+def test_the_default_fallback_may_have_a_rate_of_its_own(rate):
+    optimizer = teon(0.02, RULES, weight_decay=0.1, adam_learning_rate=rate, method=QUICK)
+    updates, _ = run(optimizer, params(), steps=3)
+    expected, _ = run(optax.adamw(rate, 0.9, 0.95, weight_decay=0.1), params(), steps=3)
+    assert_close(some(updates, LEFT), some(expected, LEFT))
+    one_rate, _ = run(teon(0.02, RULES, weight_decay=0.1, method=QUICK), params())
+    first, _ = run(optimizer, params())
+    assert_close(some(first, TAKEN), some(one_rate, TAKEN))
 
 
 def test_there_is_no_weight_decay_unless_asked_for():
@@ -149,6 +160,11 @@ def test_without_rules_they_are_the_default_rules_of_the_whole_tree():
         ({"nesterov": 0.0}, "`nesterov=0.0` should be True or False."),
         ({"fallback": "adamw"}, "`fallback='adamw'` should be an optimizer, such as `optax.adamw("),
         ({"fallback": optax.adamw}, "should be an optimizer, such as `optax.adamw(3e-4)`."),
+        (
+            {"adam_learning_rate": 3e-4, "fallback": optax.adamw(1e-3)},
+            "`adam_learning_rate=0.0003` is the rate of the default fallback, and `fallback=` repl",
+        ),
+        ({"adam_learning_rate": "fast"}, "`adam_learning_rate='fast'` should be a number"),
         ({"method": "nope"}, "`method='nope'` is unknown"),
         ({"scale": -1.0}, "`scale=-1.0` should be 'spectral'"),
         ({"beta": 1.0}, "`beta=1.0` should be a number, at least 0 and less than 1."),
@@ -166,6 +182,24 @@ def test_a_wrong_argument_is_refused_when_the_optimizer_is_built(arguments, word
 def test_a_learning_rate_that_is_no_number_is_told_of_schedules():
     with pytest.raises(ValueError, match="`learning_rate=None` should be a number, at least 0, or"):
         teon(None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda **named: teon(0.02, **named), scale_by_teon, orthogonalize],
+    ids=["teon", "scale_by_teon", "orthogonalize"],
+)
+def test_an_argument_of_a_rule_is_told_where_it_belongs(function):
+    with pytest.raises(
+        TypeError, match=r"own mode, so write `rules=\[Rule\(pattern, mode=2\)\]`, or"
+    ):
+        function(mode=2)
+    with pytest.raises(
+        TypeError, match=r"own dims, so write `rules=\[Rule\(pattern, dims=None\)\]`.$"
+    ):
+        function(dims=None)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ns_steps'"):
+        function(ns_steps=5)
 
 
 def test_rules_that_do_not_fit_are_refused_in_init():
@@ -298,6 +332,14 @@ class InjectedTest(variants.TestCase):
             plain = teon(**arguments, rules=RULES, method=QUICK)
             expected, _ = plain.update(gradients(1, tree), state.inner_state, tree)
             assert_close(updates, expected)
+
+    def test_the_fallback_s_rate_is_a_hyperparameter(self):
+        arguments: Any = self.arguments | {"adam_learning_rate": SCHEDULE}
+        updates, state = run(self.injected(adam_learning_rate=SCHEDULE), params())
+        expected, _ = run(teon(**arguments, rules=RULES, method=QUICK), params())
+        assert_close(updates, expected)
+        rate = state.hyperparams["adam_learning_rate"]
+        np.testing.assert_allclose(rate, SCHEDULE(1), rtol=1e-6)
 
     def test_a_schedule_is_a_hyperparameter(self):
         arguments: Any = self.arguments | {"learning_rate": SCHEDULE}

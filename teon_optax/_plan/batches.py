@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._plan.coupling import fold, joint_shape, unfold
-from teon_optax._plan.layout import to_leaf, to_matrices
+from teon_optax._plan.layout import joint_shape, to_leaf, to_matrices
 from teon_optax._plan.plan import Series
 from teon_optax._polar.newton_schulz import orthogonalize_batches
 from teon_optax._polar.numerics import Numerics
@@ -19,6 +18,8 @@ from teon_optax._scaling import ScaleFunction
 
 # Axes of the mesh that cut fan_in, and that cut fan_out; or d and N of joint matrices.
 MeshAxes = tuple[tuple[str, ...], tuple[str, ...]]
+# How [groups, K, batch, fan_in, fan_out] is transposed, so that flattening gives joint matrices.
+_ORDERS = {1: (0, 2, 1, 3, 4), 2: (0, 2, 3, 1, 4), 3: (0, 2, 1, 3, 4)}
 
 
 class Piece(NamedTuple):
@@ -189,12 +190,12 @@ def _gather(
     """Joint matrices of all groups of a batch: [groups, m, n]."""
     arrays = [matrices[piece.leaf][piece.part][piece.start : piece.stop] for piece in pieces]
     rows = _concatenate([array.reshape(-1, key.fan_out).astype(key.dtype) for array in arrays])
-    return unfold(rows.reshape(key.stacks), key.mode)
+    return _unfold(rows.reshape(key.stacks), key.mode)
 
 
 def _scatter(joint: jax.Array, key: BatchKey, pieces: Sequence[Piece]) -> dict[Piece, jax.Array]:
     """Inverse of `_gather`."""
-    rows = fold(joint, key.stacks, key.mode).reshape(-1, key.fan_out)
+    rows = _fold(joint, key.stacks, key.mode).reshape(-1, key.fan_out)
     zero = _unfoldable_zero(joint)
     arrays, start = {}, 0
     for piece in pieces:
@@ -203,6 +204,18 @@ def _scatter(joint: jax.Array, key: BatchKey, pieces: Sequence[Piece]) -> dict[P
         arrays[piece] = _row_slice(rows, zero, start, stop).reshape(shape)
         start = stop
     return arrays
+
+
+def _unfold(stacks: jax.Array, mode: int) -> jax.Array:
+    """Stacks [groups, K, batch, fan_in, fan_out] to joint matrices [groups x batch, m, n]."""
+    _, K, _, fan_in, fan_out = stacks.shape
+    return stacks.transpose(_ORDERS[mode]).reshape(-1, *joint_shape(K, fan_in, fan_out, mode))
+
+
+def _fold(joint: jax.Array, shape: tuple[int, ...], mode: int) -> jax.Array:
+    """Joint matrices back to stacks of this shape, in which -1 may stand for the groups."""
+    order = _ORDERS[mode]
+    return joint.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
 
 
 def _unfoldable_zero(array: jax.Array) -> jax.Array:

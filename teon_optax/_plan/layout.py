@@ -235,3 +235,13 @@ def _shape_with_parts(layout: Layout, size: int) -> tuple[int, ...]:
     """The shape of an array of equal parts of this size, with an axis before fan_out for them."""
     first = layout.fan_out[0]
     return (*layout.shape[:first], layout.equal_parts, size, *layout.shape[first + 1 :])
+
+
+def joint_shape(K: int, fan_in: int, fan_out: int, mode: int) -> tuple[int, int]:
+    """Shape of the mode's unfolding of K matrices (fan_in, fan_out), up to a transposition.
+
+    The paper's W is (fan_out, fan_in), so its mode 1, which shares fan_out, joins kernels along
+    fan_in.
+    """
+    unfoldings = {1: (K * fan_in, fan_out), 2: (fan_in, K * fan_out), 3: (K, fan_in * fan_out)}
+    return unfoldings[mode]

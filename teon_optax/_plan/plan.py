@@ -1,18 +1,48 @@
 """Which matrices are orthogonalized together: params and rules become a Plan."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from teon_optax._paths import LeafType, cached, paths_of, tree_types
-from teon_optax._plan.coupling import joint_shape
-from teon_optax._plan.layout import Layout, layout_of
-from teon_optax._plan.matching import LeafMatch, SeriesKey, match_leaf, problems
+from teon_optax._paths import LeafType, cached, paths_of
+from teon_optax._plan.layout import Layout, joint_shape, layout_of
 from teon_optax._plan.report import as_dict, table
-from teon_optax._reading.default import default_rules
-from teon_optax._rule import Rule, checked_rules
+from teon_optax._rule import Rule
+
+
+class SeriesKey(NamedTuple):
+    """What the leaves of a series agree in.
+
+    Attributes:
+      path: Path of the leaves, without the layer's number and the sibling's name.
+      rule: The rule that took them.
+      layout: How each leaf holds its matrices.
+      dtype: Dtype of the leaves.
+    """
+
+    path: str
+    rule: Rule
+    layout: Layout
+    dtype: Any
+
+
+class LeafMatch(NamedTuple):
+    """What a rule's pattern says of one leaf. Sorted, leaves of a layer come sibling by sibling.
+
+    Attributes:
+      number: Number of the layer.
+      sibling: Position of the sibling among the alternatives of the group `slice`, and its name.
+      leaf: Position of the leaf in the tree.
+      path: Path of the leaf.
+    """
+
+    number: int
+    sibling: tuple[int, str]
+    leaf: int
+    path: str
 
 
 class Series(NamedTuple):
@@ -136,64 +166,9 @@ class Plan(NamedTuple):
         return as_dict(self.groups, self.untouched, self.unused)
 
 
-def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
-    r"""Assigns every leaf of `params` to a group or to the fallback.
-
-    Args:
-      params: Tree of arrays, or of anything with `shape` and `dtype` (`jax.eval_shape`).
-      rules: The first rule whose pattern is found in a leaf's path takes it. None means
-        `default_rules(params)`.
-
-    Returns:
-      A `Plan`; every leaf is in exactly one place, members of its groups or `fallback`.
-
-    Raises:
-      ValueError: If rules do not fit the leaves that they take; the message lists all of them.
-
-    Examples:
-      >>> import jax, jax.numpy as jnp
-      >>> from teon_optax import Rule, plan
-      >>> kernel = jax.ShapeDtypeStruct((64, 64), jnp.float32)
-      >>> params = {f"block_{i}": {"query": {"kernel": kernel}} for i in range(3)}
-      >>> rules = [Rule(r"block_(?P<layer>\d+)/query/kernel", stack=2)]
-      >>> [group.layers for group in plan(params, rules).groups]
-      [(0, 1), (2,)]
-    """
-    rules = checked_rules(default_rules(params) if rules is None else rules)
-    return _plan(*tree_types(params), rules)
-
-
-def plan_of_updates(updates: Any, params: Any, rules: Iterable[Rule] | None = None) -> Plan:
-    """The plan of `params`, for updates that may have other dtypes.
-
-    Args:
-      updates: Gradients or momenta.
-      params: The tree that the user sees the plan of; None where `update` was not given it.
-      rules: As for `plan`.
-    """
-    structure, types = tree_types(updates)
-    rules = checked_rules(default_rules(updates) if rules is None else rules)
-    if params is not None:
-        dtypes = _dtypes_of_params(paths_of(structure), types, params)
-        pairs = zip(types, dtypes, strict=True)
-        types = tuple(LeafType(of_update.shape, dtype) for of_update, dtype in pairs)
-    return _plan(structure, types, rules)
-
-
-def _dtypes_of_params(paths: Sequence[str], types: Sequence[LeafType], params: Any) -> list[Any]:
-    """The dtype of the parameter of each update, or of the update where there is none."""
-    structure, of_params = tree_types(params)
-    names = paths_of(structure)
-    if names == paths:  # Two leaves of one path may have different dtypes.
-        return [dtype for _, dtype in of_params]
-    # Models of Equinox hold functions too.
-    dtypes = {path: dtype for path, (_, dtype) in zip(names, of_params, strict=True)}
-    return [dtypes.get(path, own.dtype) for path, own in zip(paths, types, strict=True)]
-
-
 @cached
-def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) -> Plan:
-    """The plan of a tree of this structure, whose leaves have these types."""
+def plan_of(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) -> Plan:
+    """Plans a tree of this structure, whose leaves have these types, by these rules."""
     found: dict[SeriesKey, list[LeafMatch]] = {}
     untouched: list[Untouched] = []
     wrong: list[str] = []
@@ -205,13 +180,13 @@ def _plan(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) 
             untouched.append(Untouched(path, shape, _reason(rule, shape)))
             continue
         try:
-            series_path, match = match_leaf(path, index, rule)
+            series_path, match = _match_leaf(path, index, rule)
             key = SeriesKey(series_path, rule, _checked_layout(shape, dtype, rule), dtype)
             found.setdefault(key, []).append(match)
         except ValueError as error:
             wrong.append(f"{path!r}, shape {shape}, taken by `{rule}`: {error}.")
     found = {key: sorted(matches) for key, matches in found.items()}
-    if wrong := [*wrong, *problems(found)]:
+    if wrong := [*wrong, *_problems(found)]:
         raise ValueError("Rules do not fit the leaves that they take:\n  " + "\n  ".join(wrong))
     series: list[Series] = []
     groups: list[Group] = []
@@ -239,6 +214,87 @@ def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
             "`Rule(..., stack=0)` for it before this rule"
         )
     return layout_of(shape, rule)
+
+
+def _match_leaf(path: str, leaf: int, rule: Rule) -> tuple[str, LeafMatch]:
+    """The path of the leaf's series, and which layer and sibling of it the leaf is.
+
+    The path of the series is that of the leaf without the number of the layer (and without a `_`
+    right before it), and without the name of the sibling.
+
+    Raises:
+      ValueError: If the pattern's group `layer` matched something else than an integer.
+    """
+    match = rule.search(path)
+    assert match is not None
+    number, name = (match.groupdict().get(group) for group in ("layer", "slice"))
+    if number is not None and not re.fullmatch(r"[+-]?\d+", number):
+        raise ValueError(
+            f"its layer is {number!r}, not a number: let `(?P<layer>...)` match digits alone, as "
+            "`(?P<layer>\\d+)` does"
+        )
+    named = [group for group, text in (("layer", number), ("slice", name)) if text is not None]
+    series_path = path
+    for group in sorted(named, key=match.span, reverse=True):
+        start, end = match.span(group)
+        above = path[:start].removesuffix("_") if group == "layer" else path[:start]
+        series_path = above + series_path[end:]
+    sibling = (0, "") if name is None else (_position(name, rule), name)
+    return series_path, LeafMatch(int(number or 0), sibling, leaf, path)
+
+
+def _position(name: str, rule: Rule) -> int:
+    """Which alternative of the group `slice` a name is.
+
+    Where the alternatives are no words of their own, all names get 0, and are sorted as text.
+    """
+    group = re.search(r"\(\?P<slice>([^][()]*)\)", rule.pattern)
+    words = re.split(r"(?<!\\)\|", group[1]) if group else []
+    try:
+        fits = [re.fullmatch(word, name, rule.compiled.flags) for word in words]
+    except re.error:  # It refers to another group.
+        return 0
+    return next((index for index, fit in enumerate(fits) if fit), 0)
+
+
+def _problems(found: Mapping[SeriesKey, Sequence[LeafMatch]]) -> Iterator[str]:
+    """What is wrong with series: two leaves for one sibling of a layer, or a sibling missing.
+
+    Args:
+      found: Sorted matches of each series.
+    """
+    siblings: dict[tuple[str, Rule], set[tuple[int, str]]] = {}
+    for key, matches in found.items():
+        siblings.setdefault(key[:2], set()).update(match.sibling for match in matches)
+    for key, matches in found.items():
+        taken = f"shape {key.layout.shape}, taken by `{key.rule}`"
+        for number, of_layer in itertools.groupby(matches, key=lambda match: match.number):
+            layer = list(of_layer)
+            for one, other in itertools.pairwise(layer):
+                if one.sibling == other.sibling:
+                    yield _one_too_many(one, other, taken)
+            missing = siblings[key[:2]] - {match.sibling for match in layer}
+            if missing:
+                names = ", ".join(repr(name) for _, name in sorted(missing))
+                yield (
+                    f"{layer[0].path!r}, {taken}: its layer {number} has no {names} of its shape "
+                    f"and dtype ({key.dtype}) to couple it with: write a rule for each shape, "
+                    "such as one with `(?P<slice>key|value)` and one for queries, or one without "
+                    "`slice`."
+                )
+
+
+def _one_too_many(one: LeafMatch, other: LeafMatch, taken: str) -> str:
+    """What is wrong with two leaves that are the same sibling of the same layer."""
+    if one.path == other.path:
+        return (
+            f"{one.path!r}, {taken}: two leaves of the tree have this path, so that no pattern can "
+            "tell them apart: rename a key that holds `/`."
+        )
+    return (
+        f"{one.path!r} and {other.path!r}, {taken}: both are layer {one.number} of one series: "
+        "let `(?P<layer>\\d+)` match the number that tells them apart."
+    )
 
 
 def _groups(series: Series, matches: Sequence[LeafMatch]) -> Iterator[Group]:

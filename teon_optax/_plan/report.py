@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from teon_optax._plan.coupling import joint_shape
+from teon_optax._plan.layout import joint_shape
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.numerics import Numerics
 

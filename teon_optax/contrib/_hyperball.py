@@ -10,7 +10,7 @@ import optax
 from jax.core import Tracer
 
 from teon_optax._paths import leaf_paths
-from teon_optax._plan.plan import plan
+from teon_optax._planning import plan
 from teon_optax._rule import Rule, checked_rules
 from teon_optax.contrib._matrices import (
     Axes,

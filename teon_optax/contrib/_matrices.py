@@ -12,7 +12,7 @@ import optax
 from teon_optax._memory import kept_beside, on_device
 from teon_optax._mesh.placement import merge_axes, split_axis, splittable
 from teon_optax._plan.layout import Layout
-from teon_optax._plan.plan import plan
+from teon_optax._planning import plan
 from teon_optax._rule import Rule
 
 Axes = tuple[int, ...]

@@ -14,15 +14,16 @@ from teon_optax._memory import kept_beside, on_device
 from teon_optax._mesh.placement import Located, as_shardings
 from teon_optax._orthogonalize import orthogonalize_updates
 from teon_optax._plan.batches import BatchKey, in_batches
-from teon_optax._plan.plan import plan, plan_of_updates
+from teon_optax._planning import plan, plan_of_updates
 from teon_optax._polar.coefficients import Method, MethodLike, of_quotient, resolve
 from teon_optax._polar.newton_schulz import weighted_sums
 from teon_optax._polar.numerics import Numerics, check_precision
-from teon_optax._rule import Rule, checked_rules
+from teon_optax._rule import Rule, checked_rules, takes_rules
 from teon_optax._scaling import ScaleFunction, ScaleLike, scaling
 from teon_optax.contrib._transforms import TRANSFORMS, real_weights
 
 
+@takes_rules
 def orthogonalize_slices(
     rules: Iterable[Rule] | None,
     transform: str,
