@@ -11,13 +11,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optax import contrib
 
-from benchmarks import corpus, reproduce, reproduce_statistics, training
-from benchmarks.configurations import CONFIGURATIONS, PARTS, WEIGHT_DECAY, build
-from benchmarks.reproduce import Job, missing
-from benchmarks.training import Setup
+from benchmarks import corpus, results
+from benchmarks.reproduce import __main__ as command
+from benchmarks.reproduce import answers, questions, schedule, statistics, training, workers
+from benchmarks.reproduce import records as kept
+from benchmarks.reproduce.configurations import ASKED, CONFIGURATIONS, PARTS, WEIGHT_DECAY, build
+from benchmarks.reproduce.records import Job, Setup, job_of
 from examples.data import Corpus
 from examples.model import llama
 
@@ -25,6 +28,10 @@ pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 SETUP = Setup("small", None, "byte", 300, 8, 2, 1, 64, "float32")
 TEXT = Corpus([np.arange(400) % 300], [np.arange(100) % 300], 300, "numbers")
 STEPS = 8
+
+
+def missing(records, steps):
+    return schedule.missing(schedule.wanted(records, steps), records)
 
 
 def loss(job):
@@ -61,7 +68,7 @@ def grid():
 def jobs_of(records, **fields):
     return [
         job
-        for job in map(reproduce.job_of, records)
+        for job in map(job_of, records)
         if all(getattr(job, key) == value for key, value in fields.items())
     ]
 
@@ -71,7 +78,7 @@ def test_the_noise_comes_first_and_is_half_as_long():
 
 
 def test_no_run_is_made_twice(grid):
-    assert len({reproduce.job_of(record) for record in grid}) == len(grid)
+    assert len({job_of(record) for record in grid}) == len(grid)
 
 
 def test_the_fallbacks_rate_is_found_once_and_shared(grid):
@@ -83,15 +90,15 @@ def test_the_fallbacks_rate_is_found_once_and_shared(grid):
 def test_a_sweep_goes_on_until_the_best_lies_inside(grid):
     swept = [job.k for job in jobs_of(grid, configuration="adamw", seed=0)]
     assert swept == [-3, -5, -1, 1, 3]
-    best = reproduce.best_rate(grid, "adamw", 4, STEPS // 2)
+    best = schedule.best_rate(grid, "adamw", 4, STEPS // 2)
     assert best is not None and min(swept) < best < max(swept)
 
 
 def test_a_sweep_does_not_go_on_for_ever():
     losses = {2: 0.0, 0: 0.1, 4: -0.1}
-    while ks := reproduce.neighbours(losses, (2, 0, 4)):
+    while ks := schedule.neighbours(losses, (2, 0, 4)):
         losses |= {k: -k for k in ks}
-    assert len(losses) == reproduce.MOST_RATES
+    assert len(losses) == schedule.MOST_RATES
 
 
 def test_teon_is_compared_in_the_scale_that_is_better_for_stack_1(grid):
@@ -138,11 +145,11 @@ def test_the_headline_without_adamw_and_schatten_are_run_half_as_long_on_eight_s
 
 def test_what_is_there_is_not_run_again_and_a_cut_line_is(grid, tmp_path):
     for record in grid:
-        training.keep(tmp_path / reproduce.RUNS, record | {"rate": 0, "rest_rate": 0, "wall": 0})
-    assert missing(reproduce.read(tmp_path), STEPS) == []
-    path = tmp_path / reproduce.RUNS
+        training.keep(tmp_path / kept.RUNS, record | {"rate": 0, "rest_rate": 0, "wall": 0})
+    assert missing(kept.read(tmp_path), STEPS) == []
+    path = tmp_path / kept.RUNS
     path.write_text(path.read_text()[:-10] + "\n")
-    assert missing(reproduce.read(tmp_path), STEPS) == [reproduce.job_of(grid[-1])]
+    assert missing(kept.read(tmp_path), STEPS) == [job_of(grid[-1])]
 
 
 def test_a_few_sequences_at_a_time_give_the_gradients_of_the_whole_batch():
@@ -162,7 +169,7 @@ def test_a_few_sequences_at_a_time_give_the_gradients_of_the_whole_batch():
 @pytest.mark.parametrize("microbatch", ["5", "0", "-2"])
 def test_a_microbatch_that_does_not_divide_the_batch_is_refused(capsys, microbatch):
     with pytest.raises(SystemExit):
-        reproduce.main(["--batch-size", "32", "--microbatch", microbatch])
+        command.main(["--batch-size", "32", "--microbatch", microbatch])
     assert "--microbatch must divide --batch-size" in capsys.readouterr().err
 
 
@@ -176,58 +183,57 @@ class Ended:
         return self.returncode
 
 
-def run(out, monkeypatch, start, minutes="inf"):
-    monkeypatch.setattr(reproduce, "start", start)
-    monkeypatch.setattr(reproduce, "PAUSE", 0.0)
-    argv = ["--workers", "2", "--steps", str(STEPS), "--minutes", minutes]
-    reproduce.run(out, SETUP, reproduce.parser().parse_args(argv))
+def run(out, monkeypatch, start, minutes=math.inf):
+    monkeypatch.setattr(workers, "start", start)
+    monkeypatch.setattr(workers, "PAUSE", 0.0)
+    workers.run(out, SETUP, lambda records: missing(records, STEPS), 2, minutes)
 
 
 def test_workers_make_every_run_once_and_each_on_a_core_of_its_own(grid, tmp_path, monkeypatch):
     cores = []
 
-    def start(job, setup, out, worker, workers):
+    def start(job, setup, out, worker, count):
         record = record_of(job) | {"rate": 0, "rest_rate": 0, "wall": 0}
-        training.keep(out / reproduce.RUNS, record)
+        training.keep(out / kept.RUNS, record)
         cores.append(worker)
         return Ended(0)
 
     run(tmp_path, monkeypatch, start)
-    jobs = [reproduce.job_of(record) for record in reproduce.read(tmp_path)]
-    assert sorted(jobs) == sorted(reproduce.job_of(record) for record in grid)
+    jobs = [job_of(record) for record in kept.read(tmp_path)]
+    assert sorted(jobs) == sorted(job_of(record) for record in grid)
     assert set(cores) == {0, 1}
 
 
 def test_no_run_begins_after_the_time_and_a_failed_one_is_told(tmp_path, monkeypatch):
-    run(tmp_path, monkeypatch, lambda *_: pytest.fail("begun"), minutes="-1")
+    run(tmp_path, monkeypatch, lambda *_: pytest.fail("begun"), minutes=-1.0)
     with pytest.raises(SystemExit, match="has failed; what has ended is kept"):
         run(tmp_path, monkeypatch, lambda *_: Ended(1))
 
 
 def test_runs_of_another_set_up_are_not_mixed(tmp_path):
-    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
-    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
+    kept.keep_setup(tmp_path, SETUP, STEPS, "a text")
+    kept.keep_setup(tmp_path, SETUP, STEPS, "a text")
     with pytest.raises(SystemExit, match="of another set-up"):
-        reproduce.keep_setup(tmp_path, SETUP, STEPS + 1, "a text")
+        kept.keep_setup(tmp_path, SETUP, STEPS + 1, "a text")
     with pytest.raises(SystemExit, match="that of another Python"):
-        reproduce.keep_setup(tmp_path, SETUP, STEPS, "another text")
+        kept.keep_setup(tmp_path, SETUP, STEPS, "another text")
 
 
 def test_a_clone_runs_into_a_folder_of_its_own_and_aggregates_what_is_committed():
-    options = reproduce.parser().parse_args([])
-    assert options.out is None and reproduce.FRESH != reproduce.COMMITTED
-    assert reproduce.FRESH.parent.name == "runs"  # which git ignores
-    assert (reproduce.COMMITTED / reproduce.RUNS).exists()
+    assert command.parser().parse_args([]).out is None
+    assert command.FRESH.name == "runs"  # which git ignores
+    for each in command.SCHEDULES.values():
+        assert (results.FOLDER / each.folder / kept.RUNS).exists()
 
 
 @pytest.fixture
 def written(grid, tmp_path):
     """A folder with a set-up; a function that puts records into it and gives the page."""
-    reproduce.keep_setup(tmp_path, SETUP, STEPS, "a text")
+    kept.keep_setup(tmp_path, SETUP, STEPS, "a text")
 
     def page(records):
-        (tmp_path / reproduce.RUNS).write_text("".join(json.dumps(r) + "\n" for r in records))
-        assert reproduce.main(["--aggregate", "--out", str(tmp_path)]) == 0
+        (tmp_path / kept.RUNS).write_text("".join(json.dumps(r) + "\n" for r in records))
+        assert command.main(["--aggregate", "--out", str(tmp_path)]) == 0
         return (tmp_path / "reproduce.md").read_text()
 
     return page
@@ -272,14 +278,123 @@ def test_a_wide_interval_is_the_first_thing_said(grid, written):
     assert written(noisy).startswith("**This table cannot tell differences below 0.")
 
 
+def asked(records):
+    return schedule.missing(questions.wanted(records, STEPS), records)
+
+
+@pytest.fixture(scope="module")
+def questioned():
+    """All records of the questions, in the order in which one worker makes them."""
+    records = []
+    while jobs := asked(records):
+        records.append(record_of(jobs[0]))
+    return records
+
+
+def test_the_questions_begin_with_rounding_and_the_rate_of_the_matrices(questioned):
+    own = questions.REFERENCE
+    assert jobs_of(questioned)[:3] == [
+        Job(own, 2, 4, 0, STEPS, 0),
+        Job(own, 2, 4, 0, STEPS, 1),
+        Job(own, 4, 4, 0, STEPS, 0),
+    ]
+
+
+def test_first_pairs_come_seed_by_seed_with_the_methods_in_front(questioned):
+    compared = [name for names in ASKED for name in names]
+    first = jobs_of(questioned)[3:][: 3 * (1 + len(compared))]
+    methods = [job for job in first if job.configuration in (questions.REFERENCE, *ASKED[0])]
+    assert first[: len(methods)] == methods
+    assert [job.seed for job in methods] == [s for s in (1, 2, 3) for _ in (0, *ASKED[0])]
+    assert {(job.configuration, job.seed) for job in first} == {
+        (name, seed) for name in [questions.REFERENCE, *compared] for seed in (1, 2, 3)
+    }
+    assert {(job.k, job.rest_k) for job in first} == {(2, 4)}
+
+
+def test_every_question_ends_with_six_seeds_and_three_rates_at_least(questioned):
+    for name in [questions.REFERENCE, *(name for names in ASKED for name in names)]:
+        assert {job.seed for job in jobs_of(questioned, configuration=name, k=2)} == set(range(7))
+        swept = [job.k for job in jobs_of(questioned, configuration=name, seed=0, nudge=0)]
+        assert {0, 2, 4} <= set(swept)
+    assert len(set(jobs_of(questioned))) == len(questioned)
+
+
+def pairs_of(*differences):
+    """Records of the reference and of `jordan`, which ends so much above it."""
+    jobs = [Job(questions.REFERENCE, 2, 4, seed + 1, STEPS) for seed in range(len(differences))]
+    others = [job._replace(configuration=ASKED[1][1]) for job in jobs]
+    ends = [2.0 + seed for seed in range(len(differences))]
+    return [record_of(job) | {"val_loss": end} for job, end in zip(jobs, ends, strict=True)] + [
+        record_of(job) | {"val_loss": end + more}
+        for job, end, more in zip(others, ends, differences, strict=True)
+    ]
+
+
+def test_an_answer_is_the_mean_of_its_pairs_with_students_interval():
+    (found,) = answers.answers(pairs_of(0.001, 0.003, 0.002), STEPS)
+    assert found.name == ASKED[1][1]
+    assert found.mean == pytest.approx(0.002) and found.deviation == pytest.approx(0.001)
+    assert found.half == pytest.approx(4.3027 * 0.001 / math.sqrt(3), rel=1e-4)
+    assert str(found) == "+0.0020 ± 0.0025"
+
+
+def test_pairs_at_another_rate_are_no_pairs_of_the_same_answer():
+    other = [r | {"k": 4, "val_loss": 9.0} for r in pairs_of(0.0) if r["configuration"] != "muon"]
+    (found,) = answers.answers([*pairs_of(0.001, 0.003, 0.002), *other], STEPS)
+    assert found.mean == pytest.approx(0.002)
+
+
+def test_the_page_of_the_questions_has_what_was_run_alone(tmp_path):
+    setup = dataclasses.replace(SETUP, vocab_size=256)
+    kept.keep_setup(tmp_path, setup, STEPS, "a text")
+
+    def page(records):
+        (tmp_path / kept.RUNS).write_text("".join(json.dumps(r) + "\n" for r in records))
+        argv = ["--schedule", "questions", "--aggregate", "--out", str(tmp_path)]
+        assert command.main(argv) == 0
+        return (tmp_path / "questions.md").read_text()
+
+    text = page(pairs_of(0.001))
+    assert text.startswith("**These runs cannot tell differences with an interval yet**")
+    text = page(pairs_of(0.001, 0.003, 0.002))
+    assert text.startswith("**These runs tell differences beyond 0.0025**")
+    assert "| jordan | +0.0020 ± 0.0025 | 3 | 0.02 | 1.00 |" in text
+    assert "schatten" not in text and "TEON" not in text
+    assert (tmp_path / "questions.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_stands_before_orthogonalize_gets_the_momentum_of_the_others():
+    own = dataclasses.replace(CONFIGURATIONS["stack-1"], before=lambda _: optax.identity())
+    chex.assert_trees_all_close(
+        updates_of(build(own, 100, 1.0, 1.0)),
+        updates_of(build(CONFIGURATIONS["stack-1"], 100, 1.0, 1.0)),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", [name for names in ASKED for name in names])
+def test_every_question_changes_the_update_of_the_reference_in_the_blocks_alone(name):
+    one, two = (
+        updates_of(build(CONFIGURATIONS[each], 100, 1.0, 1.0))
+        for each in (questions.REFERENCE, name)
+    )
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), two))
+    chex.assert_trees_all_equal(one["embed"], two["embed"])
+    assert not np.allclose(
+        one["block_0"]["attn"]["query"]["kernel"], two["block_0"]["attn"]["query"]["kernel"], 1e-3
+    )
+
+
 def series(losses):
     runs: dict[int, Any] = {seed: {"val_loss": value} for seed, value in enumerate(losses)}
-    return reproduce_statistics.Series("", 0.1, runs)
+    return statistics.Series("", 0.1, runs)
 
 
 def test_the_interval_of_two_optimizers_is_that_of_students_t_of_their_pairs():
     found = {"muon": series([1.0, 1.0, 2.0]), "teon-1": series([1.0, 2.0, 4.0])}
-    value = reproduce_statistics.difference(found, "teon-1", "muon")
+    value = statistics.difference(found, "teon-1", "muon")
     assert value is not None
     assert value.mean == pytest.approx(1.0)
     assert value.half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-4)  # t of 2 at .975
@@ -288,10 +403,10 @@ def test_the_interval_of_two_optimizers_is_that_of_students_t_of_their_pairs():
 def test_tokens_are_counted_to_where_the_curve_crosses_the_end_of_muons():
     def own(*losses):
         points = [[tokens, loss] for tokens, loss in zip((10, 20, 40), losses, strict=True)]
-        return reproduce_statistics.Series("", 0.1, {1: {"validation": points}})
+        return statistics.Series("", 0.1, {1: {"validation": points}})
 
     found = {"muon": own(3.0, 2.5, 2.0), "teon-1": own(3.0, 2.5, 1.5), "adamw": own(4.0, 3.0, 2.1)}
-    share = [reproduce_statistics.tokens_to_reach(found, name) for name in found]
+    share = [statistics.tokens_to_reach(found, name) for name in found]
     assert share == [1.0, pytest.approx(0.75), math.inf]
 
 

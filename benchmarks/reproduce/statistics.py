@@ -1,4 +1,4 @@
-"""What the runs of `reproduce` say: pairs, their intervals, tokens, noise."""
+"""What the runs of the comparison say: pairs, their intervals, tokens, noise."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from benchmarks import reproduce
-from benchmarks.configurations import CONFIGURATIONS
-from benchmarks.reproduce import Record, job_of, loss_of
-from benchmarks.training import Job, rate_of
+from benchmarks.reproduce import schedule
+from benchmarks.reproduce.configurations import CONFIGURATIONS
+from benchmarks.reproduce.records import Job, Record, job_of, loss_of, rate_of
 
 REFERENCE = "muon"
 CONFIDENCE = 0.95
@@ -133,11 +132,11 @@ def noise(records: Sequence[Record]) -> dict[Job, list[Record]]:
 
 def sweep(records: Sequence[Record], name: str, steps: int) -> dict[int, float]:
     """Losses by k at the fallback's best rate, as far as it is known."""
-    rest = reproduce.rest_losses(records, steps)
+    rest = schedule.rest_losses(records, steps)
     if not rest:
         return {}
     rest_k = min(rest, key=rest.__getitem__)
-    return reproduce.sweep_losses(records, name, rest_k, steps)
+    return schedule.sweep_losses(records, name, rest_k, steps)
 
 
 def best_of_sweeps(records: Sequence[Record], steps: int) -> dict[str, Series]:
@@ -147,9 +146,9 @@ def best_of_sweeps(records: Sequence[Record], steps: int) -> dict[str, Series]:
         losses = sweep(records, name, steps)
         if losses:
             k = min(losses, key=losses.__getitem__)
-            rest = reproduce.rest_losses(records, steps)
+            rest = schedule.rest_losses(records, steps)
             rest_k = min(rest, key=rest.__getitem__)
-            job = Job(name, k, rest_k, reproduce.SWEEP_SEED, steps)
+            job = Job(name, k, rest_k, schedule.SWEEP_SEED, steps)
             run = next(record for record in records if job_of(record) == job)
             found[name] = Series(configuration.title, rate_of(k), {job.seed: run})
     return found

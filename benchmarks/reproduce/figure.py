@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.configurations import CONFIGURATIONS
-from benchmarks.training import rate_of
+from benchmarks.reproduce.configurations import CONFIGURATIONS
+from benchmarks.reproduce.records import rate_of
 
 COLOURS = {"muon": "C0", "stack-1": "C1", "teon-1": "C2", "teon-2": "C3", "adamw": "C4"}
 

@@ -1,7 +1,8 @@
-"""The optimizers that `reproduce` compares."""
+"""The optimizers that are compared."""
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -10,15 +11,19 @@ from optax import contrib
 
 from examples.optimizers import CLIP, schedule
 from examples.options import ADAM_B1, ADAM_B2
-from teon_optax import Rule, polar_express, scale_by_teon
+from teon_optax import Rule, orthogonalize, polar_express, scale_by_teon
+from teon_optax.contrib import add_cautious_weight_decay, scale_by_normuon
 
 QKV = r"block_(?P<layer>\d+)/attn/(query|key|value)/"
 BLOCKS = r"block_(?P<layer>\d+)/"
 STACK_1 = (Rule(BLOCKS),)
 TEON_1 = (Rule(QKV, 2), *STACK_1)
 TEON_2 = (Rule(QKV, 2, mode=2), *STACK_1)
+PER_HEAD = (Rule(QKV, split=2), *STACK_1)  # of the model `small`, which has two heads
 WEIGHT_DECAY = 0.1
 BETA = 0.95
+
+OfRules = Callable[[tuple[Rule, ...]], optax.GradientTransformation]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +38,10 @@ class Configuration:
         method: Ours: what approximates the polar factor.
         scale: Ours: how long an update is.
         qkv_factor: Ours: multiplies the updates of query, key and value projections.
+        before: Ours: from the rules to what stands between momentum and `orthogonalize`.
+        behind: Ours: from the rules to what stands behind `orthogonalize`.
+        decay: Ours: from the coefficient to weight decay.
+        last: Ours: from the rate to what stands at the end, behind the learning rate.
         first_rates: The sweep's first k, where the learning rate is 0.01 * 2^(k / 2).
         base: A configuration whose best learning rate is taken over, instead of a sweep.
     """
@@ -44,6 +53,10 @@ class Configuration:
     method: Any = "polar_express"
     scale: Literal["spectral", "muon"] = "spectral"
     qkv_factor: float = 1.0
+    before: OfRules | None = None
+    behind: OfRules | None = None
+    decay: Callable[[float], optax.GradientTransformation] = optax.add_decayed_weights
+    last: Callable[[Any], optax.GradientTransformation] | None = None
     first_rates: tuple[int, ...] = (2, 0, 4)
     base: str | None = None
 
@@ -76,8 +89,13 @@ PARTS = [
     _part("teon-1-all", "mode 1, all matrices", "teon-1", rules=(Rule(BLOCKS, 2),)),
 ]
 
-# Compared with stack 1 where differences of a few thousandths can be told.
-QUESTIONS = [_part("stack-1-jordan", "stack 1, jordan", "stack-1", method="jordan")]
+# What is asked of our Muon (stack 1) where differences of a few thousandths can be told.
+QUESTIONS = [
+    _part("stack-1-jordan", "jordan", "stack-1", method="jordan"),
+    _part("stack-1-normuon", "`scale_by_normuon` behind", "stack-1", behind=scale_by_normuon),
+    _part("stack-1-cautious", "cautious decay", "stack-1", decay=add_cautious_weight_decay),
+    _part("stack-1-per-head", "each head alone", "stack-1", rules=PER_HEAD),
+]
 
 
 def _in_muons_scale(configuration: Configuration) -> Configuration:
@@ -95,6 +113,13 @@ _SCALED = [*STACKED, *PARTS, *QUESTIONS]
 CONFIGURATIONS = {
     each.name: each for each in [MUON, *_SCALED, *map(_in_muons_scale, _SCALED), ADAMW]
 }
+
+# The questions' names, those that are answered first in front.
+ASKED = (
+    (f"stack-1-schatten{MUON_SCALE}",),
+    (f"teon-1{MUON_SCALE}", f"stack-1-jordan{MUON_SCALE}", "muon"),
+    tuple(f"stack-1-{name}{MUON_SCALE}" for name in ("normuon", "cautious", "per-head")),
+)
 
 
 def build(
@@ -125,17 +150,24 @@ def _of_matrices(configuration: Configuration, rate: Any) -> optax.GradientTrans
         return contrib.muon(rate, beta=BETA, weight_decay=WEIGHT_DECAY)
     if configuration.of_matrices == "adamw":
         return optax.adamw(rate, ADAM_B1, ADAM_B2, weight_decay=WEIGHT_DECAY)
-    return optax.chain(
-        scale_by_teon(
-            configuration.rules,
-            beta=BETA,
-            method=configuration.method,
-            scale=configuration.scale,
-        ),
+    rules = configuration.rules
+    settings: Any = {"method": configuration.method, "scale": configuration.scale}
+    if configuration.before is None:
+        chained = [scale_by_teon(rules, beta=BETA, **settings)]
+    else:
+        # Without rules it is the momentum alone.
+        momentum = scale_by_teon((), beta=BETA)
+        chained = [momentum, configuration.before(rules), orthogonalize(rules, **settings)]
+    if configuration.behind is not None:
+        chained.append(configuration.behind(rules))
+    chained += [
         optax.masked(optax.scale(configuration.qkv_factor), _qkv),
-        optax.add_decayed_weights(WEIGHT_DECAY),
+        configuration.decay(WEIGHT_DECAY),
         optax.scale_by_learning_rate(rate),
-    )
+    ]
+    if configuration.last is not None:
+        chained.append(configuration.last(rate))
+    return optax.chain(*chained)
 
 
 def _schedule(peak: Any, steps: int) -> Any:

@@ -1,6 +1,6 @@
-"""One training run of `reproduce`: from first parameters to a line of JSON.
+"""One training run: from first parameters to a line of JSON.
 
-`reproduce` starts it as `python -m benchmarks.training JOB RUNS --core 0`.
+`workers` starts it as `python -m benchmarks.reproduce.training JOB RUNS --core 0`.
 """
 
 import argparse
@@ -21,12 +21,13 @@ import numpy as np
 import optax
 
 from benchmarks import results
-from benchmarks.configurations import CONFIGURATIONS, QKV, Configuration, build
+from benchmarks.reproduce.configurations import CONFIGURATIONS, QKV, Configuration, build
+from benchmarks.reproduce.records import Job, Setup, append, rate_of
 from examples import data, shards
 from examples.model import GPT, MODELS, ModelConfig, llama
 from teon_optax import Rule, alignment
 
-CACHE = Path(__file__).parent.parent / "runs" / "cache"
+CACHE = Path(__file__).parents[2] / "runs" / "cache"
 # 1.02 million parameters with 256 tokens.
 SMALL = dataclasses.replace(llama(width=128, hidden=256, depth=6, heads=2), tied=True)
 AVERAGED = 0.05  # share of the run that the averaged weights remember
@@ -35,41 +36,6 @@ VALIDATION_POINTS = 16
 CURVE_TOKENS = 16_384  # held out, for each point of the validation curve
 ALIGNMENTS = 4  # measured as often in the course of a run
 NUDGE = 1e-7  # near the spacing of float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """What all runs of a folder have in common."""
-
-    model: str
-    data: str | None
-    tokenizer: str
-    vocab_size: int
-    context: int
-    batch_size: int
-    microbatch: int
-    eval_tokens: int
-    dtype: str
-
-
-class Job(NamedTuple):
-    """What a run is known by.
-
-    Attributes:
-        configuration: Its name.
-        k: The learning rate of the matrices is `rate_of(k)`.
-        rest_k: That of embedding and norms.
-        seed: Of first parameters and batches.
-        steps: Length.
-        nudge: Where not 0: first parameters differ by 1e-7, in a way numbered by it.
-    """
-
-    configuration: str
-    k: int
-    rest_k: int
-    seed: int
-    steps: int
-    nudge: int = 0
 
 
 class State(NamedTuple):
@@ -90,7 +56,7 @@ class Program(NamedTuple):
 
 def main() -> int:
     """Makes the run that the command line names, and appends its record when it has ended."""
-    parser = argparse.ArgumentParser("benchmarks.training")
+    parser = argparse.ArgumentParser("benchmarks.reproduce.training")
     parser.add_argument("job")
     parser.add_argument("runs", type=Path)
     parser.add_argument("--core", type=int)
@@ -107,15 +73,9 @@ def main() -> int:
 
 def keep(runs: Path, record: dict[str, Any]) -> None:
     """Appends a record, and says so."""
-    with open(runs, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    append(runs, record)
     shown = "configuration", "rate", "rest_rate", "seed", "steps", "nudge", "val_loss", "wall"
     print(time.strftime("%H:%M:%S"), {key: record[key] for key in shown}, flush=True)
-
-
-def rate_of(k: float) -> float:
-    """The learning rate number k of every sweep."""
-    return 0.01 * 2 ** (k / 2)
 
 
 def train(job: Job, setup: Setup) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Tables and figure of the runs of `reproduce`, of all that there are so far."""
+"""Tables and figure of the comparison, of all that there are so far."""
 
 import json
 import math
@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import reproduce, results
-from benchmarks.configurations import CONFIGURATIONS, STACKED
-from benchmarks.reproduce import Record, loss_of
-from benchmarks.reproduce_figure import draw
-from benchmarks.reproduce_statistics import (
+from benchmarks import results
+from benchmarks.reproduce import schedule
+from benchmarks.reproduce.configurations import CONFIGURATIONS, STACKED
+from benchmarks.reproduce.figure import draw
+from benchmarks.reproduce.records import SETUP, Record, loss_of, rate_of, read
+from benchmarks.reproduce.statistics import (
     CONFIDENCE,
     REFERENCE,
     Series,
@@ -24,9 +25,8 @@ from benchmarks.reproduce_statistics import (
     sweep,
     tokens_to_reach,
 )
-from benchmarks.training import rate_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = {"reproduce-headline": ROOT / "README.md", "reproduce": ROOT / "docs/results.md"}
 WANTED = 0.005  # half the width of an interval that tells what users ask
 IN_PART = {name for name, each in CONFIGURATIONS.items() if each.base is not None}
@@ -34,10 +34,10 @@ IN_PART = {name for name, each in CONFIGURATIONS.items() if each.base is not Non
 
 def report(out: Path, update_readme: bool = False) -> None:
     """Writes `reproduce.json`, `.md` and `.png` beside the runs."""
-    records = reproduce.read(out)
+    records = read(out)
     if not records:
         raise SystemExit(f"no runs in {out}")
-    setup = json.loads((out / reproduce.SETUP).read_text())
+    setup = json.loads((out / SETUP).read_text())
     found = series(records, setup["steps"])
     shorter = half_as_long(records, setup["steps"] // 2)
     headline = {name: each for name, each in found.items() if name not in IN_PART}
@@ -84,7 +84,7 @@ def verdict(found: Mapping[str, Series]) -> str:
     halves = [value.half for value in values.values() if not math.isnan(value.half)]
     if not halves:
         have = sum(len(each.runs) for each in found.values())
-        wanted = len(reproduce.SEEDS) * (2 + len(STACKED))
+        wanted = len(schedule.SEEDS) * (2 + len(STACKED))
         return (
             f"**These runs cannot tell the optimizers apart yet**: of the headline's {wanted} runs "
             f"there are {have}, too few for an interval."
@@ -180,7 +180,7 @@ def _part_row(name: str, found: Mapping[str, Series]) -> list[str]:
 
 def half_as_long(records: Sequence[Record], half: int) -> dict[str, Series]:
     """The runs that are half as long, without those of the seed that rates were chosen on."""
-    return series([run for run in records if run["seed"] != reproduce.SWEEP_SEED], half)
+    return series([run for run in records if run["seed"] != schedule.SWEEP_SEED], half)
 
 
 def half_table(found: Mapping[str, Series]) -> str:
@@ -211,7 +211,7 @@ def noise_table(records: Sequence[Record]) -> str:
 
 def rest_table(records: Sequence[Record], steps: int) -> str:
     """The sweep over the fallback's learning rate."""
-    losses = reproduce.rest_losses(records, steps)
+    losses = schedule.rest_losses(records, steps)
     if not losses:
         return ""
     return _sweeps_of("learning rate of the fallback", {"Muon": losses})

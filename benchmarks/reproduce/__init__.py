@@ -1,0 +1,1 @@
+"""Compares optimizers by training runs: `python -m benchmarks.reproduce`."""

@@ -1,0 +1,255 @@
+"""Table and figure of the questions: what each part brought, with its interval, and its cost."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
+from benchmarks import results
+from benchmarks.reproduce import training
+from benchmarks.reproduce.configurations import ASKED, CONFIGURATIONS, build
+from benchmarks.reproduce.questions import REFERENCE, SWEEP_SEED
+from benchmarks.reproduce.records import SETUP, Record, Setup, job_of, loss_of, rate_of, read
+from benchmarks.reproduce.schedule import losses
+from benchmarks.reproduce.statistics import CONFIDENCE, noise
+
+NAME = "questions"
+PAGE = Path(__file__).parents[2] / "docs" / "what_to_set.md"
+WANTED = 0.005  # half the width of an interval that decides between two defaults
+
+
+class Answer(NamedTuple):
+    """What the pairs of one configuration and the reference say.
+
+    Attributes:
+        name: Of the configuration.
+        rate: Peak learning rate of its matrices.
+        differences: Of validation losses, the reference's taken away, by seed.
+    """
+
+    name: str
+    rate: float
+    differences: dict[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Averages over seeds."""
+        return float(np.mean(list(self.differences.values())))
+
+    @property
+    def deviation(self) -> float:
+        """Gives the standard deviation of the pairs; nan for one."""
+        values = list(self.differences.values())
+        return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+    @property
+    def half(self) -> float:
+        """Gives half the width of Student's interval of the mean; nan for one pair."""
+        count = len(self.differences)
+        if count < 2:
+            return math.nan
+        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
+        return quantile * self.deviation / math.sqrt(count)
+
+    def __str__(self) -> str:
+        if math.isnan(self.half):
+            return f"{self.mean:+.4f} (one pair)"
+        return f"{self.mean:+.4f} ± {self.half:.4f}"
+
+
+def report(out: Path, update_docs: bool = False) -> None:
+    """Writes `questions.json`, `.md` and `.png` beside the runs."""
+    records = read(out)
+    if not records:
+        raise SystemExit(f"no runs in {out}")
+    setup = json.loads((out / SETUP).read_text())
+    found = answers(records, setup["steps"])
+    summary = [first_line(found, records), table(found, setup), caption(setup, records)]
+    page = [*summary, noise_table(records), sweep_table(records, setup["steps"])]
+    record = {
+        "benchmark": NAME,
+        **setup,
+        "runs": len(records),
+        "answers": {
+            each.name: {
+                "rate": float(f"{each.rate:.4g}"),
+                "differences": {seed: round(value, 5) for seed, value in each.differences.items()},
+                "mean": round(each.mean, 5),
+                "half": None if math.isnan(each.half) else round(each.half, 5),
+            }
+            for each in found
+        },
+        "environment": records[-1]["environment"],
+    }
+    results.write(out, NAME, record, _joined(page), draw(found, records, setup["steps"]))
+    if update_docs:
+        results.update_readme(f"reproduce-{NAME}", _joined(summary), PAGE)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "\n\n".join(part for part in parts if part)
+
+
+def answers(records: Sequence[Record], steps: int) -> list[Answer]:
+    """Pairs every configuration with the reference; one without a pair is not there."""
+    reference = runs_of(records, REFERENCE, steps)
+    found = []
+    for name in (name for names in ASKED for name in names):
+        own = runs_of(records, name, steps)
+        differences = {
+            seed: loss_of(run) - loss_of(reference[seed])
+            for seed, run in own.items()
+            if seed in reference
+        }
+        if differences:
+            found.append(Answer(name, rate_of(next(iter(own.values()))["k"]), differences))
+    return found
+
+
+def runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Record]:
+    """Collects a configuration's runs by seed, at the rates that most of its seeds have."""
+    at: dict[tuple[int, int], dict[int, Record]] = {}
+    for run in records:
+        known = run["configuration"], run["steps"], run["nudge"]
+        if known == (name, steps, 0) and run["seed"] != SWEEP_SEED:
+            at.setdefault((run["k"], run["rest_k"]), {})[run["seed"]] = run
+    return dict(sorted(max(at.values(), key=len).items())) if at else {}
+
+
+def first_line(found: Sequence[Answer], records: Sequence[Record]) -> str:
+    """Says which differences these runs can tell."""
+    apart = [max(map(loss_of, runs)) - min(map(loss_of, runs)) for runs in noise(records).values()]
+    rounding = (
+        f" Two runs that differ by rounding alone end {max(apart):.5f} apart." if apart else ""
+    )
+    told = [each for each in found if len(each.differences) > 2]
+    if not told:
+        have = max((len(each.differences) for each in found), default=0)
+        start = "**These runs cannot tell differences with an interval yet**"
+        return f"{start}: three pairs are the fewest, {have} are there.{rounding}"
+    widest = max(told, key=lambda each: each.half)
+    deviation = max(each.deviation for each in told)
+    seeds = len(widest.differences)
+    six = float(stats.t.ppf((1 + CONFIDENCE) / 2, 5)) * deviation / math.sqrt(6)
+    return (
+        f"**These runs tell differences beyond {widest.half:.4f}** (the widest 95 % interval, of "
+        f"{seeds} pairs; {WANTED} was wanted). Paired differences have a standard deviation of "
+        f"{deviation:.4f} at most, with which six pairs would tell {six:.4f}.{rounding}"
+    )
+
+
+def title_of(name: str) -> str:
+    """Names a configuration; all of ours are in Muon's scale here."""
+    return CONFIGURATIONS[name].title.removesuffix(", Muon's scale")
+
+
+def table(found: Sequence[Answer], setup: Mapping[str, Any]) -> str:
+    """Draws one row for each question that has a pair."""
+    if not found:
+        return ""
+    base = cost(REFERENCE, setup)
+    rows = [
+        [
+            title_of(each.name),
+            str(each),
+            str(len(each.differences)),
+            f"{each.rate:.2g}",
+            f"{cost(each.name, setup) / base:.2f}",
+        ]
+        for each in found
+    ]
+    header = "in place of our Muon", "loss minus its", "pairs", "learning rate", "state, of its"
+    return results.markdown(header, rows)
+
+
+def cost(name: str, setup: Mapping[str, Any]) -> float:
+    """Counts the entries of the optimizer's state."""
+    known = Setup(**{field: setup[field] for field in Setup.__dataclass_fields__})
+    model = training.GPT(training.model_of(known, known.vocab_size))
+
+    def state() -> Any:
+        tokens = jnp.zeros((1, known.context), jnp.int32)
+        params = model.init(jax.random.key(0), tokens)["params"]
+        return build(CONFIGURATIONS[name], setup["steps"], 1.0, 1.0).init(params)
+
+    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(state)))
+
+
+def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
+    """Says what was run."""
+    tokens = setup["batch_size"] * setup["context"]
+    commits = sorted({record["environment"]["commit"] for record in records})
+    where = dict(records[-1]["environment"]) | {"commit": " and ".join(commits)}
+    return (
+        f"{len(records)} runs of {setup['steps']} steps of {tokens:,} tokens; model "
+        f"`{setup['model']}`, stack 1, `polar_express`, in Muon's scale. Losses are those of the "
+        f"averaged weights on {setup['eval_tokens']:,} held-out tokens, differences are paired by "
+        f"seed, with Student's {CONFIDENCE:.0%} interval. "
+        f"{results.caption({'environment': where})}"
+    )
+
+
+def noise_table(records: Sequence[Record]) -> str:
+    """Shows how far equal algorithms end from each other."""
+    rows = []
+    for runs in noise(records).values():
+        ends = [loss_of(run) for run in runs]
+        shown = ", ".join(f"{end:.5f}" for end in ends)
+        rows.append([title_of(runs[0]["configuration"]), shown, f"{max(ends) - min(ends):.5f}"])
+    header = "equal but for rounding", "validation losses", "apart by"
+    return results.markdown(header, rows) if rows else ""
+
+
+def sweeps(records: Sequence[Record], steps: int) -> dict[str, dict[int, float]]:
+    """Collects, by title, the losses of the seed that rates are chosen on, by k."""
+    jobs = {job_of(run) for run in records if run["seed"] == SWEEP_SEED and run["steps"] == steps}
+    rest = [losses(records, "rest_k", job) for job in jobs if job.configuration == REFERENCE]
+    found = {"the fallback's, with our Muon": max(rest, key=len, default={})}
+    for name in [REFERENCE, *(name for names in ASKED for name in names)]:
+        swept = [losses(records, "k", job) for job in jobs if job.configuration == name]
+        found[title_of(name)] = max(swept, key=len, default={})
+    return {title: swept for title, swept in found.items() if len(swept) > 1}
+
+
+def sweep_table(records: Sequence[Record], steps: int) -> str:
+    """Draws one column for each learning rate."""
+    found = sweeps(records, steps)
+    ks = sorted({k for swept in found.values() for k in swept})
+    rows = []
+    for title, swept in found.items():
+        cells = {k: f"{swept[k]:.4f}" if k in swept else "" for k in ks}
+        best = min(swept, key=swept.__getitem__)
+        rows.append([title, *(cells | {best: f"**{cells[best]}**"}).values()])
+    header = "learning rate, on another seed", *(f"{rate_of(k):.2g}" for k in ks)
+    return results.markdown(header, rows) if rows else ""
+
+
+def draw(found: Sequence[Answer], records: Sequence[Record], steps: int) -> Figure:
+    """Draws paired differences with their intervals, each pair as a dot, and the sweeps."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    differences, rates = figure.subplots(1, 2)
+    for place, each in enumerate(found):
+        half = 0.0 if math.isnan(each.half) else each.half
+        differences.errorbar(each.mean, -place, xerr=half, fmt="o", capsize=4, color="C0")
+        values = list(each.differences.values())
+        differences.plot(values, [-place] * len(values), ".", color="black", markersize=4)
+    titles = [title_of(each.name) for each in found]
+    differences.set_yticks([-place for place in range(len(found))], titles)
+    differences.axvline(0, color="black", linewidth=0.8)
+    differences.axvspan(-WANTED, WANTED, color="black", alpha=0.07)
+    differences.set(xlabel="validation loss minus our Muon's, 95 % interval; dots are pairs")
+    for title, swept in sweeps(records, steps).items():
+        ks = [k for k in sorted(swept) if math.isfinite(swept[k])]
+        rates.plot([rate_of(k) for k in ks], [swept[k] for k in ks], "o-", label=title)
+    if rates.lines:
+        rates.set_xscale("log")
+        rates.legend()
+    rates.set(xlabel="learning rate", ylabel="validation loss", title="sweeps, another seed")
+    return figure
