@@ -10,6 +10,8 @@ import optax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 from oracles import EPS
 
@@ -240,3 +242,43 @@ def test_a_group_without_gradient_stays_zero_in_a_view():
     transform: Any = orthogonalize([Rule("w", **case.arguments)])
     updates, _ = transform.update(tree, optax.EmptyState())
     assert not np.any(updates["w"])
+
+
+TYPES = {"Auto": AxisType.Auto, "Explicit": AxisType.Explicit}
+# How a leaf (WIDTH, fan_out), or one of layers before that, lies on a mesh of 2 x 4 or 8 devices.
+MESHES = {
+    "fan_in": ((2, 4), P("x", None)),
+    "fan_out evenly": ((4, 2), P(None, "x")),
+    "fan_out by two axes": ((2, 2), P(None, ("x", "y"))),
+    "both": ((2, 4), P("x", "y")),
+    "fan_out not by heads": ((1, 8), P(None, "y")),
+    "whole": ((2, 4), P()),
+}
+
+
+@pytest.mark.parametrize("is_scanned", [False, True], ids=["leaves", "scanned"])
+@pytest.mark.parametrize("where", MESHES)
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", ["Q, K and V by heads", "Q, K and V by groups of queries"])
+def test_a_mesh_changes_neither_the_update_of_a_view_nor_where_it_lies(
+    name, kind, where, is_scanned
+):
+    case, parts = CASES[name], parts_of(CASES[name])
+    lengths, spec = MESHES[where]
+    mesh = jax.make_mesh(lengths, ("x", "y"), axis_types=(TYPES[kind],) * 2)
+    fused = [np.float32(case.fused(layer)) for layer in parts]
+    tree = {"w": np.stack(fused)} if is_scanned else {f"w_{i}": w for i, w in enumerate(fused)}
+    own = NamedSharding(mesh, P(None, *spec) if is_scanned else spec)
+    layers = {"layer_axis": 0} if is_scanned else {}
+    rule = Rule("w" if is_scanned else r"w_(?P<layer>\d+)", stack=2, **layers, **case.arguments)
+    expected = updates_of(jax.tree.map(jnp.asarray, tree), [rule])
+    shardings = jax.tree.map(lambda _: own, tree)
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(tree, shardings)
+        given = shardings if kind == "Auto" else None
+        transform: Any = orthogonalize([rule], method="svd", shardings=given)
+        state = transform.init(placed)
+        updates = jax.jit(lambda leaves: transform.update(leaves, state)[0])(placed)
+    for path, update in updates.items():
+        assert update.sharding.is_equivalent_to(own, update.ndim)
+        np.testing.assert_allclose(np.asarray(update), np.asarray(expected[path]), atol=32 * EPS)

@@ -139,7 +139,8 @@ def entry(
     )
     parts = layout.sizes if len(layout.sizes) > 1 else (shape[layout.fan_out[0]],)
     spec = PartitionSpec(*(names or None for names in cuts))
-    return Entry(spec, layout._replace(shape=shape, sizes=parts), (fan_in, fan_out))
+    of_shard = layout._replace(shape=shape, sizes=parts, stored=None)
+    return Entry(spec, of_shard, (fan_in, fan_out))
 
 
 def _divides(

@@ -17,6 +17,7 @@ from teon_optax._mesh.exchange import (
     total_of_group,
 )
 from teon_optax._mesh.placement import Located
+from teon_optax._mesh.views import cuts_of_view, enter_view, leave_view
 from teon_optax._plan.batches import BatchKey, in_batches, pieces_by_batch, scaled_polar_factors
 from teon_optax._plan.plan import Series
 from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
@@ -58,9 +59,12 @@ def _entries(all_series: Sequence[Series], located: Located) -> dict[int, Entry]
     """How each leaf that can enters the exchange; all leaves of a series enter alike."""
     entries: dict[int, Entry] = {}
     for series in all_series:
-        cuts = located.cuts(series.leaves[0], len(series.layout.shape))
+        layout, stored = series.layout, series.layout.stored
+        cuts = located.cuts(series.leaves[0], len(stored.shape if stored else layout.shape))
         if cuts is not None and located.sizes:
-            found = entry(series.layout, series.rule.stack, cuts, located.sizes)
+            if stored:
+                _, cuts = cuts_of_view(layout, stored, cuts, located.sizes)
+            found = entry(layout, series.rule.stack, cuts, located.sizes)
             entries |= dict.fromkeys(series.leaves, found) if found else {}
     return entries
 
@@ -77,12 +81,16 @@ def _exchanged_updates(
     of_shards = tuple(
         series._replace(layout=entries[series.leaves[0]].layout) for series in all_series
     )
-    entered = {leaf: located.entered(leaves[leaf], own.spec) for leaf, own in entries.items()}
+    layouts = {leaf: series.layout for series in all_series for leaf in series.leaves}
+    entered = {
+        leaf: located.entered(enter_view(located, leaf, leaves[leaf], layouts[leaf]), own.spec)
+        for leaf, own in entries.items()
+    }
     axes = {leaf: own.axes for leaf, own in entries.items()}
     groups = [key.whole(located.sizes) for key in pieces_by_batch(of_shards, entered, axes)]
     # Operands, since a scale may be traced; in the order in which the shards form their batches.
     scales = [key.scaled(scale) for key in groups]
-    return _exchanged(
+    done = _exchanged(
         entered,
         [jnp.asarray(value) for value in scales],
         all_series=of_shards,
@@ -91,6 +99,7 @@ def _exchanged_updates(
         sizes=tuple(located.sizes.items()),
         numerics=numerics,
     )
+    return {leaf: leave_view(located, leaf, update, layouts[leaf]) for leaf, update in done.items()}
 
 
 # Compiled as one, also where `update` is not: an exchange of single operations would be slow.
