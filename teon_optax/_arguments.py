@@ -55,14 +55,13 @@ def check_flag(name: str, value: Any) -> None:
         raise ValueError(f"`{name}={value!r}` should be True or False.")
 
 
-def check_mask(mask: Any) -> None:
+def check_mask(name: str, mask: Any) -> None:
     """Raises unless it is None, a function, or a tree of booleans."""
     is_bare = isinstance(mask, (bool, np.ndarray, jax.Array))
     leaves = [] if callable(mask) else jax.tree.leaves(mask)
     if is_bare or not all(isinstance(leaf, (bool, np.bool_)) for leaf in leaves):
         raise ValueError(
-            f"`weight_decay_mask={mask!r}` should be a tree of booleans or a function of params; "
-            f"{INJECTED}."
+            f"`{name}={mask!r}` should be a tree of booleans or a function of params; {INJECTED}."
         )
 
 

@@ -92,7 +92,7 @@ def teon(
     check_rate("learning_rate", learning_rate)
     check_rate("adam_learning_rate", adam_learning_rate)
     check_rate("weight_decay", weight_decay)
-    check_mask(weight_decay_mask)
+    check_mask("weight_decay_mask", weight_decay_mask)
     # Decay needs params, which some trainers do not pass.
     decays = weight_decay_mask is not None or not _is_zero(weight_decay)
     decay = (

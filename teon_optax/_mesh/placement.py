@@ -199,6 +199,20 @@ class Shardings:
             )
 
 
+def placed_along(array: jax.Array, leaf: Any) -> jax.Array:
+    """Puts an array where a leaf is known to lie, along those axes in which both are as long.
+
+    That is known outside of `jax.jit`, on meshes of type Auto. A state that is made there then lies
+    where updates will leave it.
+    """
+    own = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
+    if not isinstance(own, NamedSharding) or AxisType.Auto not in own.mesh.axis_types:
+        return array
+    axes = zip(own.spec, array.shape, leaf.shape, strict=False)
+    spec = PartitionSpec(*(names if size == whole else None for names, size, whole in axes))
+    return jax.device_put(array, NamedSharding(own.mesh, spec, memory_kind=own.memory_kind))
+
+
 def splittable(array: jax.Array, axis: int, sizes: Sequence[int]) -> jax.Array:
     """Gathers an array along an axis, unless an explicit mesh cuts parts of these sizes evenly."""
     own = jax.typeof(array).sharding

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from teon_optax._memory import kept_beside, on_device
-from teon_optax._mesh.placement import merge_axes, split_axis, splittable
+from teon_optax._mesh.placement import merge_axes, placed_along, split_axis, splittable
 from teon_optax._plan.layout import Layout
 from teon_optax._planning import plan
 from teon_optax._rule import Rule
@@ -49,7 +49,8 @@ def each_matrix(
 
     Returns:
       The tree of new values, in the dtypes and places of `tree`; and the tree of what there is to
-      keep, with `optax.MaskedNode()` for leaves that have nothing.
+      keep, with `optax.MaskedNode()` for leaves that have nothing. Where `tree` has None, as where
+      a leaf gets no gradient, there is what the last of `others` has.
 
     Examples:
       Gives each neuron's update its own mean as an offset, whatever the leaf looks like:
@@ -67,7 +68,10 @@ def each_matrix(
     leaves, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
     positions = [index for index, leaf in enumerate(leaves) if leaf is not None]
     inputs = [leaves, *(structure.flatten_up_to(other) for other in others)]
-    more: list[Any] = [optax.MaskedNode() if leaf is not None else None for leaf in leaves]
+    more: list[Any] = [
+        optax.MaskedNode() if first is not None else last
+        for first, last in zip(leaves, inputs[-1], strict=True)
+    ]
     layouts = {leaf: series.layout for series in plan(tree, rules).series for leaf in series.leaves}
     for position, layout in layouts.items():
         index = positions[position]
@@ -78,7 +82,9 @@ def each_matrix(
         results = zip(*(function(*part, fan_in, fan_out) for part in parts), strict=True)
         new, *rest = (from_parts(result, layout) for result in results)
         leaves[index] = kept_beside(placed_like(new.astype(leaf.dtype), leaf), leaf)
-        (more[index],) = [kept_beside(each, last) for each in rest] or [optax.MaskedNode()]
+        more[index] = optax.MaskedNode()
+        if rest:
+            more[index] = kept_beside(placed_along(rest[0], last), last)
     return structure.unflatten(leaves), structure.unflatten(more)
 
 

@@ -1,4 +1,4 @@
-"""`normalize_matrices`: Muon+."""
+"""`normalize_matrices`: Muon+ and MuonEq."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ import optax
 from teon_optax._arguments import check_eps
 from teon_optax._rule import Rule, checked_rules
 from teon_optax._scaling import ScaleLike, scaling
-from teon_optax.contrib._matrices import Axes, each_matrix, length, sum_of_squares
+from teon_optax.contrib._matrices import Axes, each_matrix, length, magnitude, sum_of_squares
 
 _NORMALIZATIONS = ("none", "col", "row", "col_row", "row_col")
 
@@ -22,20 +22,29 @@ def normalize_matrices(
     scale: ScaleLike = "spectral",
     eps: float = 1e-7,
 ) -> optax.GradientTransformation:
-    """Muon+ (arXiv 2602.21545): divides columns, rows or both by their norms, then scales.
+    """Divides the columns or rows of each matrix by their norms, or both in turn. Stateless.
 
-    In the paper's layout (fan_out, fan_in) a column is an input, a row an output neuron:
+    Behind `orthogonalize` it is Muon+. Before it, behind the momentum, it is MuonEq, whose default
+    is "row" and which needs no `scale`, as `orthogonalize` has its own. In the papers' layout
+    (fan_out, fan_in) a column is an input, a row an output neuron:
 
-        col: O <- O / sqrt(sum_fan_out O^2 + eps)      row: O <- O / sqrt(sum_fan_in O^2 + eps)
+        col: O <- O / sqrt(s + eps mean(s)),  s = sum_fan_out O^2, one for each column
+        row: O <- O / sqrt(s + eps mean(s)),  s = sum_fan_in O^2, one for each row
+
+    Then the whole matrix is multiplied so that it is as long as `scale` says.
 
     Args:
-      rules: As for `orthogonalize`; leaves that they do not take pass.
+      rules: Which leaves hold matrices, and how, in the form that `orthogonalize` takes; the
+        updates of other leaves pass. Each layer, head, expert and fused part is a matrix of its
+        own.
       normalize: "none" (all pass), "col", "row", "col_row" (columns first) or "row_col".
-      scale: As for `orthogonalize`, and in place of that one's.
-      eps: Added to squares of norms.
+      scale: Length of the result: "spectral", "muon" or a root mean square, as `orthogonalize`
+        has it for one matrix, and in place of what it did.
+      eps: Added to squares of norms, relative to their mean over the matrix, so that the size of
+        what comes in does not matter.
 
     Returns:
-      A stateless `optax.GradientTransformation`.
+      A stateless `optax.GradientTransformation`. A matrix of zeros stays zero.
 
     Raises:
       ValueError: If an argument is unknown or, in `update`, rules do not fit the tree.
@@ -49,6 +58,9 @@ def normalize_matrices(
       ...     contrib.normalize_matrices(),
       ...     optax.scale_by_learning_rate(0.02),
       ... )
+
+    References:
+      Muon+, 2026, arXiv 2602.21545. MuonEq, 2026, arXiv 2603.28254.
     """
     if normalize not in _NORMALIZATIONS:
         raise ValueError(f"`normalize={normalize!r}` should be one of {_NORMALIZATIONS}.")
@@ -57,9 +69,11 @@ def normalize_matrices(
 
     def normalized(matrix: jax.Array, fan_in: Axes, fan_out: Axes) -> tuple[jax.Array]:
         lengths = length(matrix, fan_in), length(matrix, fan_out)
+        matrix = matrix / magnitude(matrix, fan_in + fan_out)
         for direction in normalize.split("_"):
-            summed = fan_in if direction == "row" else fan_out
-            matrix = matrix / jnp.sqrt(sum_of_squares(matrix, summed) + eps)
+            squares = sum_of_squares(matrix, fan_in if direction == "row" else fan_out)
+            squares += eps * jnp.mean(squares, fan_in + fan_out, keepdims=True)
+            matrix = matrix / jnp.sqrt(jnp.where(squares == 0, jnp.ones_like(squares), squares))
         # The squares of all entries add up to the number of vectors that were divided last.
         square = lengths[0] if normalize.endswith("col") else lengths[1]
         return (matrix * jnp.asarray(factor(*lengths, 1, square), matrix.dtype),)

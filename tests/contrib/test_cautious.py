@@ -31,3 +31,15 @@ def test_cautious_weight_decay_passes_what_is_absent():
     transform: Any = contrib.add_cautious_weight_decay(0.5)
     result, _ = transform.update(updates, transform.init(params), params)
     assert result["frozen"] is None and result["w"].tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize("decay", [float("nan"), -0.1, float("inf"), "much"])
+def test_what_is_no_rate_is_refused(decay):
+    with pytest.raises(ValueError, match=r"`weight_decay=.*` should be a number, at least 0, or a"):
+        contrib.add_cautious_weight_decay(decay)
+
+
+@pytest.mark.parametrize("mask", ["kernel", {"w": 1.0}, True])
+def test_what_is_no_tree_of_booleans_is_refused(mask):
+    with pytest.raises(ValueError, match=r"`mask=.*` should be a tree of booleans or a function"):
+        contrib.add_cautious_weight_decay(0.1, mask)

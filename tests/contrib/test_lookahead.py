@@ -130,7 +130,7 @@ def test_what_is_no_number_in_range_is_refused(arguments, words):
 def test_a_state_of_another_model_is_refused():
     transform: Any = contrib.add_lookahead(0.5)
     state = transform.init({"w": jnp.ones((1, 3))})
-    with pytest.raises(ValueError, match=r"`mean` has shape \(1, 3\) at 'w', where \(2, 3\) is"):
+    with pytest.raises(ValueError, match=r"`mean` has shape \(1, 3\) at 'w', where shape \(2"):
         transform.update({"w": jnp.ones((2, 3))}, state)
     with pytest.raises(ValueError, match="`mean` has no array at 'v'"):
         transform.update({"v": jnp.ones((2, 3))}, state)

@@ -50,17 +50,27 @@ def test_rules_may_be_a_generator_and_are_checked_at_once(transform):
 
 
 def assert_same_on(mesh, specs, rule, shape):
-    """Updates and the second moment, with types that stay."""
-    transform = optax.chain(contrib.normalize_matrices([rule]), contrib.scale_by_normuon([rule]))
-    tree = {"w": jnp.asarray(np.random.default_rng(3).normal(size=shape), jnp.float32)}
-    alone, _ = jax.jit(transform.update)(tree, transform.init(tree))
+    """Updates and all states, which stay where they lay and keep their types."""
+    transform = optax.chain(
+        contrib.normalize_matrices([rule]),
+        contrib.scale_by_normuon([rule]),
+        contrib.scale_to_param_norm([rule]),
+        optax.scale_by_learning_rate(0.1),
+        contrib.project_to_sphere([rule]),
+        contrib.add_lookahead(0.5),
+    )
+    rng = np.random.default_rng(3)
+    tree = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    alone, _ = jax.jit(transform.update)(tree, transform.init(tree), tree)
     for spec in specs:
         put = {"w": jax.device_put(tree["w"], NamedSharding(mesh, spec))}
         with jax.set_mesh(mesh):
             state = transform.init(put)
-            result, after = jax.jit(transform.update)(put, state)
+            result, after = jax.jit(transform.update)(put, state, put)
         assert jax.tree.map(jax.typeof, (result, after)) == jax.tree.map(jax.typeof, (put, state))
-        np.testing.assert_allclose(result["w"], alone["w"], rtol=1e-5)
+        for before, now in zip(*map(jax.tree.leaves, ((put, state), (result, after))), strict=True):
+            assert now.sharding.is_equivalent_to(before.sharding, now.ndim)
+        np.testing.assert_allclose(result["w"], alone["w"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow

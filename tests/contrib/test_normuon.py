@@ -45,6 +45,59 @@ def test_normuon_of_zero_is_zero_and_16_bits_keep_their_dtype():
     assert state.nu["w"].dtype == "float32" and state.nu["w"].shape == (1, 6)
 
 
+@pytest.mark.parametrize("rms", [None, 0.2])
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1e19, 1e20, 1e37])
+def test_finite_updates_of_any_size_stay_finite_and_keep_their_norm(size, rms):
+    update = np.float32(size) * np.random.default_rng(6).uniform(0.1, 1, (4, 6)).astype(np.float32)
+    transform: Any = contrib.scale_by_normuon([Rule("w")], rms=rms)
+    tree = {"w": jnp.asarray(update)}
+    state = transform.init(tree)
+    for _ in range(3):
+        result, state = transform.update(tree, state)
+        length = np.sqrt(np.mean(np.square(np.float64(result["w"]))))
+        expected = rms or np.sqrt(np.mean(np.square(np.float64(update))))
+        np.testing.assert_allclose(length, expected, rtol=1e-5)
+        assert np.isfinite(state.nu["w"]).all()
+
+
+def test_a_state_of_another_model_or_of_other_rules_is_refused():
+    params = {"w": jnp.ones((4, 6)), "v": jnp.ones((2, 3))}
+    transform: Any = contrib.scale_by_normuon([Rule("w")])
+    state = transform.init(params)
+
+    def update_with(nu):
+        return transform.update(params, optax.ScaleByRmsState(nu))
+
+    with pytest.raises(
+        ValueError, match=r"`nu` has shape \(4, 6\) at 'w', where shape \(1, 6\) sh"
+    ):
+        update_with(state.nu | {"w": jnp.ones((4, 6))})
+    other: Any = contrib.scale_by_normuon([Rule("v")])
+    with pytest.raises(ValueError, match="`nu` has shape .* at 'v', where no array should be"):
+        transform.update(params, other.init(params))
+    with pytest.raises(ValueError, match="`nu` has no array at 'w', where shape"):
+        update_with({"w": optax.MaskedNode(), "v": optax.MaskedNode()})
+    frozen, after = transform.update({"w": None, "v": params["v"]}, state)
+    assert frozen["w"] is None
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@pytest.mark.parametrize("name", ["beta2", "rms", "eps"])
+def test_a_schedule_is_told_who_calls_it(name):
+    arguments: Any = {name: lambda count: 0.2}
+    words = rf"inject_hyperparams\(scale_by_normuon\)\(\.\.\., {name}=schedule\)"
+    with pytest.raises(ValueError, match=words):
+        contrib.scale_by_normuon(**arguments)
+
+
+def test_a_schedule_may_be_injected():
+    build: Any = optax.inject_hyperparams(contrib.scale_by_normuon)
+    transform = build([Rule("w")], rms=lambda count: 0.3)
+    tree = {"w": jnp.ones((4, 6))}
+    result, _ = transform.update(tree, transform.init(tree))
+    np.testing.assert_allclose(result["w"], 0.3, rtol=1e-6)
+
+
 def test_the_second_moment_mirrors_params():
     params = {"w": jnp.ones((4, 6)), "bias": jnp.ones(6), "frozen": None}
     transform: Any = contrib.scale_by_normuon([Rule("w")])
