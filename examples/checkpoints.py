@@ -25,7 +25,7 @@ ADVICE = "without that folder --resume goes on from an earlier checkpoint, if th
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """The manager of a folder of checkpoints."""
+    """Opens the manager of a folder of checkpoints."""
     # What matters of Orbax's log also comes as an exception, which becomes one line for the user.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     # A train step donates its state's buffers, which on CPU an asynchronous save may still read.
@@ -51,7 +51,7 @@ def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
 
 
 def restore(manager: ocp.CheckpointManager, shapes: Any) -> tuple[int, Any] | None:
-    """The newest checkpoint.
+    """Restores the newest checkpoint.
 
     Args:
         manager: Where to look.

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from examples.model_sizes import MODELS, ModelConfig, gpt, llama
+from examples.options import MODELS, ModelConfig, gpt, llama
 
 __all__ = ["GPT", "MODELS", "ModelConfig", "gpt", "llama", "rotate"]
 
@@ -17,7 +17,7 @@ ROTARY_BASE = 10_000.0
 
 
 def rotate(heads: jax.Array) -> jax.Array:
-    """Rotary positions (arXiv 2104.09864) for queries or keys.
+    """Turns queries or keys by their positions (rotary positions, arXiv 2104.09864).
 
     Args:
         heads: (batch, time, heads, size), with an even size.
@@ -46,7 +46,7 @@ def _norm(config: ModelConfig, name: str) -> nn.Module:
 
 
 def _residual_std(config: ModelConfig) -> float:
-    """GPT-2's: the sum of 2 depth branches starts as large as one of them."""
+    """Scales as GPT-2 does: the sum of 2 depth branches starts as large as one of them."""
     return INIT_STD / (2 * config.depth) ** 0.5
 
 
@@ -57,7 +57,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, time, width) to the same."""
+        """Maps (batch, time, width) to the same."""
         config = self.config
         shape = (*x.shape[:-1], config.heads, config.width // config.heads)
         query, key, value = (
@@ -77,7 +77,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, time, width) to the same."""
+        """Maps (batch, time, width) to the same."""
         config = self.config
         up = _linear(config, config.hidden, "up")(x)
         if config.activation == "swiglu":
@@ -94,7 +94,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, time, width) to the same."""
+        """Maps (batch, time, width) to the same."""
         x = x + Attention(self.config, name="attn")(_norm(self.config, "attn_norm")(x))
         return x + MLP(self.config, name="mlp")(_norm(self.config, "mlp_norm")(x))
 
@@ -106,13 +106,13 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Next-token logits.
+        """Predicts the next token at every position.
 
         Args:
             tokens: (batch, time) integers below `vocab_size`.
 
         Returns:
-            (batch, time, vocab_size) in float32.
+            (batch, time, vocab_size) logits in float32.
         """
         config = self.config
         init = nn.initializers.normal(INIT_STD)

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from optax import contrib
 
 import teon_optax
-from examples import rule_texts
 from examples.errors import UserError
-from examples.options import Options
+from examples.options import Options, read_rule
 
 CLIP = 1.0
 LONGEST_WARMUP = 20
@@ -24,7 +24,7 @@ DECAY_SHARE = 0.4
 
 
 def build(options: Options, shardings: Any = None) -> optax.GradientTransformation:
-    """The optimizer that the options name; `shardings` says how parameters lie on a mesh."""
+    """Makes the optimizer that the options name; `shardings`: how parameters lie on a mesh."""
     rate = SCHEDULES[options.schedule](options.learning_rate, options.steps)
     adam_rate = SCHEDULES[options.schedule](options.adam_learning_rate, options.steps)
     b1, b2 = options.adam_b1, options.adam_b2
@@ -50,7 +50,7 @@ def build(options: Options, shardings: Any = None) -> optax.GradientTransformati
 
 
 def schedule(peak: float, steps: int) -> optax.Schedule:
-    """A short linear warm-up, the peak, and a linear decay over the last 40 %."""
+    """Joins a short linear warm-up, the peak, and a linear decay over the last 40 %."""
     warmup = max(1, min(LONGEST_WARMUP, steps // 10))
     decay = round(DECAY_SHARE * steps)
     return optax.join_schedules(
@@ -64,7 +64,7 @@ def schedule(peak: float, steps: int) -> optax.Schedule:
 
 
 def cosine_schedule(peak: float, steps: int) -> optax.Schedule:
-    """A linear warm-up over a tenth of the steps, then half a cosine to zero."""
+    """Joins a linear warm-up over a tenth of the steps and half a cosine to zero."""
     warmup = max(1, steps // 10)
     decay_steps = max(steps, warmup + 1)  # optax refuses a decay of no steps
     return optax.warmup_cosine_decay_schedule(peak / warmup, peak, warmup, decay_steps)
@@ -73,14 +73,37 @@ def cosine_schedule(peak: float, steps: int) -> optax.Schedule:
 SCHEDULES = {"linear": schedule, "cosine": cosine_schedule}
 
 
+def describe_new_length(options: Options, steps_before: int, step: int) -> str:
+    """Says what another `--steps` makes of the learning rate of a run that goes on.
+
+    Args:
+        options: Of the run from here on.
+        steps_before: The length that it had so far.
+        step: Steps that are done.
+    """
+    make = SCHEDULES[options.schedule]
+    before, after = (
+        np.asarray(make(options.learning_rate, steps)(np.arange(step + 1)))
+        for steps in (steps_before, options.steps)
+    )
+    if np.array_equal(before[:step], after[:step]):
+        return f"goes on at step {step}, as a run of {options.steps} steps from the start would"
+    return (
+        f"goes on at step {step} on the schedule of {options.steps} steps, at a learning rate of "
+        f"{after[step]:.3g}: on that of {steps_before} it had come to {before[step]:.3g}. This is "
+        f"no run of {options.steps} steps from the start: for that, write --steps {options.steps} "
+        "with another --out and without --resume"
+    )
+
+
 def parse_rules(texts: Sequence[str] | None) -> list[teon_optax.Rule] | None:
-    """The rules of `--rules`, or None for the library's own."""
+    """Reads `--rules`; None stands for the library's own."""
     return None if texts is None else [parse_rule(text) for text in texts]
 
 
 def parse_rule(text: str) -> teon_optax.Rule:
-    """A rule from `REGEX:stack=K[,mode=M][,split=N]`; raises UserError for anything else."""
-    pattern, stack, mode, split = rule_texts.read(text)
+    """Reads a rule `REGEX:stack=K[,mode=M][,split=N]`; raises UserError for anything else."""
+    pattern, stack, mode, split = read_rule(text)
     try:
         return teon_optax.Rule(pattern, stack, mode, split=split)
     except ValueError as error:
@@ -105,7 +128,7 @@ def check_rules(texts: Sequence[str] | None, params: Any) -> None:
 
 
 def describe(options: Options, params: Any) -> str:
-    """What the optimizer does to each parameter: for TEON the plan of its groups.
+    """Tells in a table what the optimizer does to each parameter: for TEON, the plan.
 
     Args:
         options: Of the run.
@@ -142,12 +165,12 @@ def _with_paths(params: Any) -> list[tuple[str, Any]]:
 
 
 def _collapsed(path: str) -> str:
-    """The path without the numbers of blocks."""
+    """Puts a star in place of the numbers of a path, as the plan does."""
     return re.sub(r"\d+", "*", path)
 
 
 def _block_matrices(params: Any) -> Any:
-    """A tree of booleans: what Muon takes, and what weight decay shrinks."""
+    """Marks by True what Muon takes and weight decay shrinks, in the tree of the parameters."""
 
     def inside_block(path: Any, leaf: jax.Array) -> bool:
         return leaf.ndim == 2 and jax.tree_util.keystr(path, simple=True).startswith("block_")

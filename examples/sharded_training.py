@@ -13,60 +13,60 @@ TPU, Slurm, Open MPI) add `--distributed`; elsewhere `--coordinator HOST:PORT --
 writes.
 """
 
-import argparse
+import dataclasses
 import functools
 import re
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
-from examples import jobs
-from examples.command_line import Parser, exit_code, whole
-from examples.errors import UserError
-from examples.options import parse
+import tyro
+
+from examples import options, train_gpt
+from examples.errors import UserError, exit_code
 
 AXES = ("replica", "data", "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags(options.Flags):
+    """The flags of `train_gpt`, and those of meshes and processes."""
+
+    mesh: Annotated[str | None, options.shown_as("AXIS=SIZE,..", "data=DEVICES")] = None
+    """The axes of the mesh."""
+    distributed: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Find the other processes by the cluster."""
+    coordinator: Annotated[str | None, options.shown_as("HOST:PORT", "one process")] = None
+    """Address of the first process."""
+    processes: Annotated[options.Count | None, options.shown_as("N", "one")] = None
+    """How many there are."""
+    process: Annotated[options.Index | None, options.shown_as("I", "the only one")] = None
+    """Which one this is, from 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
 
     def run() -> int:
-        options, others = parser().parse_known_args(argv)
-        sizes = None if options.mesh is None else axis_sizes(options.mesh)
-        check_processes(options)
-        command = parse(others)
-        jobs.check(command)
+        words = sys.argv[1:] if argv is None else argv
+        flags = options.read_flags(Flags, words, "examples.sharded_training", __doc__)
+        sizes = None if flags.mesh is None else axis_sizes(flags.mesh)
+        check_processes(flags)
+        command = options.command(flags, words)
+        train_gpt.check(command)
         # As in `train_gpt`: after all that is quick to refuse.
-        from examples import mesh, processes, training
+        from examples import mesh, training
 
-        processes.connect(options)
+        mesh.connect(flags)
         devices = mesh.make(sizes)
-        with processes.claimed(command) as job:
+        with mesh.claimed(command) as job:
             return training.run(job, functools.partial(mesh.build, devices))
 
     return exit_code("sharded_training", run)
 
 
-def parser() -> argparse.ArgumentParser:
-    """The flags that `train_gpt` does not have."""
-    parser = Parser(
-        "examples.sharded_training",
-        description=__doc__,
-        epilog="And all flags of examples.train_gpt.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--mesh", metavar="AXIS=SIZE,..", help="default: data=DEVICES")
-    add("--distributed", action="store_true", help="find the other processes by the cluster")
-    add("--coordinator", metavar="HOST:PORT", help="of the first process")
-    add("--processes", type=whole(1), metavar="N", help="how many there are")
-    add("--process", type=whole(0), metavar="I", help="which one this is, from 0")
-    return parser
-
-
 def axis_sizes(text: str) -> dict[str, int]:
-    """The sizes of `--mesh` by their axes."""
+    """Reads the sizes of `--mesh` by their axes."""
     if not re.fullmatch(r"[a-z]+=[1-9][0-9]{0,8}(,[a-z]+=[1-9][0-9]{0,8})*", text):
         raise UserError(f"--mesh {text!r} is not AXIS=SIZE,AXIS=SIZE, as in data=4,model=2")
     sizes = {name: int(size) for name, size in re.findall(r"(\w+)=(\d+)", text)}
@@ -75,24 +75,21 @@ def axis_sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def check_processes(options: argparse.Namespace) -> None:
+def check_processes(flags: Flags) -> None:
     """Raises UserError for flags that do not say which processes there are."""
-    given = options.coordinator, options.processes, options.process
-    if given == (None, None, None):
+    coordinator, processes, process = flags.coordinator, flags.processes, flags.process
+    if coordinator is None and processes is None and process is None:
         return
-    if None in given:
+    if coordinator is None or processes is None or process is None:
         raise UserError("--coordinator, --processes and --process go together")
-    if options.distributed:
+    if flags.distributed:
         raise UserError("--distributed finds what --coordinator, --processes and --process say")
-    address = re.fullmatch(r"\S+:([0-9]{1,5})", options.coordinator)
+    address = re.fullmatch(r"\S+:([0-9]{1,5})", coordinator)
     if address is None or not 0 < int(address[1]) < 2**16:
+        raise UserError(f"--coordinator {coordinator!r} is not HOST:PORT, with a port below 65536")
+    if process >= processes:
         raise UserError(
-            f"--coordinator {options.coordinator!r} is not HOST:PORT, with a port below 65536"
-        )
-    if options.process >= options.processes:
-        raise UserError(
-            f"--process {options.process} is not one of --processes {options.processes}, which "
-            "are counted from 0"
+            f"--process {process} is not one of --processes {processes}, which are counted from 0"
         )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from examples import optimizers, program
+from examples import optimizers, training
 from examples.errors import UserError
 from examples.options import parse, resolve
 from teon_optax import plan
@@ -36,7 +36,7 @@ def load(name, *flags):
 
 def built(name, *flags):
     options = load(name, *flags)
-    return options, program.build(options, options.vocab_size)
+    return options, training.build(options, options.vocab_size)
 
 
 def test_every_configuration_is_tested():
@@ -154,16 +154,16 @@ def test_shards_hold_tokens_whatever_the_file_says(toml, tmp_path):
         ("adam_b1 = 1.0", "--adam-b1: 1.0 is not zero or a positive number below 1"),
         ("learning_rate = nan", "--learning-rate: nan is not a positive number"),
         ("learning_rate = inf", "--learning-rate: inf is not a positive number"),
-        ("learning_rate = [0.1]", r"--learning-rate: \[0.1\] is not a number"),
-        ("learning_rate = false", "--learning-rate: False is not a number"),
-        ('learning_rate = "0.1"', "--learning-rate: '0.1' is not a number"),
-        ("model = 3", "--model: 3 is not a string"),
-        ('model = ["tiny"]', r"--model: \['tiny'\] is not a string"),
+        ("learning_rate = [0.1]", r"--learning-rate: \[0.1\] is not a positive number"),
+        ("learning_rate = false", "--learning-rate: False is not a positive number"),
+        ('learning_rate = "0.1"', "--learning-rate: '0.1' is not a positive number"),
+        ("model = 3", "--model: 3 is not one of tiny, gpt-small"),
+        ('model = ["tiny"]', r"--model: \['tiny'\] is not one of tiny"),
         ('data = "a\\u0000b"', r"--data: 'a\\x00b' has a NUL character"),
         ('data = ""', "--data: an empty path"),
         ("data = 1", "--data: 1 is not a string"),
         ("rules = []", r"--rules: \[\] is not a string or a list of strings"),
-        ("rules = [1]", r"--rules: \[1\] is not a string or a list of strings"),
+        ("rules = [1]", r"--rules: \(1,\) is not a string or a list of strings"),
         ('rules = [["x:stack=1"]]', "is not a string or a list of strings"),
         ('rules = ["x"]', "--rules 'x' is not REGEX"),
         ("batch_size = 6\nmicrobatches = 4", "--microbatches 4 does not divide --batch-size 6"),
@@ -196,7 +196,7 @@ def test_microbatches_change_nothing_but_the_order_of_sums():
     after = []
     for parts in ("1", "3"):
         options = resolve(parse([*flags, "--microbatches", parts]).given)
-        built_program = program.build(options, 31)
+        built_program = training.build(options, 31)
         state, loss = built_program.train_step(built_program.init(jax.random.key(0)), batch)
         first_moment = optax.tree.get(state.opt_state, "mu")  # a tenth of the gradient
         after.append([loss, *jax.tree.leaves(first_moment)])

@@ -23,7 +23,7 @@ import optax
 from benchmarks import results
 from benchmarks.reproduce.configurations import CONFIGURATIONS, QKV, Configuration, build
 from benchmarks.reproduce.records import Job, Setup, append, rate_of
-from examples import data, shards
+from examples import data
 from examples.model import GPT, MODELS, ModelConfig, llama
 from teon_optax import Rule, alignment
 
@@ -170,8 +170,8 @@ def validation(
 @functools.cache
 def corpus_of(setup: Setup) -> data.Corpus:
     """The corpus, read from the cache where it has been tokenized before."""
-    if setup.data is not None and shards.is_shards(Path(setup.data)):
-        return data.load(Path(setup.data), "shards", shards.VOCAB_SIZE)
+    if setup.data is not None and data.is_shards(Path(setup.data)):
+        return data.load(Path(setup.data), "shards", data.SHARDS_VOCAB_SIZE)
     source = None if setup.data is None else Path(setup.data)
     key = "stdlib" if source is None else source.resolve().as_posix().strip("/").replace("/", "-")
     path = CACHE / f"{key}-{setup.tokenizer}-{setup.vocab_size}.npz"

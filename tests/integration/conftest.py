@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from examples.model_sizes import MODELS
+from examples.options import MODELS
 
 
 @pytest.fixture(scope="module")

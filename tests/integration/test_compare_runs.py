@@ -1,6 +1,8 @@
 """`examples.compare_runs`: losses of several runs of `train_gpt` in one table and plot."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,18 @@ def test_the_table_has_the_last_validation_loss_and_its_perplexity(run, tmp_path
     assert compare_runs.main([str(run), "--out", str(tmp_path / "plots" / "losses.png")]) == 0
     assert "| teon | 3 | 0.02 | 4 | 1.0000 | 2.718 |" in capsys.readouterr().out
     assert (tmp_path / "plots" / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_table_of_few_runs_says_what_it_cannot_tell(run, tmp_path, capsys):
+    options = {"optimizer": "muon", "seed": 3, "learning_rate": 0.02}
+    muon = Path(shutil.copytree(run, tmp_path / "muon"))
+    (muon / "config.json").write_text(json.dumps({"options": options, "corpus": {}}))
+    out = ["--out", str(tmp_path / "losses.png")]
+    assert compare_runs.main([str(run), str(muon), *out]) == 0
+    assert "do not tell Muon from TEON" in " ".join(capsys.readouterr().out.split())
+    for runs in ([run], [muon], [run] * 5 + [muon] * 5):
+        assert compare_runs.main([*map(str, runs), *out]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith("| ")
 
 
 def test_a_run_that_was_not_evaluated_yet_is_refused_in_one_line(run, tmp_path, capsys):

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples import bpe, data, shards
+from examples import data
 from examples.errors import UserError
 
 HEADER = 256
 
 
-def write_shard(path, tokens, magic=shards.MAGIC, version=1, promised=None):
+def write_shard(path, tokens, magic=data.MAGIC, version=1, promised=None):
     header = np.zeros(HEADER, np.int32)
     header[:3] = magic, version, len(tokens) if promised is None else promised
     path.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
@@ -153,17 +153,17 @@ def test_a_part_shorter_than_a_sequence_and_its_target_is_refused(tmp_path):
 
 def test_bpe_decodes_to_the_text_and_is_shorter_than_bytes(tmp_path):
     text = "naïve café: for x in range(10): print(x) \N{SNOWMAN}\n" * 40
-    serialized = bpe.train([text.encode()], 300)
-    size, encode = bpe.load(serialized)
+    serialized = data.train_bpe([text.encode()], 300)
+    size, encode = data.load_bpe(serialized)
     tokens = encode([text.encode(), b"end"])
-    decoded = bpe.Tokenizer.from_str(serialized).decode(tokens.tolist())
+    decoded = data.Tokenizer.from_str(serialized).decode(tokens.tolist())
     assert decoded == text + "\0end\0"
     assert size <= 300
     assert len(tokens) < len(text) / 2
 
 
 def test_bpe_reads_bytes_that_are_no_utf_8(tmp_path):
-    size, encode = bpe.load(bpe.train([b"abc \xff\xfe abc"], 260))
+    size, encode = data.load_bpe(data.train_bpe([b"abc \xff\xfe abc"], 260))
     assert encode([b"\xff\xfe"]).max() < size
 
 
@@ -171,31 +171,33 @@ def test_bpe_learns_from_training_files_alone(tmp_path):
     texts = {"a": "aaaa bbbb " * 100, "b": "zzzz " * 10}
     corpus = data.load(write_texts(tmp_path, texts), "bpe", 270)
     assert corpus.tokenizer is not None
-    vocabulary = bpe.Tokenizer.from_str(corpus.tokenizer).get_vocab()
+    vocabulary = data.Tokenizer.from_str(corpus.tokenizer).get_vocab()
     assert "aa" in vocabulary
     assert "zz" not in vocabulary
 
 
 def test_a_saved_tokenizer_is_used_as_it_is(tmp_path):
     write_texts(tmp_path, {"a": "aaaa bbbb " * 100, "b": "zzzz " * 10})
-    saved = bpe.train([b"zzzz"], 258)
+    saved = data.train_bpe([b"zzzz"], 258)
     corpus = data.load(tmp_path, "bpe", 4096, saved)
-    assert (corpus.tokenizer, corpus.vocab_size) == (saved, bpe.load(saved)[0])
+    assert (corpus.tokenizer, corpus.vocab_size) == (saved, data.load_bpe(saved)[0])
 
 
 def test_a_damaged_tokenizer_is_refused():
     with pytest.raises(UserError, match="tokenizer.json is damaged"):
-        bpe.load("{")
+        data.load_bpe("{")
 
 
 def test_a_tokenizer_with_tokens_outside_its_vocabulary_is_refused():
-    saved = bpe.train([b"zzzz"], 258).replace('"a":', '"a": 70000, "unused":', 1)
+    saved = data.train_bpe([b"zzzz"], 258).replace('"a":', '"a": 70000, "unused":', 1)
     with pytest.raises(UserError, match="damaged: its tokens are not numbered in a row"):
-        bpe.load(saved)
+        data.load_bpe(saved)
 
 
 def test_a_tokenizer_without_what_it_refers_to_is_refused():
-    _, encode = bpe.load('{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}')
+    _, encode = data.load_bpe(
+        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}'
+    )
     with pytest.raises(UserError, match="tokenizer.json is damaged: .*b"):
         encode([b"other words"])
 
@@ -204,7 +206,7 @@ def test_shards_are_mapped_and_divided_by_name(tmp_path):
     write_shard(tmp_path / "fineweb_val_000000.bin", [7, 8, 9])
     write_shard(tmp_path / "fineweb_train_000002.bin", [4, 5, 50256])
     write_shard(tmp_path / "fineweb_train_000001.bin", [1, 2, 3])
-    corpus = data.load(tmp_path, "shards", shards.VOCAB_SIZE)
+    corpus = data.load(tmp_path, "shards", data.SHARDS_VOCAB_SIZE)
     assert [array.tolist() for array in corpus.training] == [[1, 2, 3], [4, 5, 50256]]
     assert [array.tolist() for array in corpus.validation] == [[7, 8, 9]]
     assert all(isinstance(array, np.memmap) for array in corpus.training)
@@ -212,7 +214,7 @@ def test_shards_are_mapped_and_divided_by_name(tmp_path):
 
 def test_a_single_shard_is_cut(tmp_path):
     path = write_shard(tmp_path / "fineweb_train_000001.bin", range(20))
-    corpus = data.load(path, "shards", shards.VOCAB_SIZE)
+    corpus = data.load(path, "shards", data.SHARDS_VOCAB_SIZE)
     assert [array.tolist() for array in corpus.training] == [list(range(18))]
     assert [array.tolist() for array in corpus.validation] == [[18, 19]]
 
@@ -230,7 +232,7 @@ def test_a_single_shard_is_cut(tmp_path):
 def test_a_header_that_does_not_fit_is_refused(tmp_path, header, message):
     path = write_shard(tmp_path / "train.bin", [1, 2, 3], **header)
     with pytest.raises(UserError, match=message):
-        shards.read(path, 10)
+        data.read_shard(path, 10)
 
 
 def test_a_shard_of_text_or_nothing_is_refused(tmp_path):
@@ -238,27 +240,27 @@ def test_a_shard_of_text_or_nothing_is_refused(tmp_path):
     for content in (b"", b"short", b"text " * 1000):
         path.write_bytes(content)
         with pytest.raises(UserError, match="no FineWeb shard"):
-            shards.read(path, 10)
+            data.read_shard(path, 10)
 
 
 def test_a_folder_named_like_a_shard_is_none(tmp_path):
     (tmp_path / "train.bin").mkdir()
     write_texts(tmp_path, {"a": "one", "train.bin/b": "two"})
-    assert not shards.is_shards(tmp_path)
+    assert not data.is_shards(tmp_path)
     corpus = data.load(tmp_path, "byte", 256)
     assert sorted(words([*corpus.training, *corpus.validation])) == [b"one", b"two"]
 
 
 def test_a_shard_without_tokens_is_refused(tmp_path):
     with pytest.raises(UserError, match="promises 0 tokens"):
-        shards.read(write_shard(tmp_path / "train.bin", []), 10)
+        data.read_shard(write_shard(tmp_path / "train.bin", []), 10)
 
 
 def test_a_token_outside_the_vocabulary_is_refused(tmp_path):
     path = write_shard(tmp_path / "train.bin", [1, 300, 2])
-    assert shards.read(path, 301).tolist() == [1, 300, 2]
+    assert data.read_shard(path, 301).tolist() == [1, 300, 2]
     with pytest.raises(UserError, match="has token 300; --vocab-size 300"):
-        shards.read(path, 300)
+        data.read_shard(path, 300)
 
 
 @pytest.mark.parametrize(

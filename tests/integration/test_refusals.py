@@ -9,9 +9,8 @@ import jax
 import pytest
 from commands import SMALL, contents, refused
 
-from examples import options, processes, program, run_folder, sharded_training, training
-from examples.command_line import exit_code, one_line
-from examples.errors import UserError
+from examples import mesh, options, run_folder, sharded_training, training
+from examples.errors import UserError, exit_code, one_line
 
 ROOT = Path(__file__).parents[2]
 NOT_UTF_8 = b"caf\xe9".decode("utf-8", "surrogateescape")
@@ -54,22 +53,25 @@ finally:
     [
         (["--steps", "0"], "--steps: 0 is not a whole number from 1"),
         (["--steps", "-3"], "--steps: -3 is not a whole number"),
-        (["--steps", "9" * 5000], "is not a whole number"),
-        (["--batch-size", "2.5"], "--batch-size: 2.5 is not a whole number"),
-        (["--context", "no"], "--context: no is not a whole number"),
+        (["--steps", "9" * 5000], "9' is not a whole number"),
+        (["--batch-size", "2.5"], "--batch-size: '2.5' is not a whole number from 1"),
+        (["--context", "no"], "--context: 'no' is not a whole number"),
         (["--depth", "100000"], "--depth: 100000 is not a whole number from 1 to 1024"),
         (["--seed", "-1"], "--seed: -1 is not a whole number from 0"),
         (["--eval-every", "0"], "--eval-every: 0 is not"),
         (["--checkpoint-every", "0"], "--checkpoint-every: 0 is not"),
         (["--learning-rate", "nan"], "--learning-rate: nan is not a positive number"),
-        (["--learning-rate", "0"], "--learning-rate: 0 is not a positive number"),
-        (["--learning-rate", "1e39"], "1e39 is not a positive number in float32"),
+        (["--learning-rate", "0"], "--learning-rate: 0.0 is not a positive number"),
+        (["--learning-rate", "1e39"], "1e+39 is not a positive number in float32"),
         (["--learning-rate", "1e-50"], "1e-50 is not a positive number in float32"),
         (["--adam-b1", "0.99999999"], "is not zero or a positive number below 1 in float32"),
-        (["--weight-decay", "-1"], "--weight-decay: -1 is not zero or a positive number"),
-        (["--model", "huge"], "--model: invalid choice: 'huge'"),
-        (["--method", "qr"], "--method: invalid choice: 'qr'"),
-        (["--step", "3"], "unrecognized arguments: --step 3"),
+        (["--weight-decay", "-1"], "--weight-decay: -1.0 is not zero or a positive number"),
+        (
+            ["--model", "huge"],
+            "invalid choice 'huge' for argument '--model'. Expected one of ('tiny', ",
+        ),
+        (["--method", "qr"], "invalid choice 'qr' for argument '--method'"),
+        (["--step", "3"], "Unrecognized options: --step, 3"),
         (["--data", ""], "--data: an empty path"),
         (["--data", "a\0b"], r"--data: 'a\x00b' has a NUL character"),
         (["--out", "a\0b"], r"--out: 'a\x00b' has a NUL character"),
@@ -79,6 +81,9 @@ finally:
         (["--config", NOT_UTF_8], r"--config: 'caf\udce9' is not UTF-8"),
         (["--data", "/nowhere"], "no file or folder: /nowhere"),
         (["--data", "/dev/null"], "no file or folder: /dev/null"),
+        (["--data"], "Missing value for argument '--data'"),
+        (["--no-resume"], "Unrecognized options: --no-resume"),
+        (["--rules", "x:stack=1", "--rules", "y:stack=1"], "write all rules behind one --rules"),
         (["--vocab-size", "300"], "--vocab-size means nothing to --tokenizer byte"),
         (["--tokenizer", "shards"], "--tokenizer shards does not fit --data"),
         (["--optimizer", "muon", "--rules", "x:stack=1"], "--rules means nothing to"),
@@ -201,7 +206,7 @@ CLAIM = """
 import sys, time
 from pathlib import Path
 from examples import run_folder
-from examples.command_line import exit_code
+from examples.errors import exit_code
 
 def run():
     with run_folder.claimed(Path(sys.argv[1]), resume=sys.argv[2] == "resume"):
@@ -282,7 +287,7 @@ def test_another_error_of_jax_is_not_called_out_of_memory():
 @pytest.mark.parametrize("microbatches", [1, 2])
 def test_microbatches_make_evaluation_smaller_too(microbatches, small_model):
     given = {"batch_size": 4, "context": 16, "microbatches": microbatches}
-    compiled: Any = program.build(options.resolve(given), 256)
+    compiled: Any = training.build(options.resolve(given), 256)
     batch = jax.ShapeDtypeStruct((4, 17), "int32")
     text = compiled.eval_step.lower(compiled.shapes.params, batch).as_text()
     assert (f"tensor<{4 // microbatches}x16x256xf32>" in text, "tensor<4x16x256xf32>" in text) == (
@@ -311,7 +316,7 @@ def test_an_error_is_one_line_of_what_a_terminal_shows(capsys):
         (["--mesh", "rows=8"], "axes are replica, data, model, each once"),
         (["--mesh", "data=3"], "--mesh data=3 is not made of 8 devices, which is what there is"),
         (["--processes", "2"], "--coordinator, --processes and --process go together"),
-        (["--processes", "two"], "--processes: two is not a whole number"),
+        (["--processes", "two"], "--processes: 'two' is not a whole number"),
         (["--process", "-1"], "--process: -1 is not a whole number"),
         (
             ["--coordinator", "here:1", "--processes", "2", "--process", "2"],
@@ -352,15 +357,15 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     for flags in (["--distributed"], "--coordinator a:1 --processes 2 --process 0".split()):
         with pytest.raises(UserError, match="do not find each other .* write --coordinator"):
-            processes.connect(sharded_training.parser().parse_args(flags))
+            mesh.connect(options.read_flags(sharded_training.Flags, flags, "", None))
 
 
 def test_what_one_process_refuses_ends_the_others(monkeypatch, corpus, tmp_path):
     command = options.parse(["--data", str(corpus), "--out", str(tmp_path / "run"), *SMALL])
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(
-        processes.multihost_utils, "process_allgather", lambda own: jax.numpy.array([own, True])
+        mesh.multihost_utils, "process_allgather", lambda own: jax.numpy.array([own, True])
     )
-    with pytest.raises(UserError, match="another process"), processes.claimed(command):
+    with pytest.raises(UserError, match="another process"), mesh.claimed(command):
         raise AssertionError("began")
     assert list(tmp_path.iterdir()) == []

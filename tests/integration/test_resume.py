@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from commands import SMALL, contents, metrics, refused
 
-from examples import bpe, checkpoints, run_folder
-from examples import metrics as metrics_file
+from examples import checkpoints, data, run_folder
 from examples.errors import UserError
 from examples.train_gpt import main
 
@@ -195,11 +194,21 @@ def test_resume_goes_on_without_metrics_that_were_deleted(finished, tmp_path):
     assert main(["--resume", "--out", str(out)]) == 0
 
 
+def test_resume_says_what_more_steps_make_of_the_schedule(copied, finished, capsys):
+    assert main(["--resume", "--out", str(copied), "--steps", "8"]) == 0
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith("goes on at"))
+    assert "step 6 on the schedule of 8 steps, at a learning rate of 0.0133: on that of 6 " in line
+    assert "had come to 0. This is no run of 8 steps" in line and "write --steps 8 with" in line
+    assert metrics(copied)[:6] == metrics(finished)
+    assert main(["--resume", "--out", str(copied)]) == 0
+    assert "goes on at" not in capsys.readouterr().out
+
+
 def test_metrics_drop_steps_after_the_checkpoint_and_a_line_cut_off(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(LINES) + '{"step": 4, "lo')
-    assert metrics_file.read_until(tmp_path, 2) == [json.loads(line) for line in LINES[:2]]
-    with metrics_file.opened(tmp_path, metrics_file.read_until(tmp_path, 2)) as file:
-        metrics_file.write(file, {"step": 3, "loss": 1.0})
+    assert run_folder.read_metrics_until(tmp_path, 2) == [json.loads(line) for line in LINES[:2]]
+    with run_folder.open_metrics(tmp_path, run_folder.read_metrics_until(tmp_path, 2)) as file:
+        run_folder.write_metrics(file, {"step": 3, "loss": 1.0})
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(LINES)
 
 
@@ -312,7 +321,7 @@ def without(tokenizer, token):
         lambda _: b"{}",
         lambda _: DEEP.encode(),
         lambda text: without(text, "a"),
-        lambda _: bpe.train([b"another text " * 9], 280).encode(),
+        lambda _: data.train_bpe([b"another text " * 9], 280).encode(),
         lambda _: b'{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "b"}}',
     ],
     ids=["bytes", "object", "deep", "numbers", "another", "words"],

@@ -21,8 +21,8 @@ MODEL = {"width": 16, "hidden": 32, "depth": 2}
 # The program, with a model for which there is no flag.
 PROCESS = f"""
 import dataclasses, sys
-from examples import model, sharded_training
-model.MODELS["tiny"] = dataclasses.replace(model.MODELS["tiny"], **{MODEL})
+from examples import options, sharded_training
+options.MODELS["tiny"] = dataclasses.replace(options.MODELS["tiny"], **{MODEL})
 sys.exit(sharded_training.main())
 """
 SMALL = f"--batch-size 8 --context 16 --seed 7 --checkpoint-every 1 --steps {LAST}".split()

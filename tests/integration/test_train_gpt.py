@@ -16,8 +16,7 @@ import pytest
 from commands import SMALL, metrics
 
 import teon_optax
-from examples import metrics as metrics_file
-from examples import optimizers, options, program, training
+from examples import optimizers, options, run_folder, training
 from examples.errors import UserError
 from examples.train_gpt import main
 
@@ -138,9 +137,9 @@ def test_ctrl_c_saves_and_resume_ends_the_same(corpus, tmp_path, small_model, ca
         if record["step"] == 2:
             signal.raise_signal(signal.SIGINT)
 
-    write = metrics_file.write
+    write = run_folder.write_metrics
     with monkeypatch.context() as patch:
-        patch.setattr(metrics_file, "write", write_and_stop)
+        patch.setattr(run_folder, "write_metrics", write_and_stop)
         assert main([*flags, "--out", str(stopped)]) == 130
     assert f"python -m examples.train_gpt --resume --out '{stopped}'" in capsys.readouterr().out
     assert [record["step"] for record in metrics(stopped)] == [1, 2]
@@ -160,7 +159,7 @@ def test_muon_and_adamw_say_what_they_do_to_each_parameter(
     optimizer, matrices, others, small_model
 ):
     given = options.resolve({"optimizer": optimizer})
-    text = optimizers.describe(given, program.build(given, 256).shapes.params)
+    text = optimizers.describe(given, training.build(given, 256).shapes.params)
     heading, *rows = (re.split("  +", line) for line in text.splitlines())
     assert heading == ["parameter", "shape", "leaves", "optimizer"]
     treated = {path: row for path, *row in rows}
@@ -243,6 +242,19 @@ def test_the_schedule_warms_up_stays_and_decays(steps):
     assert peak[-1] == pytest.approx(0.6 * steps, abs=1)
 
 
+@pytest.mark.parametrize(
+    ("before", "done", "words"),
+    [
+        (200, 200, "at a learning rate of 0.02: on that of 200 it had come to 0. This is no run"),
+        (200, 119, "goes on at step 119, as a run of 400 steps from the start would"),
+        (800, 280, "at a learning rate of 0.015: on that of 800 it had come to 0.02."),
+    ],
+)
+def test_a_run_that_goes_on_for_another_number_of_steps_says_at_which_rate(before, done, words):
+    given = options.resolve({"steps": 400})
+    assert words in optimizers.describe_new_length(given, before, done)
+
+
 def test_all_three_optimizers_leave_the_same_parameters_to_adamw():
     params = {
         "embed": {"embedding": jnp.ones((5, 4))},
@@ -261,7 +273,7 @@ def test_all_three_optimizers_leave_the_same_parameters_to_adamw():
     teon, muon, adamw = (
         updates("teon", 0.02),
         updates("muon", 0.02),
-        updates("adamw", options.ADAM_LEARNING_RATE),
+        updates("adamw", options.Options.adam_learning_rate),
     )
     for path, update in adamw.items():
         if "query" in path:
