@@ -43,7 +43,7 @@ OTHER_RATES = (0.0003, 0.003)  # of the fallback, at these rates of the matrices
 RATES_OF_OTHERS = (0.01, 0.02)
 # Of the larger model: the others lie beyond the best of the sweeps behind `examples.train_gpt`.
 LARGER = {"teon(rate)": (0.01, 0.02, 0.04), "optax.contrib.muon(rate)": (0.01, 0.02)}
-LARGER_ADAM, LARGER_OTHERS = (0.001, 0.002), (0.02,)
+LARGER_ADAM, LARGER_OTHER = (0.001, 0.002), (0.003, 0.02)
 SEED, MORE_SEEDS = 0, (1, 2)
 HELD_OUT = 256  # sequences
 
@@ -206,7 +206,10 @@ def rates_of(task: str, optimizer: str) -> Sequence[float]:
         return ADAM_RATES if cheap else LARGER_ADAM
     if optimizer in LARGER:
         return RATES if cheap else LARGER[optimizer]
-    return RATES_OF_OTHERS if cheap else LARGER_OTHERS
+    if cheap:
+        return RATES_OF_OTHERS
+    other, rate = LARGER_OTHER
+    return (rate,) if optimizer == _with_fallback(other) else ()
 
 
 def best(losses: dict[Run, float], task: str, steps: int, optimizer: str) -> float | None:

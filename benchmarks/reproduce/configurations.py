@@ -6,13 +6,20 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from examples.optimizers import CLIP, schedule
 from examples.options import ADAM_B1, ADAM_B2
 from teon_optax import Rule, orthogonalize, polar_express, scale_by_teon
-from teon_optax.contrib import add_cautious_weight_decay, scale_by_normuon
+from teon_optax.contrib import (
+    add_cautious_weight_decay,
+    add_lookahead,
+    project_to_sphere,
+    scale_by_normuon,
+    scale_to_param_norm,
+)
 
 QKV = r"block_(?P<layer>\d+)/attn/(query|key|value)/"
 BLOCKS = r"block_(?P<layer>\d+)/"
@@ -41,7 +48,7 @@ class Configuration:
         before: Ours: from the rules to what stands between momentum and `orthogonalize`.
         behind: Ours: from the rules to what stands behind `orthogonalize`.
         decay: Ours: from the coefficient to weight decay.
-        last: Ours: from the rate to what stands at the end, behind the learning rate.
+        last: Ours: from rules and number of steps to what stands behind the learning rate.
         first_rates: The sweep's first k, where the learning rate is 0.01 * 2^(k / 2).
         base: A configuration whose best learning rate is taken over, instead of a sweep.
     """
@@ -56,7 +63,7 @@ class Configuration:
     before: OfRules | None = None
     behind: OfRules | None = None
     decay: Callable[[float], optax.GradientTransformation] = optax.add_decayed_weights
-    last: Callable[[Any], optax.GradientTransformation] | None = None
+    last: Callable[[tuple[Rule, ...], int], optax.GradientTransformation] | None = None
     first_rates: tuple[int, ...] = (2, 0, 4)
     base: str | None = None
 
@@ -89,10 +96,33 @@ PARTS = [
     _part("teon-1-all", "mode 1, all matrices", "teon-1", rules=(Rule(BLOCKS, 2),)),
 ]
 
+
+def _ahead(_: tuple[Rule, ...], steps: int) -> optax.GradientTransformation:
+    """Looks ahead by .6 times the rate over its maximum, not in the first and last fifth."""
+    shape, fifth = schedule(1.0, steps), steps // 5
+
+    def step_size(count: Any) -> Any:
+        inside = (count >= fifth) & (count < steps - fifth)
+        return jnp.where(inside, 0.6 * shape(count), 0.0)
+
+    return add_lookahead(step_size)
+
+
 # What is asked of our Muon (stack 1) where differences of a few thousandths can be told.
 QUESTIONS = [
-    _part("stack-1-jordan", "jordan", "stack-1", method="jordan"),
+    _part("stack-1-fast", "`fast`", "stack-1", method="fast"),
+    _part("stack-1-jordan", "`jordan`", "stack-1", method="jordan"),
+    _part("stack-1-lookahead", "`add_lookahead` behind", "stack-1", last=_ahead),
     _part("stack-1-normuon", "`scale_by_normuon` behind", "stack-1", behind=scale_by_normuon),
+    # Hyperball takes the place of weight decay.
+    _part(
+        "stack-1-hyperball",
+        "Hyperball",
+        "stack-1",
+        behind=scale_to_param_norm,
+        decay=lambda _: optax.identity(),
+        last=lambda rules, _: project_to_sphere(rules),
+    ),
     _part("stack-1-cautious", "cautious decay", "stack-1", decay=add_cautious_weight_decay),
     _part("stack-1-per-head", "each head alone", "stack-1", rules=PER_HEAD),
 ]
@@ -114,11 +144,16 @@ CONFIGURATIONS = {
     each.name: each for each in [MUON, *_SCALED, *map(_in_muons_scale, _SCALED), ADAMW]
 }
 
-# The questions' names, those that are answered first in front.
-ASKED = (
-    (f"stack-1-schatten{MUON_SCALE}",),
-    (f"teon-1{MUON_SCALE}", f"stack-1-jordan{MUON_SCALE}", "muon"),
-    tuple(f"stack-1-{name}{MUON_SCALE}" for name in ("normuon", "cautious", "per-head")),
+# The questions' names, in groups; those of the first group are answered first.
+ASKED = tuple(
+    tuple(name if name == "muon" else name + MUON_SCALE for name in group)
+    for group in (
+        ("stack-1-fast",),
+        ("stack-1-schatten",),
+        ("muon", "teon-1", "stack-1-jordan"),
+        tuple(f"stack-1-{name}" for name in ("lookahead", "normuon", "hyperball")),
+        tuple(f"stack-1-{name}" for name in ("cautious", "per-head")),
+    )
 )
 
 
@@ -140,12 +175,14 @@ def build(
         Clipping, then two optimizers for the two parts of the tree.
     """
     rest = optax.adamw(_schedule(rest_rate, steps), ADAM_B1, ADAM_B2, weight_decay=0.0)
-    matrices = _of_matrices(configuration, _schedule(rate, steps))
+    matrices = _of_matrices(configuration, _schedule(rate, steps), steps)
     parts = optax.partition({"matrices": matrices, "rest": rest}, _parts)
     return optax.chain(optax.clip_by_global_norm(CLIP), parts)
 
 
-def _of_matrices(configuration: Configuration, rate: Any) -> optax.GradientTransformation:
+def _of_matrices(
+    configuration: Configuration, rate: Any, steps: int
+) -> optax.GradientTransformation:
     if configuration.of_matrices == "muon":
         return contrib.muon(rate, beta=BETA, weight_decay=WEIGHT_DECAY)
     if configuration.of_matrices == "adamw":
@@ -166,7 +203,7 @@ def _of_matrices(configuration: Configuration, rate: Any) -> optax.GradientTrans
         optax.scale_by_learning_rate(rate),
     ]
     if configuration.last is not None:
-        chained.append(configuration.last(rate))
+        chained.append(configuration.last(rules, steps))
     return optax.chain(*chained)
 
 
