@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -102,6 +103,22 @@ def test_run_lists_the_trainers(arguments):
     done = subprocess.run([FOLDER / "run", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.rstrip().endswith(": " + " ".join(sorted(SCRIPTS)))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_run_says_that_it_fetches_a_python_where_there_is_none(installed, tmp_path):
+    uv = tmp_path / "uv"
+    uv.write_text(f'#!/bin/sh\n[ "$1" = run ] && echo "$@"\n{"true" if installed else "false"}\n')
+    uv.chmod(0o755)
+    path = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        [FOLDER / "run", "nnx"], capture_output=True, text=True, env=os.environ | path
+    )
+    assert done.stdout == "run --script with_nnx.py\n"
+    words = (
+        "Python 3.12, for which with_nnx.py pins its versions, is not installed: uv fetches it\n"
+    )
+    assert done.stderr == ("" if installed else words)
 
 
 def test_the_text_is_the_same_bytes_for_every_trainer():
