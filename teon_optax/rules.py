@@ -6,18 +6,30 @@ Each works on every tree that `default_rules` reads, and can be printed, pasted 
 """
 
 import dataclasses
+import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from optax.contrib import MuonDimensionNumbers
 
+from teon_optax._paths import leaf_paths
 from teon_optax._plan.layout import layout_of
-from teon_optax._reading.default import PAPER, rules_by_role
+from teon_optax._planning import plan
+from teon_optax._reading.default import PAPER, default_rules, rules_by_role
 from teon_optax._reading.roles import Role
 from teon_optax._reading.tree import Leaf
 from teon_optax._rule import Rule, Rules
 
-__all__ = ["all_hidden", "attention_out", "lora", "muon", "paper", "per_head"]
+__all__ = ["all_hidden", "attention_out", "by_role", "lora", "muon", "paper", "per_head"]
+
+# Stacks by the roles of `default_rules`, for each name of `by_role`.
+_ROLES = {
+    "qkv": {"qkv": PAPER["qkv"], "latent": PAPER["latent"]},
+    "out": {"out": PAPER["out"]},
+    "hidden": {"hidden": PAPER["hidden"]},
+    "experts": {"experts": PAPER["hidden"]},
+}
 
 
 def paper(params: Any, stack: int = 2, mode: int = 1, first: Sequence[Rule] = ()) -> Rules:
@@ -111,6 +123,76 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     """
     _check_stack("attention_out", stack)
     return rules_by_role(params, first, PAPER | {"qkv": stack, "out": stack})
+
+
+def by_role(params: Any, first: Sequence[Rule] = ()) -> dict[str, Rules]:
+    r"""Sorts the rules of `default_rules` by what matrices do, so that each kind has a rate.
+
+    The names are "qkv", the projections of Q, K and V (and what makes heads of a latent vector);
+    "out", the output projections of attention; "experts", matrices that are one of several, along
+    an axis or by the name of their module; and "hidden", all other matrices. `labels(params, ...)`
+    takes the mapping as it is.
+
+    Args:
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+      first: Rules for what `default_rules` cannot read. They get a name of their own, "first".
+
+    Returns:
+      A dict from names to rules with stack 1 or more; a kind that a tree lacks has no rules.
+
+    Raises:
+      ValueError: Where `default_rules` raises it.
+
+    Warns:
+      UserWarning: Where `default_rules` warns.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from teon_optax import labels, rules, teon
+      >>> names = ("query", "key", "value", "out")
+      >>> block = {"attn": {name: {"kernel": jnp.zeros((64, 64))} for name in names}}
+      >>> params = {f"block_{i}": block for i in range(4)}
+      >>> kinds = rules.by_role(params)
+      >>> rates = {"qkv": 0.02, "out": 0.01, "hidden": 0.01, "experts": 0.005}
+      >>> parts = {name: teon(rate, kinds[name]) for name, rate in rates.items()}
+      >>> optimizer = optax.partition(
+      ...     parts | {"fallback": optax.adamw(3e-4)}, labels(params, kinds)
+      ... )
+      >>> labels(params, kinds)["block_3"]["attn"]["out"]
+      {'kernel': 'out'}
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        default_rules(params, first)  # for its errors and its warning
+        warnings.simplefilter("ignore", UserWarning)
+        hidden = rules_by_role(params, first, {"qkv": 0, "hidden": 1})
+        experts = _experts(params, hidden[len(first) :])
+
+        def apart(leaf: Leaf, role: Role) -> Role:
+            is_expert = role.name == "hidden" and leaf.path in experts
+            return role._replace(name="experts") if is_expert else role
+
+        found = {"first": Rules(first)} if first else {}
+        for name, of_role in _ROLES.items():
+            rules = rules_by_role(params, first, {"qkv": 0} | of_role, apart)
+            found[name] = Rules(rule for rule in rules[len(first) :] if rule.stack)
+    for each in caught:
+        warnings.warn(each.message, each.category, stacklevel=2)
+    return found
+
+
+def _experts(params: Any, rules: Sequence[Rule]) -> set[str]:
+    """Finds the paths of leaves, of those that rules take, whose matrices are experts.
+
+    They lie along an axis, or their module is called so: `expert_3`, and not `shared_expert`.
+    """
+    series = plan(params, rules).series
+    stacked = {leaf for each in series if each.experts > 1 for leaf in each.leaves}
+    return {
+        path
+        for index, (path, _) in enumerate(leaf_paths(params))
+        if index in stacked or re.search(r"(^|/)experts?(_?\d+)?/", path)
+    }
 
 
 def _check_stack(name: str, stack: Any) -> None:

@@ -52,7 +52,7 @@ ROOMS = {
         "_rule",
         "_scaling",
     },
-    "rules": {"_plan", "_reading", "_rule"},
+    "rules": {"_paths", "_plan", "_planning", "_reading", "_rule"},
 }
 
 

@@ -1,13 +1,18 @@
 """`teon_optax.rules`: what each ready set does to every model family, and its text as code."""
 
 import re
+import warnings
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from listings import array, nested, parsed, trees
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import Rule, default_rules, plan, rules
+from teon_optax import Rule, default_rules, labels, plan, rules, teon
 
 FAMILIES = trees("kinds/families")
 SETS = {
@@ -95,6 +100,101 @@ def test_a_rule_put_first_keeps_its_mode():
     first = (Rule(r"block_(?P<layer>\d+)/query", stack=2, mode=3),)
     params = {f"block_{i}": {"query": array(6, 6), "key": array(6, 6)} for i in range(2)}
     assert [rule.mode for rule in rules.paper(params, mode=2, first=first)] == [3, 2]
+
+
+def mixture():
+    """Two blocks with attention, a router, experts along an axis and by name, and a shared one."""
+    attention = {name: {"kernel": array(16, 16)} for name in ("query", "key", "value", "out")}
+    mlp = {
+        "router": {"kernel": array(16, 4)},
+        "up": array(4, 16, 32),
+        "down": array(4, 32, 16),
+        "shared_expert": {"up": {"kernel": array(16, 24)}, "down": {"kernel": array(24, 16)}},
+    }
+    named = {f"expert_{i}": {"up": {"kernel": array(16, 40)}} for i in range(2)}
+    block = {"attn": attention, "norm": {"scale": array(16)}}
+    blocks = [block | {"moe": mlp}, block | {"moe": named}]
+    return {"embed": {"embedding": array(64, 16)}} | {f"block_{i}": b for i, b in enumerate(blocks)}
+
+
+def test_rules_by_role_name_what_matrices_do():
+    params = mixture()
+    found = labels(params, rules.by_role(params))
+    dense = {"kernel": "hidden"}
+    assert found["block_0"] == {
+        "attn": {
+            name: {"kernel": "out" if name == "out" else "qkv"}
+            for name in ("query", "key", "value", "out")
+        },
+        "norm": {"scale": "fallback"},
+        "moe": {
+            "router": {"kernel": "fallback"},
+            "up": "experts",
+            "down": "experts",
+            "shared_expert": {"up": dense, "down": dense},
+        },
+    }
+    assert found["block_1"]["moe"]["expert_1"] == {"up": {"kernel": "experts"}}
+    assert found["embed"] == {"embedding": "fallback"}
+
+
+@pytest.mark.parametrize("kind", ["kinds/families", "libraries"])
+def test_rules_by_role_take_what_the_default_rules_take_with_the_same_rules(kind):
+    for family, tree in trees(kind).items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            try:
+                default = default_rules(tree.params)
+            except ValueError:
+                continue
+            kinds = rules.by_role(tree.params)
+        before = treatments(plan(tree.params, default))
+        after: dict = {}
+        for name, some in kinds.items():
+            taken = treatments(plan(tree.params, some))
+            assert not after.keys() & taken.keys(), (family, name)
+            after |= taken
+        assert after == before, family
+
+
+def test_a_kind_that_a_tree_lacks_has_no_rules_and_what_comes_first_has_its_own_name():
+    attention = {name: array(16, 16) for name in ("query", "key", "mix")}
+    params = {"block_0": {"attn": attention}}
+    first = [Rule("mix", mode=2)]
+    kinds = rules.by_role(params, first)
+    assert list(kinds) == ["first", "qkv", "out", "hidden", "experts"]
+    assert kinds["first"] == tuple(first) and kinds["out"] == kinds["experts"] == ()
+    expected = {"query": "qkv", "key": "qkv", "mix": "first"}
+    assert labels(params, kinds) == {"block_0": {"attn": expected}}
+
+
+def test_what_default_rules_ask_and_warn_of_rules_by_role_do_too():
+    with pytest.raises(ValueError, match="which axes are heads, layers, fan_in"):
+        rules.by_role({"attn": {name: array(16, 16, 16) for name in ("query", "key", "value")}})
+    with pytest.warns(UserWarning, match="No leaf is orthogonalized") as caught:
+        rules.by_role({"embed": {"embedding": array(64, 16)}})
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.promotes_dtypes
+def test_each_kind_of_matrix_has_a_rate_of_its_own():
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), mixture()
+    )
+    kinds = rules.by_role(params)
+    rates = {"qkv": 0.02, "out": 0.01, "hidden": 0.005, "experts": 0.0025}
+    parts: dict[Any, Any] = {name: teon(rate, kinds[name]) for name, rate in rates.items()}
+    found = labels(params, kinds)
+    optimizer = optax.partition(parts | {"fallback": optax.adamw(3e-4)}, found)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    one: Any = teon(1.0, fallback=optax.adamw(3e-4))
+    expected, _ = one.update(params, one.init(params), params)
+
+    def of_its_rate(update, whole, label):
+        np.testing.assert_allclose(update, rates.get(label, 1.0) * whole, rtol=1e-5, atol=1e-7)
+
+    jax.tree.map(of_its_rate, updates, expected, found)
 
 
 @pytest.mark.parametrize(
