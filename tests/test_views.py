@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 from oracles import EPS
 
-from teon_optax import Rule, alignment, orthogonalize, plan
+from teon_optax import Rule, alignment, contrib, orthogonalize, plan
 from teon_optax._plan.layout import layout_of, to_leaf, to_matrices
 
 D: Any = MuonDimensionNumbers
@@ -282,3 +282,29 @@ def test_a_mesh_changes_neither_the_update_of_a_view_nor_where_it_lies(
     for path, update in updates.items():
         assert update.sharding.is_equivalent_to(own, update.ndim)
         np.testing.assert_allclose(np.asarray(update), np.asarray(expected[path]), atol=32 * EPS)
+
+
+@pytest.mark.parametrize("kind", [None, *TYPES])
+@pytest.mark.parametrize("name", CASES)
+def test_what_follows_the_polar_factor_sees_the_parts_of_a_view(name, kind):
+    """NorMuon's second moment and its norms are those of separate leaves."""
+    case, parts = CASES[name], parts_of(CASES[name])
+    of_parts = Rule(r"(?P<layer>\d+)/", dims=case.dims)
+    of_fused = Rule(r"w_(?P<layer>\d+)", **case.arguments)
+
+    def updates(tree, rule):
+        transform: Any = contrib.scale_by_normuon([rule])
+        state = transform.init(tree)
+        for _ in range(2):
+            done, state = transform.update(tree, state)
+        return done
+
+    expected = updates(separate(case, parts), of_parts)
+    tree = {f"w_{i}": jnp.float32(case.fused(layer)) for i, layer in enumerate(parts)}
+    if kind:
+        mesh = jax.make_mesh((2,), ("x",), axis_types=(TYPES[kind],))
+        tree = jax.device_put(tree, NamedSharding(mesh, P(None, "x")))
+    for i in range(LAYERS):
+        fused = case.fused([np.asarray(expected[f"{i}/{part}"]) for part in range(len(parts[0]))])
+        found = np.asarray(updates(tree, of_fused)[f"w_{i}"])
+        np.testing.assert_allclose(found, fused, rtol=64 * EPS)

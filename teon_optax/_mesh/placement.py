@@ -39,7 +39,7 @@ class Located(NamedTuple):
 
     def gathered(self, index: int, leaf: jax.Array) -> jax.Array:
         """Gathers a leaf whole on every device, if its type would not let it be reshaped."""
-        restricted = self.typed and _cut_by(self.specs[index] or ())
+        restricted = self.typed and cutting_axes(self.specs[index] or ())
         return self._placed(leaf, PartitionSpec()) if restricted else leaf
 
     def entered(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
@@ -76,7 +76,7 @@ def _pieces(names: Any, mesh: Mesh | AbstractMesh) -> int:
     return math.prod(mesh.shape[name] for name in _names(names))
 
 
-def _cut_by(spec: Iterable[Any]) -> list[str]:
+def cutting_axes(spec: Iterable[Any]) -> list[str]:
     """Axes of the mesh that a spec names."""
     return [name for names in spec for name in _names(names)]
 
@@ -125,7 +125,7 @@ class Shardings:
             return None
         located = self._specs(leaves, taken, mesh)
         bare = [own for own in self._given.values() if isinstance(own, PartitionSpec)]
-        if located is None and any(map(_cut_by, bare)):
+        if located is None and any(map(cutting_axes, bare)):
             raise ValueError(
                 f"`shardings` has {bare[0]}, but leaves lie on no mesh and none is set (`with "
                 "mesh:` sets none): call `update` under `jax.set_mesh(mesh)`, or write "
@@ -208,7 +208,9 @@ def placed_along(array: jax.Array, leaf: Any) -> jax.Array:
     own = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     if not isinstance(own, NamedSharding) or AxisType.Auto not in own.mesh.axis_types:
         return array
-    axes = zip(own.spec, array.shape, leaf.shape, strict=False)
+    # An array with the axes of a view lies whole on every device.
+    lengths = leaf.shape if leaf.ndim == array.ndim else ()
+    axes = zip(own.spec, array.shape, lengths, strict=False)
     spec = PartitionSpec(*(names if size == whole else None for names, size, whole in axes))
     return jax.device_put(array, NamedSharding(own.mesh, spec, memory_kind=own.memory_kind))
 
@@ -242,7 +244,7 @@ def merge_axes(array: jax.Array, axis: int) -> jax.Array:
 def _reshaped(array: jax.Array, shape: Sequence[int], spec: Sequence[Any]) -> jax.Array:
     """An array whose type (explicit meshes), if it says anything, gets this spec."""
     placed = NamedSharding(jax.typeof(array).sharding.mesh, PartitionSpec(*spec))
-    return jnp.reshape(array, shape, out_sharding=placed if _cut_by(spec) else None)
+    return jnp.reshape(array, shape, out_sharding=placed if cutting_axes(spec) else None)
 
 
 def as_shardings(shardings: Any) -> Shardings:
@@ -267,7 +269,7 @@ def _problem(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> str |
         own = own.spec
     if not isinstance(own, PartitionSpec):
         return None
-    names = _cut_by(own)
+    names = cutting_axes(own)
     if len(own) > len(shape):
         return f"{own} has {len(own)} entries for {len(shape)} axes"
     if len(set(names)) < len(names):

@@ -83,7 +83,7 @@ def _exchanged_updates(
     )
     layouts = {leaf: series.layout for series in all_series for leaf in series.leaves}
     entered = {
-        leaf: located.entered(enter_view(located, leaf, leaves[leaf], layouts[leaf]), own.spec)
+        leaf: located.entered(enter_view(leaves[leaf], layouts[leaf]), own.spec)
         for leaf, own in entries.items()
     }
     axes = {leaf: own.axes for leaf, own in entries.items()}
@@ -99,7 +99,7 @@ def _exchanged_updates(
         sizes=tuple(located.sizes.items()),
         numerics=numerics,
     )
-    return {leaf: leave_view(located, leaf, update, layouts[leaf]) for leaf, update in done.items()}
+    return {leaf: leave_view(update, layouts[leaf], leaves[leaf]) for leaf, update in done.items()}
 
 
 # Compiled as one, also where `update` is not: an exchange of single operations would be slow.

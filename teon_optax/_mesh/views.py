@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from teon_optax._mesh.placement import Located
+from teon_optax._mesh.placement import cutting_axes
 from teon_optax._plan.layout import Layout, Stored, seen, unseen
 
 # The axes of the mesh that cut each axis of an array.
@@ -56,50 +56,48 @@ def _equal_runs(lengths: Sequence[int], others: Sequence[int]) -> list[tuple[int
     return [(first[start], second[start]) for start in first if start in second]
 
 
-def enter_view(located: Located, index: int, leaf: jax.Array, layout: Layout) -> jax.Array:
-    """Reshapes a leaf on a mesh to its view, which is cut as `cuts_of_view` says.
+def enter_view(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """Reshapes a leaf to its view; on an explicit mesh it is cut as `cuts_of_view` says.
 
     Args:
-      located: Where leaves lie.
-      index: Position of the leaf in the tree.
-      leaf: The leaf.
-      layout: Its layout.
+      leaf: The leaf, in the shape of params.
+      layout: Its layout, with or without a view.
     """
-    stored = layout.stored
-    if stored is None or not located.typed:
+    stored, own = layout.stored, jax.typeof(leaf).sharding
+    if stored is None or not cutting_axes(own.spec):
         return seen(leaf, layout)
-    kept, of_view = _known_cuts(located, index, layout, stored)
-    leaf = _placed(located, leaf, kept).transpose(stored.order)
-    return jnp.reshape(leaf, layout.shape, out_sharding=_sharding(located, of_view))
+    kept, of_view = cuts_of_view(layout, stored, _cuts(own), own.mesh.shape)
+    leaf = jax.sharding.reshard(leaf, _sharding(own, kept)).transpose(stored.order)
+    return jnp.reshape(leaf, layout.shape, out_sharding=_sharding(own, of_view))
 
 
-def leave_view(located: Located, index: int, update: jax.Array, layout: Layout) -> jax.Array:
-    """Reshapes an update from its leaf's view to the leaf's shape: the inverse of `enter_view`."""
-    stored = layout.stored
-    if stored is None or not located.typed:
+def leave_view(update: jax.Array, layout: Layout, leaf: jax.Array) -> jax.Array:
+    """Reshapes an update from its leaf's view to the leaf's shape: the inverse of `enter_view`.
+
+    Args:
+      update: The update, in the shape of the view.
+      layout: The leaf's layout, with or without a view.
+      leaf: The leaf that entered, whose type says how the mesh cut it.
+    """
+    stored, own = layout.stored, jax.typeof(leaf).sharding
+    if stored is None or not cutting_axes(own.spec):
         return unseen(update, layout)
-    kept, of_view = _known_cuts(located, index, layout, stored)
+    kept, of_view = cuts_of_view(layout, stored, _cuts(own), own.mesh.shape)
     turned = jnp.reshape(
-        _placed(located, update, of_view),
+        jax.sharding.reshard(update, _sharding(own, of_view)),
         [stored.shape[axis] for axis in stored.order],
-        out_sharding=_sharding(located, [kept[axis] for axis in stored.order]),
+        out_sharding=_sharding(own, [kept[axis] for axis in stored.order]),
     )
     return turned.transpose(np.argsort(stored.order))
 
 
-def _known_cuts(
-    located: Located, index: int, layout: Layout, stored: Stored
-) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
-    """Finds `cuts_of_view` of a leaf whose type says how it lies."""
-    cuts = located.cuts(index, len(stored.shape)) or [()] * len(stored.shape)
-    return cuts_of_view(layout, stored, cuts, located.sizes)
+def _cuts(own: NamedSharding) -> list[tuple[str, ...]]:
+    """Lists the axes of an explicit mesh that cut each axis of an array, from its type."""
+    return [
+        () if names is None else (names,) if isinstance(names, str) else names for names in own.spec
+    ]
 
 
-def _placed(located: Located, array: jax.Array, cuts: Cuts) -> jax.Array:
-    """Moves an array so that it is cut in this way."""
-    return jax.sharding.reshard(array, _sharding(located, cuts))
-
-
-def _sharding(located: Located, cuts: Cuts) -> NamedSharding:
-    """Writes cuts as a sharding on the leaves' mesh."""
-    return NamedSharding(located.mesh, PartitionSpec(*(names or None for names in cuts)))
+def _sharding(own: NamedSharding, cuts: Cuts) -> NamedSharding:
+    """Writes cuts as a sharding on the mesh of another one."""
+    return NamedSharding(own.mesh, PartitionSpec(*(names or None for names in cuts)))

@@ -11,6 +11,7 @@ import optax
 
 from teon_optax._memory import kept_beside, on_device
 from teon_optax._mesh.placement import merge_axes, placed_along, split_axis, splittable
+from teon_optax._mesh.views import enter_view, leave_view
 from teon_optax._plan.layout import Layout
 from teon_optax._planning import plan
 from teon_optax._rule import Rule
@@ -30,7 +31,8 @@ def each_matrix(
     they did: it is called with an array of several axes, of which some are fan_in, some fan_out,
     and all others count matrices (layers of a scanned leaf, experts, heads, fused parts). So it
     should reduce over `fan_in`, `fan_out` or both, with `keepdims=True`, and otherwise work
-    elementwise; then meshes may cut the leaf in any way, and no axis is ever moved.
+    elementwise; then meshes may cut the leaf in any way, and no axis is ever moved. A leaf with
+    a view (`Rule(view=...)`) is given in that shape, and so is what is kept of it.
 
     A leaf is one call, unless its fused parts have unequal sizes: then each part is one. A leaf
     (12, 64, 3, 16) of 12 scanned layers and 3 heads, read by `layer_axis=0` and
@@ -76,11 +78,12 @@ def each_matrix(
     for position, layout in layouts.items():
         index = positions[position]
         leaf, last = leaves[index], inputs[-1][index]
-        given = [_wide(each[index]) for each in inputs]
+        given = [_wide(each[index], layout) for each in inputs]
         _, _, fan_in, fan_out = layout.roles
         parts = zip(*(to_parts(each, layout) for each in given), strict=True)
         results = zip(*(function(*part, fan_in, fan_out) for part in parts), strict=True)
         new, *rest = (from_parts(result, layout) for result in results)
+        new = leave_view(new, layout, leaf)
         leaves[index] = kept_beside(placed_like(new.astype(leaf.dtype), leaf), leaf)
         more[index] = optax.MaskedNode()
         if rest:
@@ -88,9 +91,14 @@ def each_matrix(
     return structure.unflatten(leaves), structure.unflatten(more)
 
 
-def _wide(leaf: jax.Array) -> jax.Array:
-    """Moves a leaf to the memory of its device, in float32 at least."""
-    return on_device(leaf).astype(np.promote_types(leaf.dtype, np.float32))
+def _wide(leaf: jax.Array, layout: Layout) -> jax.Array:
+    """Moves a leaf to the memory of its device, in float32 at least, and to its rule's view.
+
+    What was kept of an update before has the axes of the view already.
+    """
+    wide = on_device(leaf).astype(np.promote_types(leaf.dtype, np.float32))
+    is_whole = layout.stored is not None and leaf.shape == layout.stored.shape
+    return enter_view(wide, layout) if is_whole else wide
 
 
 def to_parts(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
