@@ -276,13 +276,13 @@ def table(record: dict[str, Any]) -> str:
 
 
 def alone_rows(record: dict[str, Any]) -> list[list[str]]:
-    """A row for each layout, type of axes and count of devices where K = 1 was measured."""
+    """A row for each layout, type of axes and count of devices, from 8 on, measured with K = 1."""
     rows = []
     for name in EXPLICIT:
         base = name.removesuffix(" Explicit")
         for layout, axes in ((base, "Auto"), (name, "Explicit")):
             for count, found in sorted(record["rows"].items(), key=lambda item: int(item[0])):
-                if ALONE in found.get(layout, {}):
+                if int(count) >= 8 and ALONE in found.get(layout, {}):
                     ours, muon = found[layout][ALONE], found[layout].get(MUON, {})
                     rows.append([base, axes, count, *alone_cells(ours, muon)])
     return rows

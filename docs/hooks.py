@@ -1,7 +1,8 @@
 """What MkDocs needs to build the site from files all over the repository, none of them copied.
 
-Pages and images outside docs/ keep their place: `benchmarks/README.md` is a page of that name.
-Links are written as they work in the repository, and turned into those of the site here.
+README.md is the home page. Other pages and images outside docs/ keep their place:
+`benchmarks/README.md` is a page of that name. Links are written as they work in the repository, and
+turned into those of the site here.
 """
 
 import posixpath
@@ -15,13 +16,15 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parent.parent
-OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")
+# Pages of the site, by the files of the repository that they are.
+OUTSIDE = {
+    "index.md": "README.md",
+    **{name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")},
+}
 IMAGES = "benchmarks/results/**/*.png"
 
 # [text](path#fragment), for paths that are relative.
 _LINK = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]\((?![a-z]+:|[/#])([^)\s#]+)(#[^)\s]*)?\)")
-_HIDDEN = re.compile(r"^<!-- hidden:.*?^-->\n", re.M | re.S)  # code of tests/test_docs.py
-_INCLUDE = re.compile(r"<!-- README: (.+) -->")
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -31,19 +34,15 @@ def on_config(config: MkDocsConfig) -> None:
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
     """Adds the pages and images outside docs/."""
-    images = (path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(IMAGES)))
-    for name in (*OUTSIDE, *images):
-        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    images = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob(IMAGES))]
+    for page, name in (OUTSIDE | dict(zip(images, images, strict=True))).items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Includes sections of README.md, and turns links of the repository into links of the site."""
+    """Turns links of the repository into links of the site."""
     source = page.file.src_uri
-    place = source if source in OUTSIDE else f"docs/{source}"
-    markdown = _links(_HIDDEN.sub("", markdown), place, page, config, files)
-    return _INCLUDE.sub(
-        lambda match: _links(_section(match[1]), "README.md", page, config, files), markdown
-    )
+    return _links(markdown, OUTSIDE.get(source, f"docs/{source}"), page, config, files)
 
 
 def _existing(nav: Any) -> Any:
@@ -52,16 +51,8 @@ def _existing(nav: Any) -> Any:
     if isinstance(nav, dict):
         ((title, target),) = nav.items()
         return {title: found} if (found := _existing(target)) else None
-    return nav if any((folder / nav).exists() for folder in (ROOT, ROOT / "docs")) else None
-
-
-def _section(heading: str) -> str:
-    """The text of README.md under a heading, without the heading."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", readme, re.M | re.S))
-    if heading not in sections:
-        raise PluginError(f"README.md has no section {heading!r}, which docs/index.md includes.")
-    return sections[heading]
+    places = (ROOT / OUTSIDE.get(nav, nav), ROOT / "docs" / nav)
+    return nav if any(place.exists() for place in places) else None
 
 
 def _links(text: str, place: str, page: Page, config: MkDocsConfig, files: Files) -> str:

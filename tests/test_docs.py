@@ -1,8 +1,7 @@
-"""Every example of every page runs, and prints what the page shows.
+"""Every example of every page runs when it is pasted alone, and prints what the page shows.
 
-A page's fenced blocks of Python are one program, in their order. A block of `text` right after one
-is what it printed; WRITE_OUTPUT=1 writes it there. A block with `>>>` is a doctest. A comment
-`<!-- hidden: ... -->` holds code that readers need not see.
+A fenced block of Python is a program of its own. A block of `text` right after one is what it
+printed; WRITE_OUTPUT=1 writes it there. A block with `>>>` is a doctest.
 """
 
 import ast
@@ -29,10 +28,10 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "benchmarks" / "README.md",
 ]
-BLOCK = re.compile(r"^<!-- hidden:\n(.*?)^-->$|^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
-# Lines of a model beside its plan: tests/families builds the models and compares the plans; and
-# lines of examples/trainers beside theirs: tests/test_trainers.py compares the lines.
-FRAGMENTS = [ROOT / "docs" / "families.md", ROOT / "docs" / "in_your_trainer.md"]
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
+# Lines of a model beside its plan: tests/families builds the models and compares the plans.
+FRAGMENTS = [ROOT / "docs" / "families.md", ROOT / "docs" / "recipes.md"]
+# `py` marks the program of examples/minimal.py, which tests/integration/test_minimal.py runs.
 PYTHON = ("python", "pycon")
 
 
@@ -41,18 +40,20 @@ def blocks(page):
     text = page.read_text("utf-8")
     found = list(BLOCK.finditer(text))
     for block, after in zip_longest(found, found[1:]):
-        hidden, language, code = block.groups()
+        language, code = block.groups()
         shown = None
-        if after and after[2] == "text" and not text[block.end() : after.start()].strip():
-            shown = after[3]
-        line = text[: block.start()].count("\n") + 1
-        yield line, "python" if hidden else language, hidden or code, shown
+        between = re.sub("<!--.*?-->", "", text[block.end() : after.start()] if after else "")
+        if after and after[1] == "text" and not between.strip():
+            shown = after[2]
+        yield text[: block.start()].count("\n") + 1, language, code, shown
 
 
 def programs():
     for page in PAGES:
-        if page not in FRAGMENTS and any(language in PYTHON for _, language, _, _ in blocks(page)):
-            yield pytest.param(page, id=page.relative_to(ROOT).as_posix())
+        for number, block in enumerate(blocks(page) if page not in FRAGMENTS else ()):
+            if block[1] in PYTHON:
+                name = page.relative_to(ROOT).as_posix()
+                yield pytest.param(page, number, id=f"{name}:{block[0]}")
 
 
 def imported(code):
@@ -69,41 +70,40 @@ def source(code):
     return "".join(example.source for example in examples) if examples else code
 
 
-def run_doctest(code, names, page, line):
-    test = doctest.DocTestParser().get_doctest(code, names, page.name, str(page), line)
-    test.globs = names  # not the copy that it made: the next block goes on
+def run_doctest(code, page, line):
+    test = doctest.DocTestParser().get_doctest(code, {}, page.name, str(page), line)
     report = io.StringIO()
     runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
-    runner.run(test, out=report.write, clear_globs=False)
+    runner.run(test, out=report.write)
     assert not runner.failures, report.getvalue()
 
 
 @pytest.mark.promotes_dtypes
 @pytest.mark.promotes_ranks
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("page", list(programs()))
-def test_a_page_prints_what_it_shows(page, tmp_path, monkeypatch):
-    program = [block for block in blocks(page) if block[1] in PYTHON]
-    for _, _, code, _ in program:
-        for library in set(imported(source(code))) - set(sys.stdlib_module_names):
-            pytest.importorskip(library)
+@pytest.mark.parametrize(("page", "number"), list(programs()))
+def test_a_block_runs_alone_and_prints_what_the_page_shows(page, number, tmp_path, monkeypatch):
+    line, _, code, shown = list(blocks(page))[number]
+    for library in set(imported(source(code))) - set(sys.stdlib_module_names):
+        pytest.importorskip(library)
     monkeypatch.syspath_prepend(ROOT)
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "__main__"}
-    for line, _, code, shown in program:
-        if code.lstrip().startswith(">>>"):
-            run_doctest(code, names, page, line)
-            continue
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(compile("\n" * line + code, page, "exec"), names)
-        if os.environ.get("WRITE_OUTPUT") and shown is not None:
-            text = page.read_text("utf-8")
-            after = "```\n\n```text\n"
-            text = text.replace(code + after + shown, code + after + printed.getvalue())
-            page.write_text(text, "utf-8")
-        else:
-            assert printed.getvalue() == (shown or ""), f"{page}:{line}"
+    if code.lstrip().startswith(">>>"):
+        return run_doctest(code, page, line)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile("\n" * line + code, page, "exec"), {"__name__": "__main__"})
+    if os.environ.get("WRITE_OUTPUT") and shown is not None:
+        text = page.read_text("utf-8")
+        after = "```\n\n```text\n"
+        text = text.replace(code + after + shown, code + after + printed.getvalue())
+        page.write_text(text, "utf-8")
+    else:
+        assert printed.getvalue() == (shown or ""), f"{page}:{line}"
+
+
+def test_no_page_hides_code_from_its_readers():
+    assert [page.name for page in PAGES if "<!-- hidden" in page.read_text("utf-8")] == []
 
 
 def test_the_first_use_is_within_forty_lines_of_the_readme():
@@ -125,7 +125,9 @@ def test_every_public_name_is_in_the_reference():
     page = (ROOT / "docs" / "reference.md").read_text("utf-8")
     documented = set(re.findall(r"^::: teon_optax\.([\w.]+)$", page, re.M))
     of_contrib = {f"contrib.{name}" for name in teon_optax.contrib.__all__}
-    assert documented == {*teon_optax.__all__, *of_contrib} - {"contrib"}
+    returned = {"_rule.Rules", "_plan.plan.Series", "_plan.plan.Untouched", "_alignment.Alignments"}
+    public = {*teon_optax.__all__, *of_contrib} - {"contrib", "__version__"}
+    assert documented == public | returned
 
 
 def test_every_page_is_in_the_navigation():
@@ -136,6 +138,11 @@ def test_every_page_is_in_the_navigation():
 
 def results(name):
     return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def words(name):
+    """A page's text, in lines of any length."""
+    return " ".join((ROOT / name).read_text("utf-8").split())
 
 
 @pytest.mark.parametrize(
@@ -156,52 +163,61 @@ def test_costs_in_the_readme_are_those_of_the_committed_benchmark(row, figure, m
         ratios = [peer["wall_ratio"] for peer in ours]
     else:
         ratios = [peer[figure] / found["optax muon"][figure] for peer in ours]
-    first, second = (f"{ratio:.3f}".removeprefix("0") for ratio in ratios)
-    assert f"\n| {row} | {first} | {second} |" in (ROOT / "README.md").read_text("utf-8")
+    shown = " | ".join(f"{ratio:.3f}" for ratio in ratios)
+    assert f"\n| {row} | {shown} |" in (ROOT / "README.md").read_text("utf-8")
 
 
-def test_bf16_parameters_on_a_gpu_in_the_readme_are_those_of_the_committed_benchmark():
+def test_bf16_parameters_on_a_gpu_are_those_of_the_committed_benchmark():
     found = results("update_cost-llama-1b-bfloat16-gpu")["optimizers"]
     plain, bf16 = (
-        f"{found[f'teon polar_express{products}']['wall_ratio']:.3f}".removeprefix("0")
-        for products in ("", ", bf16")
+        found[f"teon polar_express{products}"]["wall_ratio"] for products in ("", ", bf16")
     )
-    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    assert f"LLaMA-1B took {plain} of Muon's time, and {bf16} with it" in readme
+    expected = f"LLaMA-1B on an H200: {plain:.2f} of Muon's time in TF32, {bf16:.2f} in bf16"
+    assert expected in words("docs/what_to_set.md")
 
 
-def test_mode_1_half_as_long_in_the_readme_is_that_of_the_committed_runs():
-    minus = results("reproduce/reproduce")["half_as_long"]["teon-1-muon-scale"]["minus"]["muon"]
-    mean, half = (f"{minus[key]:.3f}".removeprefix("0") for key in ("mean", "half"))
-    assert f"it ends {mean} ± {half} above Muon" in (ROOT / "README.md").read_text("utf-8")
+def test_losses_in_the_readme_are_those_of_the_committed_runs():
+    record = results("reproduce/reproduce")
+    whole, short = record["headline"], record["half_as_long"]
+    adamw, teon = (whole[name]["minus"]["muon"] for name in ("adamw", "teon-1-muon-scale"))
+    half = short["teon-1-muon-scale"]["minus"]["muon"]
+    readme = words("README.md")
+    assert f"AdamW ends {adamw['mean']:.3f} nats above Muon and TEON {shown(teon)}" in readme
+    assert f"TEON ends {shown(half)} above Muon" in readme
+
+
+def shown(difference):
+    return f"{difference['mean']:.3f} ± {difference['half']:.3f}"
 
 
 def test_products_of_models_in_the_readme_are_those_of_the_committed_benchmark():
-    models = results("models")["models"]
-    readme = (ROOT / "README.md").read_text("utf-8")
-    rows = re.findall(r"^\| ([\w./ -]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.M)
-    assert len([row for row in rows if row[0] in models]) >= 6
-    for name, *shown in rows:
-        if name in models:
-            found = models[name]["optimizers"]
-            ours = [
-                ("teon polar_express", "flops"),
-                ("teon schatten", "flops"),
-                ("teon polar_express", "tpu_passes"),
-            ]
-            ratios = [found[peer][figure] / found["optax muon"][figure] for peer, figure in ours]
-            assert shown == [f"{ratio:.3f}".removeprefix("0") for ratio in ratios], name
+    ratios = []
+    for name, model in results("models")["models"].items():
+        ours, muon = (model["optimizers"][peer] for peer in ("teon polar_express", "optax muon"))
+        ratios.append((ours["flops"] / muon["flops"], name))
+    least, most = (f"{ratio:.3f} ({name})" for ratio, name in (min(ratios), max(ratios)))
+    expected = f"Of {len(ratios)} published models' updates, products are {least} to {most}"
+    assert expected in words("README.md")
 
 
 def test_bytes_in_the_readme_are_those_of_the_committed_benchmark():
     rows = results("communication-gpt-4x256")["rows"]["8"]
     ratios = [
-        rows[layout]["teon"]["bytes"] / rows[layout]["optax muon"]["bytes"]
+        rows[layout][peer]["bytes"] / rows[layout]["optax muon"]["bytes"]
         for layout in ("fan-in", "fan-out", "2-D", "HSDP")
+        for peer in ("teon", "rules.muon")
     ]
-    least, most = (f"{ratio:.3f}".removeprefix("0") for ratio in (min(ratios), max(ratios)))
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert f"{least} to {most} of the bytes" in " ".join(readme.split())
+    assert f"{min(ratios):.3f} to {max(ratios):.3f} of the bytes" in words("README.md")
+
+
+def test_optax_muon_is_refused_on_explicit_meshes_and_ours_run_there():
+    rows = results("communication-gpt-4x256")["rows"]
+    for count in ("8", "16", "32", "64"):
+        for layout in ("fan-in", "2-D"):
+            found = rows[count][f"{layout} Explicit"]
+            assert found["optax muon"]["error"].startswith("ShardingTypeError")
+            for peer in ("teon", "rules.muon"):
+                assert found[peer]["bytes"] == rows[count][layout][peer]["bytes"]
 
 
 def shapes(tree):
@@ -267,9 +283,8 @@ def test_pages_name_files_that_exist():
     assert lost == []
 
 
-def test_one_rate_is_recommended_for_the_fallback():
-    # A regression in NumPyro is no language model, and has a rate of its own.
-    texts = [page.read_text("utf-8") for page in PAGES if page.name != "in_your_trainer.md"]
-    texts += [path.read_text("utf-8") for path in (ROOT / "examples").glob("*.py")]
-    rates = re.findall(r"fallback=optax\.adamw\((\d[\de.-]*)", "\n".join(texts))
-    assert {*rates} == {"3e-4"}
+def test_pages_give_the_fallback_a_rate_in_one_way():
+    # `fallback=` is for another optimizer than AdamW, and for AdamW where an argument is compared.
+    texts = {page.name: page.read_text("utf-8") for page in PAGES if page.name != "migrating.md"}
+    texts |= {path.name: path.read_text("utf-8") for path in (ROOT / "examples").rglob("*.py")}
+    assert [name for name, text in texts.items() if "fallback=optax.adamw(" in text] == []

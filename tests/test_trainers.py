@@ -74,11 +74,15 @@ def test_the_page_and_the_weekly_job_have_every_trainer(name, script):
         assert dependency in row
 
 
-def test_the_code_on_the_page_is_that_of_the_scripts():
-    written = set().union(*(lines(script.read_text("utf-8")) for script in SCRIPTS.values()))
-    blocks = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
-    assert len(blocks) >= len(SCRIPTS)
-    assert [line for block in blocks for line in lines(block) - written] == []
+def test_the_code_of_frameworks_on_the_page_is_that_of_the_scripts():
+    files = [*SCRIPTS.values(), FOLDER / "shared.py"]
+    written = set().union(*(lines(file.read_text("utf-8")) for file in files))
+    _, frameworks = PAGE.split("\n## Frameworks\n")
+    blocks = re.findall(r"^```python\n(.*?)^```$", frameworks, re.M | re.S)
+    assert len(blocks) >= 6
+    imports = re.compile("(import|from) ")
+    code = [line for block in blocks for line in lines(block) if not imports.match(line)]
+    assert [line for line in code if line not in written] == []
 
 
 def test_the_plans_on_the_page_are_plans():

@@ -19,7 +19,6 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
-import optax
 from gemma import gm
 from gemma.gm.nn.config import AttentionType, TransformerConfig
 from kauldron import kd
@@ -74,7 +73,7 @@ def train(folder):
         model=MODEL,
         num_train_steps=STEPS - 1,  # Kauldron takes a step more.
         train_losses={"cross_entropy": LOSS},
-        optimizer=teon(0.02, fallback=optax.adamw(3e-4)),
+        optimizer=teon(0.02),
         checkpointer=kd.ckpts.Checkpointer(save_interval_steps=SAVED),
         writer=Losses(),
         log_metrics_every=1,

@@ -21,7 +21,6 @@ from pathlib import Path
 import equinox as eqx
 import haliax as hax
 import jax
-import optax
 from levanter.checkpoint import CheckpointerConfig
 from levanter.models.llama import LlamaConfig, LlamaLMHeadModel
 from levanter.models.lm_model import LmExample
@@ -46,11 +45,9 @@ RULES = [
 @dataclasses.dataclass(frozen=True)
 class TeonConfig(OptimizerConfig):
     learning_rate: float = 0.02
-    adam_learning_rate: float = 3e-4
 
     def build(self, num_train_steps):
-        schedule = self.lr_scheduler(num_train_steps)
-        return teon(schedule, RULES, fallback=optax.adamw(self.adam_learning_rate))
+        return teon(self.lr_scheduler(num_train_steps), RULES)
 
 
 BATCH, POSITION = hax.Axis("batch", 16), hax.Axis("position", 33)

@@ -22,7 +22,6 @@ import tempfile
 os.environ["DECOUPLE_GCLOUD"] = "TRUE"  # or MaxText asks Google Cloud who it is
 
 import maxtext.configs
-import optax
 from flax import nnx
 from maxtext.optimizers import optimizers
 from maxtext.trainers.pre_train import train
@@ -60,7 +59,7 @@ OPTIONS = {
 def get_optimizer(config, learning_rate_schedule, model=None, mesh=None):
     """What MaxText calls for its optimizer; it has no registry to add one to."""
     print(plan(nnx.state(model, nnx.Param)))
-    return teon(learning_rate_schedule, fallback=optax.adamw(3e-4))
+    return teon(learning_rate_schedule)
 
 
 optimizers.get_optimizer = get_optimizer

@@ -22,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpyro
 import numpyro.distributions as dist
-import optax
 import orbax.checkpoint as ocp
 from numpyro.contrib.module import flax_module
 from numpyro.infer import SVI, Trace_ELBO
@@ -51,7 +50,7 @@ def model(x, y):
 
 
 rules = [Rule(r"hidden_(?P<layer>\d+)/kernel", stack=2)]
-optimizer = teon(0.02, rules, fallback=optax.adamw(1e-2))
+optimizer = teon(0.02, rules)
 svi = SVI(model, AutoNormal(model), optax_to_numpyro(optimizer), Trace_ELBO(num_particles=16))
 
 x = jax.random.normal(jax.random.key(0), (256, FEATURES))

@@ -18,7 +18,6 @@ import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
-import optax
 import qwix
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
@@ -97,7 +96,7 @@ def train(model, rules, max_steps, folder):
         checkpoint_root_directory=str(folder),
         pbar_description=None,
     )
-    optimizer = teon(0.02, rules, fallback=optax.adamw(3e-4))
+    optimizer = teon(0.02, rules)
     trainer = PeftTrainer(model, optimizer, config).with_gen_model_input_fn(model_input)
     trainer.train(TrainingInput(tokens, jnp.ones_like(tokens, bool)) for tokens in text())
     return trainer.metrics_logger.get_metric_history("", "loss", Mode.TRAIN)

@@ -40,9 +40,8 @@ def test_it_has_at_most_60_lines():
 
 
 def test_its_plan_is_that_of_the_page(output):
-    plan, losses = (shown for _, shown in BLOCKS if shown)
-    assert output.startswith(plan)
-    assert [step for step, _ in LOSS.findall(output)] == [step for step, _ in LOSS.findall(losses)]
+    ((_, shown),) = BLOCKS
+    assert LOSS.sub(r"step \1", output) == LOSS.sub(r"step \1", shown)
 
 
 def test_it_learns(output):
