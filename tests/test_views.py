@@ -207,6 +207,12 @@ def test_a_plan_has_the_shapes_of_the_parts():
     ]
 
 
+def test_a_printed_plan_says_in_which_shape_a_leaf_is_seen():
+    case = CASES["gate and up in turns"]
+    text = str(plan({"w": jnp.zeros((WIDTH, 2 * HIDDEN))}, [Rule("w", **case.arguments)]))
+    assert re.search(r"^w +8 x 10 +1 +1 +8 +2\n  each layer seen as \(8, 10, 2\)$", text, re.M)
+
+
 def test_a_view_of_another_size_is_refused_with_path_and_shape():
     taken = re.escape("'w', shape (8, 12), taken by `Rule(r\"w\", ")
     with pytest.raises(ValueError, match=taken + ".* has 80 entries and the leaf 96"):

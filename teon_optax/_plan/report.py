@@ -41,7 +41,7 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
             (taken_names[row], _layers(alike), *row[1:], str(sum(group.batch for group in alike)))
             for row, alike in taken.items()
         ],
-        notes=["", *(_dearer_than_alone(alike[0]) for alike in taken.values())],
+        notes=["", *(_note(alike[0]) for alike in taken.values())],
     )
     lines += columns(
         [("fallback", "shape", "why", "leaves")]
@@ -49,6 +49,12 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
     )
     lines += [line for rule in unused for line in _wrapped(f"takes no leaf: {rule}", _WIDTH - 2)]
     return "\n".join([*lines, *_totals(groups, untouched)])
+
+
+def _note(group: Any) -> str:
+    """Says below a row what its columns cannot: the view of its leaves, and a cost above Muon's."""
+    view = "" if group.rule.view is None else f"each layer seen as {group.rule.view}"
+    return "; ".join(filter(None, [view, _dearer_than_alone(group)]))
 
 
 def _layers(groups: Sequence[Any]) -> str:
