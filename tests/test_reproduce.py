@@ -402,11 +402,18 @@ def test_the_interval_of_two_optimizers_is_that_of_students_t_of_their_pairs():
 def test_tokens_are_counted_to_where_the_curve_crosses_the_end_of_muons():
     def own(*losses):
         points = [[tokens, loss] for tokens, loss in zip((10, 20, 40), losses, strict=True)]
-        return statistics.Series("", 0.1, {1: {"validation": points}})
+        return statistics.Series("", 0.1, {1: {"validation": points, "val_loss": losses[-1]}})
 
     found = {"muon": own(3.0, 2.5, 2.0), "teon-1": own(3.0, 2.5, 1.5), "adamw": own(4.0, 3.0, 2.1)}
     share = [statistics.tokens_to_reach(found, name) for name in found]
     assert share == [1.0, pytest.approx(0.75), math.inf]
+
+
+def test_a_curve_ends_at_the_loss_of_the_table_and_keeps_its_shape():
+    record = {"validation": [[10, 3.0], [20, 2.5], [40, 2.0]], "val_loss": 1.9}
+    tokens, losses = statistics.curve_of(record)
+    assert tokens.tolist() == [10, 20, 40]
+    np.testing.assert_allclose(losses, [2.9, 2.4, 1.9])
 
 
 def shapes():

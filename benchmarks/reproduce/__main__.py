@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--out", type=Path, help="default: runs/reproduce; to aggregate, the committed runs")
     add("--aggregate", action="store_true", help="run nothing")
-    add("--update-readme", action="store_true", help="put tables into README and docs, too")
+    add("--update-readme", action="store_true", help="put tables into the docs, too")
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: one for each core")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
     add("--schedule", choices=SCHEDULES, default="comparison", help="default: comparison")

@@ -1,4 +1,4 @@
-"""The figure of `reproduce`: the same colours in all panels, a legend, bands over seeds."""
+"""The comparison's figure: the same colours in all panels, a legend, bands over seeds."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.reproduce.configurations import CONFIGURATIONS
 from benchmarks.reproduce.records import rate_of
+from benchmarks.reproduce.statistics import curve_of
 
 COLOURS = {"muon": "C0", "stack-1": "C1", "teon-1": "C2", "teon-2": "C3", "adamw": "C4"}
 
@@ -19,7 +20,7 @@ def draw(
     against: Mapping[str, Any],
     which: str,
 ) -> Figure:
-    """Curves, their end, sweeps and paired differences.
+    """Draws curves, their end, sweeps and paired differences.
 
     Args:
         found: Runs whose curves are drawn, by name.
@@ -47,11 +48,11 @@ def draw(
 
 
 def draw_curves(axes: Any, found: Mapping[str, Any], last: float = 1.0) -> None:
-    """Validation loss of the averaged weights: mean over seeds, and a standard deviation."""
+    """Draws validation losses of averaged weights: means over seeds, and a standard deviation."""
     lowest = []
     for name, series in found.items():
-        curves = np.array([run["validation"] for run in series.runs.values()], float)
-        tokens, losses = curves[0, :, 0] / 1e6, curves[:, :, 1]
+        curves = [curve_of(run) for run in series.runs.values()]
+        tokens, losses = curves[0][0] / 1e6, np.array([losses for _, losses in curves])
         shown = tokens > tokens[-1] * (1 - last)
         mean = losses.mean(0)
         lowest.append((mean[shown].max(), mean.min(), name))
@@ -68,7 +69,7 @@ def draw_curves(axes: Any, found: Mapping[str, Any], last: float = 1.0) -> None:
 
 
 def draw_sweeps(axes: Any, swept: Mapping[str, Mapping[int, float]]) -> None:
-    """Loss of half-length runs by learning rate."""
+    """Draws losses of half-length runs by learning rate."""
     for name, losses in swept.items():
         if losses and CONFIGURATIONS[name].base is None:
             ks = [k for k in sorted(losses) if math.isfinite(losses[k])]
@@ -82,13 +83,13 @@ def draw_sweeps(axes: Any, swept: Mapping[str, Mapping[int, float]]) -> None:
     axes.set(
         xlabel="learning rate of the matrices",
         ylabel="validation loss",
-        title="sweeps, half as long, one seed",
+        title="sweeps: half-length runs, one seed",
     )
     axes.grid(alpha=0.3)
 
 
 def draw_differences(axes: Any, found: Mapping[str, Any], against: Mapping[str, Any]) -> None:
-    """Paired differences from Muon; AdamW is far outside and stands in the table."""
+    """Draws paired differences from Muon; AdamW is far outside and stands in the table."""
     names = [name for name in found if name != "adamw" and against.get(name) is not None]
     for place, name in enumerate(names):
         value = against[name]
@@ -106,12 +107,12 @@ def draw_differences(axes: Any, found: Mapping[str, Any], against: Mapping[str, 
 
 
 def colour(name: str) -> str:
-    """Of an optimizer, in all panels."""
+    """Gives an optimizer one colour in all panels."""
     return next(own for key, own in COLOURS.items() if name.startswith(key))
 
 
 def style(name: str) -> dict[str, Any]:
-    """Of its lines: Muon's scale is dashed."""
+    """Gives its lines a style: Muon's scale is dashed."""
     return {
         "color": colour(name),
         "label": CONFIGURATIONS[name].title,

@@ -25,9 +25,9 @@ from benchmarks.reproduce.statistics import (
     sweep,
     tokens_to_reach,
 )
+from benchmarks.reproduce.training import CURVE_TOKENS
 
-ROOT = Path(__file__).parents[2]
-PAGES = {"reproduce-headline": ROOT / "README.md", "reproduce": ROOT / "docs/results.md"}
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
 WANTED = 0.005  # half the width of an interval that tells what users ask
 IN_PART = {name for name, each in CONFIGURATIONS.items() if each.base is not None}
 
@@ -43,9 +43,10 @@ def report(out: Path, update_readme: bool = False) -> None:
     headline = {name: each for name, each in found.items() if name not in IN_PART}
     half = setup["steps"] // 2
     parts = [verdict(headline), headline_table(headline), caption(setup, records)]
-    page = "\n\n".join(part for part in [*parts, *details(records, found, half)] if part)
-    parts[1] = parts[1] or sweep_table(records, half)  # what the README shows until then
-    summary = "\n\n".join(part for part in parts if part)
+    more = _joined(details(records, found, half))
+    page = _joined([*parts, more])
+    parts[1] = parts[1] or sweep_table(records, half)  # what is shown until then
+    summary = _joined(parts)
     record = {
         "benchmark": "reproduce",
         **setup,
@@ -66,16 +67,20 @@ def report(out: Path, update_readme: bool = False) -> None:
         headline or best_of_sweeps(records, half),
         swept,
         against,
-        "headline" if headline else "half as long, one seed",
+        "headline" if headline else "half-length runs, one seed",
     )
     results.write(out, "reproduce", record, page, drawn)
     if update_readme:
-        for (name, path), text in zip(PAGES.items(), (summary, page), strict=True):
-            results.update_readme(name, text, path)
+        results.update_readme("reproduce-headline", summary, PAGE)
+        results.update_readme("reproduce", more, PAGE)
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "\n\n".join(part for part in parts if part)
 
 
 def verdict(found: Mapping[str, Series]) -> str:
-    """The first line: what these runs can tell."""
+    """Says what these runs can tell."""
     values = {
         name: value
         for name in found
@@ -102,7 +107,7 @@ def verdict(found: Mapping[str, Series]) -> str:
 
 
 def headline_table(found: Mapping[str, Series]) -> str:
-    """One row for each optimizer."""
+    """Draws one row for each optimizer."""
     if not found:
         return ""
     header = (
@@ -135,7 +140,7 @@ def _row(name: str, found: Mapping[str, Series]) -> list[str]:
 
 
 def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
-    """What was run, under the headline."""
+    """Says what was run, under the headline."""
     tokens = setup["batch_size"] * setup["context"]
     lengths = Counter(record["steps"] for record in records)
     counts = " and ".join(
@@ -147,6 +152,7 @@ def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
     return (
         f"{len(records)} runs: {counts}, of {tokens:,} tokens a step; model `{setup['model']}`. "
         f"Losses are those of the averaged weights on {setup['eval_tokens']:,} held-out tokens. "
+        f"The figure's curves are on {CURVE_TOKENS:,} of these, moved to end at these losses. "
         f"Differences are paired by seed, with a {CONFIDENCE:.0%} interval from what is left of "
         "the losses once means of optimizers and seeds are taken out. Tokens to Muon's end: where "
         "the mean validation curve crosses the end of Muon's. A step: processor time on one core, "
@@ -155,7 +161,7 @@ def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
 
 
 def details(records: Sequence[Record], found: Mapping[str, Series], half: int) -> list[str]:
-    """What is beyond the headline; empty where there are no runs of it."""
+    """Draws what is beyond the headline; empty where there are no runs of it."""
     headline = {name: each for name, each in found.items() if name not in IN_PART}
     pages = [noise_table(records), rest_table(records, half), sweep_table(records, half)]
     pairs = [
@@ -179,24 +185,24 @@ def _part_row(name: str, found: Mapping[str, Series]) -> list[str]:
 
 
 def half_as_long(records: Sequence[Record], half: int) -> dict[str, Series]:
-    """The runs that are half as long, without those of the seed that rates were chosen on."""
+    """Collects half-length runs, without those of the seed that rates were chosen on."""
     return series([run for run in records if run["seed"] != schedule.SWEEP_SEED], half)
 
 
 def half_table(found: Mapping[str, Series]) -> str:
-    """One row for each configuration, against Muon and, of a part, against its base."""
+    """Draws one row for each configuration, against Muon and, of a part, against its base."""
     rows = []
     for name, own in found.items():
         bases = REFERENCE, str(CONFIGURATIONS[name].base)
         against = ["" if (v := difference(found, name, base)) is None else str(v) for base in bases]
         losses = own.losses(list(own.runs))
         rows.append([own.title, str(len(losses)), f"{losses.mean():.4f}", *against])
-    header = "half as long", "seeds", "validation loss", "minus Muon's", "minus its base's"
+    header = "half-length runs", "seeds", "validation loss", "minus Muon's", "minus its base's"
     return results.markdown(header, rows) if rows else ""
 
 
 def noise_table(records: Sequence[Record]) -> str:
-    """How far equal algorithms end from each other."""
+    """Shows how far equal algorithms end from each other."""
     titles = {"val_loss": "averaged over the last 5 %", "val_loss_last": "as they ended"}
     rows = []
     for job, runs in noise(records).items():
@@ -210,7 +216,7 @@ def noise_table(records: Sequence[Record]) -> str:
 
 
 def rest_table(records: Sequence[Record], steps: int) -> str:
-    """The sweep over the fallback's learning rate."""
+    """Draws the sweep over the fallback's learning rate."""
     losses = schedule.rest_losses(records, steps)
     if not losses:
         return ""
@@ -218,7 +224,7 @@ def rest_table(records: Sequence[Record], steps: int) -> str:
 
 
 def sweep_table(records: Sequence[Record], steps: int) -> str:
-    """One column for each learning rate, one row for each optimizer."""
+    """Draws one column for each learning rate, one row for each optimizer."""
     swept = {
         configuration.title: losses
         for name, configuration in CONFIGURATIONS.items()
@@ -240,7 +246,7 @@ def _sweeps_of(title: str, swept: Mapping[str, Mapping[int, float]]) -> str:
 
 
 def alignment_table(records: Sequence[Record]) -> str:
-    """r of both modes in the course of the longest runs of each configuration."""
+    """Shows r of both modes in the course of the longest runs of each configuration."""
     rows = []
     for name, configuration in CONFIGURATIONS.items():
         runs = [r for r in records if r["configuration"] == name and r["alignment"]]
@@ -256,7 +262,7 @@ def alignment_table(records: Sequence[Record]) -> str:
 
 
 def as_json(name: str, found: Mapping[str, Series]) -> dict[str, Any]:
-    """What a table of these configurations says of one: against Muon and, of a part, its base."""
+    """Gives as JSON what a table says of one: against Muon and, of a part, its base."""
     own = found[name]
     bases = [REFERENCE, *filter(None, [CONFIGURATIONS[name].base])]
     minus = {base: v for base in bases if (v := difference(found, name, base)) is not None}

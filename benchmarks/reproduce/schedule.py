@@ -6,10 +6,10 @@
    the paper's scale, and in Muon's where that is better for our Muon;
 4. the headline: each optimizer at its best, five seeds;
 5. parts: one thing changed, three seeds;
-6. Muon, stack 1, TEON in both modes and `schatten`, half as long, eight seeds: rounding has not
-   moved these runs apart yet.
+6. Muon, stack 1, TEON in both modes and `schatten` in half-length runs, eight seeds: rounding has
+   not moved these apart yet.
 
-1 to 3 are on seed 0, also half as long.
+1 to 3 are half-length runs on seed 0.
 """
 
 import itertools

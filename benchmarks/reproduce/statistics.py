@@ -29,7 +29,7 @@ class Series(NamedTuple):
     runs: dict[int, Record]
 
     def losses(self, seeds: Sequence[int]) -> np.ndarray:
-        """Validation losses of the averaged weights."""
+        """Lists validation losses of the averaged weights."""
         return np.array([loss_of(self.runs[seed]) for seed in seeds])
 
 
@@ -47,7 +47,7 @@ class Difference(NamedTuple):
 
 
 def series(records: Sequence[Record], steps: int) -> dict[str, Series]:
-    """The runs of that length, in the order of the configurations."""
+    """Collects the runs of that length, in the order of the configurations."""
     found = {}
     for name, configuration in CONFIGURATIONS.items():
         runs = [
@@ -63,11 +63,12 @@ def series(records: Sequence[Record], steps: int) -> dict[str, Series]:
 
 
 def pooled(found: Mapping[str, Series]) -> tuple[float, int]:
-    """Standard deviation of one run once means of optimizers and seeds are taken out.
+    """Estimates what is left of one run once means of optimizers and seeds are taken out.
 
     Returns:
-        It, and its degrees of freedom; over the seeds that all have. Chaos is the same for all of
-        them, so that one estimate from all pairs is better than one from each pair alone.
+        Its standard deviation, and its degrees of freedom, over the seeds that all have. Chaos is
+        the same for all of them, so that one estimate from all pairs is better than one from each
+        pair alone.
     """
     seeds = sorted(set.intersection(*(set(each.runs) for each in found.values())))
     freedom = (len(seeds) - 1) * (len(found) - 1)
@@ -79,7 +80,7 @@ def pooled(found: Mapping[str, Series]) -> tuple[float, int]:
 
 
 def difference(found: Mapping[str, Series], ours: str, theirs: str) -> Difference | None:
-    """Over the seeds that both have, with the pooled interval; None where there are none."""
+    """Compares two over the seeds that both have, with the pooled interval; None without any."""
     if ours not in found or theirs not in found or ours == theirs:
         return None
     seeds = sorted(found[ours].runs.keys() & found[theirs].runs.keys())
@@ -95,7 +96,7 @@ def difference(found: Mapping[str, Series], ours: str, theirs: str) -> Differenc
 
 
 def tokens_to_reach(found: Mapping[str, Series], name: str) -> float | None:
-    """Share of a run's tokens after which the mean curve is at the end of the reference's."""
+    """Finds the share of tokens after which the mean curve is at the end of the reference's."""
     if name not in found or REFERENCE not in found:
         return None
     seeds = sorted(found[name].runs.keys() & found[REFERENCE].runs.keys())
@@ -115,13 +116,24 @@ def tokens_to_reach(found: Mapping[str, Series], name: str) -> float | None:
 
 
 def mean_curve(own: Series, seeds: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and validation loss, mean over seeds."""
-    curves = np.array([own.runs[seed]["validation"] for seed in seeds], float)
-    return curves[0, :, 0], curves[:, :, 1].mean(0)
+    """Averages validation curves over seeds: tokens and losses."""
+    curves = [curve_of(own.runs[seed]) for seed in seeds]
+    return curves[0][0], np.mean([losses for _, losses in curves], axis=0)
+
+
+def curve_of(record: Record) -> tuple[np.ndarray, np.ndarray]:
+    """Moves a run's validation curve so that it ends at the run's validation loss.
+
+    Points of the curve are losses on a part of the held-out text, always the same one, and the
+    validation loss is that of all of it: the part is a little harder or easier than the whole.
+    Returns tokens and losses.
+    """
+    tokens, losses = np.array(record["validation"], float).T
+    return tokens, losses + (loss_of(record) - losses[-1])
 
 
 def noise(records: Sequence[Record]) -> dict[Job, list[Record]]:
-    """Runs that differ in first parameters by rounding alone, by the job that is not nudged."""
+    """Collects runs that differ by rounding alone, by the job that is not nudged."""
     nudged = {job_of(record)._replace(nudge=0) for record in records if record["nudge"]}
     equal = {
         job: [record for record in records if job_of(record)._replace(nudge=0) == job]
@@ -131,7 +143,7 @@ def noise(records: Sequence[Record]) -> dict[Job, list[Record]]:
 
 
 def sweep(records: Sequence[Record], name: str, steps: int) -> dict[int, float]:
-    """Losses by k at the fallback's best rate, as far as it is known."""
+    """Collects losses by k at the fallback's best rate, as far as it is known."""
     rest = schedule.rest_losses(records, steps)
     if not rest:
         return {}
@@ -140,7 +152,7 @@ def sweep(records: Sequence[Record], name: str, steps: int) -> dict[int, float]:
 
 
 def best_of_sweeps(records: Sequence[Record], steps: int) -> dict[str, Series]:
-    """Of each sweep the best run so far."""
+    """Takes of each sweep the best run so far."""
     found = {}
     for name, configuration in CONFIGURATIONS.items():
         losses = sweep(records, name, steps)
