@@ -16,6 +16,7 @@ from teon_optax import Rule, orthogonalize, polar_express, scale_by_teon
 from teon_optax.contrib import (
     add_cautious_weight_decay,
     add_lookahead,
+    normalize_matrices,
     project_to_sphere,
     scale_by_normuon,
     scale_to_param_norm,
@@ -114,6 +115,13 @@ QUESTIONS = [
     _part("stack-1-jordan", "`jordan`", "stack-1", method="jordan"),
     _part("stack-1-lookahead", "`add_lookahead` behind", "stack-1", last=_ahead),
     _part("stack-1-normuon", "`scale_by_normuon` behind", "stack-1", behind=scale_by_normuon),
+    # MuonEq (arXiv 2603.28254), which normalizes output neurons.
+    _part(
+        "stack-1-equilibrated",
+        "`normalize_matrices` before",
+        "stack-1",
+        before=lambda rules: normalize_matrices(rules, normalize="row"),
+    ),
     # Hyperball takes the place of weight decay.
     _part(
         "stack-1-hyperball",
@@ -151,7 +159,7 @@ ASKED = tuple(
         ("stack-1-fast",),
         ("stack-1-schatten",),
         ("muon", "teon-1", "stack-1-jordan"),
-        tuple(f"stack-1-{name}" for name in ("lookahead", "normuon", "hyperball")),
+        tuple(f"stack-1-{name}" for name in ("lookahead", "normuon", "equilibrated", "hyperball")),
         tuple(f"stack-1-{name}" for name in ("cautious", "per-head")),
     )
 )
