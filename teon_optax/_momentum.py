@@ -19,11 +19,24 @@ from teon_optax._scaling import ScaleLike
 
 
 class TeonState(NamedTuple):
-    """State of `scale_by_teon`.
+    """Keeps what `scale_by_teon` needs from one update to the next.
+
+    The state of `teon` has it beside that of the fallback, which may have a `mu` as well, so that
+    `optax.tree.get(state, "mu")` finds two and raises: write
+    `optax.tree.get(state.inner_states["teon"], "mu")`.
 
     Attributes:
       count: Number of updates so far, int32.
       mu: The momentum, in the tree and shapes of params.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from teon_optax import teon
+      >>> params = {"query": {"kernel": jnp.ones((4, 4))}, "bias": jnp.ones(4)}
+      >>> state = teon(0.02).init(params)
+      >>> momentum = optax.tree.get(state.inner_states["teon"], "mu")
+      >>> momentum["query"]["kernel"].shape
+      (4, 4)
     """
 
     count: jax.typing.ArrayLike

@@ -112,13 +112,28 @@ def test_the_first_use_is_within_forty_lines_of_the_readme():
 
 
 def test_the_repository_has_one_address():
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["urls"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    urls = project["project"]["urls"]
     pages = [ROOT / "CITATION.cff", *PAGES]
     found = re.findall(
         r"https://github\.com/[\w-]+/teon_optax", "\n".join(p.read_text("utf-8") for p in pages)
     )
     assert {*found} == {urls["Repository"]}
+    hooks = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    (absolute,) = hooks["substitutions"]
+    assert absolute["replacement"].startswith(f"]({urls['Repository']}/blob/")
     assert all(url.startswith(urls["Repository"]) for url in urls.values())
+
+
+def test_links_of_the_readme_lead_somewhere_on_pypi_too():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    hooks = project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]
+    (absolute,) = hooks["substitutions"]
+    text = re.sub(absolute["pattern"], absolute["replacement"], words("README.md"))
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 10
+    assert all(link.startswith(("https://", "#")) for link in links)
+    assert sum("/blob/main/docs/" in link for link in links) > 8
 
 
 def test_every_public_name_is_in_the_reference():
