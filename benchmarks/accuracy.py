@@ -70,21 +70,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure = plot(spectra, options.methods, options.products)
     backend = record["environment"]["backend"]
     name = "accuracy" if backend == "cpu" else f"accuracy-{backend}"
-    results.write(options.out, name, record, table(record), figure)
-    if options.update_readme:
-        results.update_readme(name, table(record))
+    results.publish(options, name, record, table(record), figure)
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.accuracy", description=__doc__)
+    parser = results.parser("accuracy", __doc__)
     add = parser.add_argument
     add("--momentum", type=Path, help="a run's folder (of --optimizer teon), or an .npz of leaves")
     add("--save-momentum", type=Path, help="write that momentum to an .npz, a leaf per path")
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--products", nargs="+", choices=(*PRODUCTS, *ON_DEVICE), default=PRODUCTS)
     add("--size", type=int, default=256, help="d of the made-up matrices; default: 256")
-    add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
-    add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
     return parser
 
 

@@ -81,29 +81,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             record["environment"] = results.environment()
             options.out.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(record, indent=1) + "\n")
-    page = table(record)
-    results.write(options.out, name, record, page, plot(record))
-    if options.update_readme:
-        results.update_readme(name, page)
+    results.publish(options, name, record, table(record), plot(record))
     return None
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.communication", description=__doc__)
+    parser = results.parser("communication", __doc__)
     add = parser.add_argument
     add("--model", choices=update_cost.MODELS, default="gpt-4x256")
-    add("--devices", type=update_cost.depth_list, default=COUNTS, help="default: 2,4,8,16,32,64")
-    add("--layouts", type=names, default=[*LAYOUTS, *EXPLICIT], help="default: all")
-    add("--peers", type=names, default=[TEON, ALONE, MUON], help="default: all")
+    add("--devices", type=results.separated(int), default=COUNTS, help="default: 2,4,8,16,32,64")
+    add("--layouts", type=results.separated(), default=[*LAYOUTS, *EXPLICIT], help="default: all")
+    add("--peers", type=results.separated(), default=[TEON, ALONE, MUON], help="default: all")
     add("--again", action="store_true", help="also what was measured before")
-    add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
-    add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
     add("--child", action="store_true", help=argparse.SUPPRESS)
     return parser
-
-
-def names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,8 @@ from optax import contrib
 
 from benchmarks import results
 from benchmarks.architectures import ARCHITECTURES, Tree
-from benchmarks.update_cost import BASE, products
+from benchmarks.measuring import BASE
+from benchmarks.update_cost import products
 from teon_optax import Rule, default_rules, plan, teon
 
 # Where the default rules ask: they cannot know that layers count along the scanned axis, among
@@ -49,21 +49,15 @@ NAME = "models"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Counts what the command line asks for, and writes it."""
-    parser = argparse.ArgumentParser("benchmarks.models", description=__doc__)
-    add = parser.add_argument
-    add("--models", type=_names, default=list(ARCHITECTURES), help="default: all; by commas")
-    add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
-    add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
+    parser = results.parser(NAME, __doc__)
+    parser.add_argument("--models", type=_names, default=list(ARCHITECTURES), help="default: all")
     options = parser.parse_args(argv)
     record: dict[str, Any] = {"benchmark": NAME, "environment": results.environment()}
     record["models"] = {}
     for name in options.models:
         print(f"{name} ...", file=sys.stderr)
         record["models"][name] = figures(name)
-    page = table(record)
-    results.write(options.out, NAME, record, page, plot(record))
-    if options.update_readme:
-        results.update_readme(NAME, page)
+    results.publish(options, NAME, record, table(record), plot(record))
 
 
 def _names(text: str) -> list[str]:

@@ -9,23 +9,20 @@ processor, which other work on the machine changes little. `optax.contrib.muon` 
 first depth alone: its eager update compiles the loop of each leaf anew, at every call.
 """
 
-import argparse
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import optax
+from matplotlib.figure import Figure
 
 import teon_optax
-from benchmarks import results
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from benchmarks import measuring, results
 
 WIDTH = 16
 FIGURES = {
@@ -58,13 +55,6 @@ def parameters(depth: int, dtype: Any = jnp.float32) -> dict[str, Any]:
     return blocks | {"embed": {"embedding": jnp.ones((256, WIDTH), dtype)}}
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Processor time of one call."""
-    start = time.process_time()
-    jax.block_until_ready(function())
-    return time.process_time() - start
-
-
 def measured(depth: int, repetitions: int, with_muon: bool) -> dict[str, float]:
     """Seconds by figure. Every figure that says "again", and the eager one, is a minimum."""
     params = parameters(depth)
@@ -76,6 +66,8 @@ def measured(depth: int, repetitions: int, with_muon: bool) -> dict[str, float]:
             for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         )
     ]
+
+    seconds = functools.partial(measuring.seconds, clock=time.process_time)
 
     def trace() -> Any:
         # A new function, so that jax has not traced it before.
@@ -128,9 +120,10 @@ def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1e3 * seconds:,.1f}"
 
 
-def plot(record: dict[str, Any], before: dict[str, Any] | None) -> Any:
+def plot(record: dict[str, Any], before: dict[str, Any] | None) -> Figure:
     """Time of the second trace and of an eager update by depth."""
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for version, style, when in ((before, ":", ", before"), (record, "-", "")):
         for key, color, title in (
             ("trace_again", "C0", "second trace"),
@@ -145,27 +138,22 @@ def plot(record: dict[str, Any], before: dict[str, Any] | None) -> Any:
     return figure
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and writes JSON, table and plot."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--depths", default="12,24,48,96")
+    parser = results.parser("planning", __doc__)
+    parser.add_argument("--depths", type=results.separated(int), default=[12, 24, 48, 96])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--before", type=Path, help="the JSON file of another version")
-    parser.add_argument("--out", type=Path, default=results.FOLDER)
-    parser.add_argument("--update-readme", action="store_true")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(argv)
     before = json.loads(options.before.read_text()) if options.before else None
     # Compiles what eager operations share, which is no part of planning.
     measured(2, 1, with_muon=False)
     depths = {
-        depth: measured(int(depth), options.repetitions, with_muon=not number)
-        for number, depth in enumerate(options.depths.split(","))
+        str(depth): measured(depth, options.repetitions, with_muon=not number)
+        for number, depth in enumerate(options.depths)
     }
     record = {"environment": results.environment(), "depths": depths}
-    page = table(record, before)
-    results.write(options.out, "planning", record, page, plot(record, before))
-    if options.update_readme:
-        results.update_readme("planning", page)
+    results.publish(options, "planning", record, table(record, before), plot(record, before))
 
 
 if __name__ == "__main__":

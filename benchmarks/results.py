@@ -1,5 +1,6 @@
 """What every benchmark writes: a JSON file that says where it was measured, a table, a plot."""
 
+import argparse
 import datetime
 import json
 import os
@@ -7,7 +8,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,47 @@ def caption(record: dict[str, Any]) -> str:
         f"{where['date'][:10]}, commit {where['commit']}; {where['device']} ({where['machine']}, "
         f"load {where['load']}); Python {where['python']}, {versions}."
     )
+
+
+def parser(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Begins the command line of a benchmark: where it writes."""
+    parser = argparse.ArgumentParser(
+        f"benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=FOLDER, help="default: benchmarks/results")
+    add("--update-readme", action="store_true", help="put the table into the page that shows it")
+    return parser
+
+
+def separated(kind: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+    """Makes a reader of values between commas, for `add_argument(type=...)`."""
+    return lambda text: [kind(item) for item in text.split(",")]
+
+
+def publish(
+    options: argparse.Namespace,
+    name: str,
+    record: dict[str, Any],
+    page: str,
+    figure: Any,
+    readme: Path | None = None,
+) -> None:
+    """Writes what a benchmark has found where its command line says.
+
+    Args:
+        options: Of a parser that `parser` has begun.
+        name: Of the files, and of the place in the page.
+        record: For the JSON file.
+        page: The table, for the Markdown file and the page that shows it.
+        figure: The plot.
+        readme: That page; benchmarks/README.md by default.
+    """
+    write(options.out, name, record, page, figure)
+    if options.update_readme:
+        update_readme(name, page, readme or README)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -7,23 +7,20 @@ Where matrices are tiny, launches and dispatch cost more than products, and wher
 shape of its own, so does compiling. README.md says what each figure means.
 """
 
-import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from matplotlib.figure import Figure
-from optax import contrib
 
-from benchmarks import results
-from benchmarks.update_cost import BASE, call_seconds, program_lines, small_gpt
+from benchmarks import measuring, results
+from benchmarks.measuring import BASE, Tree
+from benchmarks.update_cost import small_gpt
 from examples import model as gpts
 from teon_optax import Rule, default_rules, plan, teon
 
@@ -33,7 +30,6 @@ FEWEST_TURNS = 5
 STEPS = 20  # of one timed call, each dispatched by itself, as a training loop does
 ONE_BY_ONE = (Rule("kernel"),)
 
-Tree = Any
 Loss = Callable[[Tree], jax.Array]
 
 
@@ -105,14 +101,12 @@ COMPILED = {"compile": "compile, CPU s", "trace": "trace, CPU s", "hlo_lines": "
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and writes the table."""
-    parser = argparse.ArgumentParser("benchmarks.small", description=__doc__)
+    parser = results.parser(NAME, __doc__)
     add = parser.add_argument
     add("--no-time", action="store_true", help="only trace and compile")
-    add("--networks", type=lambda text: text.split(","), default=list(NETWORKS))
+    add("--networks", type=results.separated(), default=list(NETWORKS))
     add("--seconds", type=float, default=20, help="of turns, for each network; default: 20")
     add("--compilations", type=int, default=3, help="timed for each; default: 3")
-    add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
-    add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
     options = parser.parse_args(argv)
     record: dict[str, Any] = {"benchmark": NAME, "environment": results.environment()}
     trees = {name: (shapes_of(shapes), ONE_BY_ONE) for name, shapes in SHAPES.items()}
@@ -121,16 +115,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     record["compiled"], record["steps"] = {}, {}
     for name, tree in trees.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
-        record["compiled"][name] = compiled(*tree, options.compilations)
+        _, figures = measuring.compile_updates(
+            optimizers(*tree), tree[0], options.compilations, time.process_time
+        )
+        record["compiled"][name] = figures
         if name in networks and not options.no_time:
             record["steps"][name] = steps_a_second(networks[name], options.seconds)
     record["parameters"] = {
         name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, (tree, _) in trees.items()
     }
-    page = table(record)
-    results.write(options.out, NAME, record, page, plot(record))
-    if options.update_readme:
-        results.update_readme(NAME, page)
+    results.publish(options, NAME, record, table(record), plot(record))
 
 
 def shapes_of(shapes: Sequence[tuple[int, int]]) -> Tree:
@@ -147,62 +141,24 @@ def shapes_like(params: Tree) -> Tree:
 
 def optimizers(shapes: Tree, rules: Sequence[Rule]) -> dict[str, optax.GradientTransformation]:
     """The peers; what TEON leaves to AdamW, so does Muon."""
-    left = set(plan(shapes, rules).fallback)
-
-    def dimensions(params: Tree) -> Tree:
-        def of_leaf(path: Any, _: Any) -> contrib.MuonDimensionNumbers | None:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return None if name in left else contrib.MuonDimensionNumbers()
-
-        return jax.tree_util.tree_map_with_path(of_leaf, params)
-
     return {
-        BASE: contrib.muon(RATE, muon_weight_dimension_numbers=dimensions),
+        BASE: measuring.muon(plan(shapes, rules), RATE),
         "teon": teon(RATE, rules),
         "optax adamw": optax.adamw(RATE),
     }
-
-
-def compiled(shapes: Tree, rules: Sequence[Rule], repetitions: int) -> dict[str, dict[str, float]]:
-    """Of each optimizer's update: lines, and CPU seconds of tracing and compiling, the least."""
-    found = optimizers(shapes, rules)
-    figures: dict[str, dict[str, float]] = {name: {} for name in found}
-    for _ in range(repetitions):
-        for name, optimizer in found.items():
-            for figure, value in compile_update(optimizer, shapes).items():
-                figures[name][figure] = min(figures[name].get(figure, math.inf), value)
-    return figures
-
-
-def compile_update(optimizer: optax.GradientTransformation, shapes: Tree) -> dict[str, float]:
-    """Traces and compiles the update, from nothing."""
-    jax.clear_caches()
-    state = jax.eval_shape(optimizer.init, shapes)
-    start = time.process_time()
-    lowered = jax.jit(optimizer.update).lower(shapes, state, shapes)
-    traced = time.process_time()
-    program = lowered.compile()
-    done = time.process_time()
-    lines = program_lines(program.as_text() or "")
-    return {"compile": done - traced, "trace": traced - start, "hlo_lines": lines}
 
 
 def steps_a_second(network: Network, seconds: float) -> dict[str, dict[str, float]]:
     """Of whole training steps (gradient, update, new parameters), in turns for so many seconds."""
     found = optimizers(shapes_like(network.params), network.rules)
     peers = {name: training(network, optimizer) for name, optimizer in found.items()}
-    taken: dict[str, list[float]] = {name: [] for name in peers}
-    end = time.perf_counter() + seconds
-    while len(taken[BASE]) < FEWEST_TURNS or time.perf_counter() < end:
-        for name, peer in peers.items():
-            taken[name].append(call_seconds(peer))
+    taken = measuring.time_in_turns(peers, FEWEST_TURNS, seconds)
     figures = {}
     for name, times in taken.items():
-        ratios = [own / base for own, base in zip(times, taken[BASE], strict=True)]
         figures[name] = {
             "steps": STEPS / min(times),
             "time_ratio": min(times) / min(taken[BASE]),
-            "time_ratio_median": statistics.median(ratios),
+            "time_ratio_median": measuring.median_ratio(times, taken[BASE]),
         }
     return figures
 

@@ -17,7 +17,6 @@ alike. Each method then steps as that theory allows: `sharp` is the steepest des
 is its step of one length for T steps, `sqrt(2 f(X_0) / (L T)) Q`, with the smallest T that does.
 """
 
-import argparse
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -32,8 +31,7 @@ from matplotlib.figure import Figure
 from benchmarks import results
 from teon_optax import mode_orthogonalize, polar
 
-FOLDER = results.FOLDER
-README = Path(__file__).parent.parent / "docs/results.md"
+PAGE = Path(__file__).parent.parent / "docs/results.md"
 SIZE, CONDITION = 16, 100.0
 TOLERANCE = 1e-2  # of |gradient|_F, from its first value
 MOST_STEPS = 100_000
@@ -81,26 +79,20 @@ class Outcome(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.theory", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = results.parser("theory", __doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4], help="K; default: 2 4")
-    parser.add_argument("--out", type=Path, default=FOLDER, help="default: benchmarks/results")
-    parser.add_argument("--update-readme", action="store_true", help="the table in docs/results.md")
     options = parser.parse_args(argv)
     outcomes = {
         (name, count): outcome(problem)
         for count in options.layers
         for name, problem in problems(count).items()
     }
-    page = table(outcomes)
     record = {
         "benchmark": "theory",
         "environment": results.environment(),
         "outcomes": {f"{name}, K = {k}": value._asdict() for (name, k), value in outcomes.items()},
     }
-    results.write(options.out, "theory", record, page, plot(outcomes))
-    if options.update_readme:
-        results.update_readme("theory", page, README)
+    results.publish(options, "theory", record, table(outcomes), plot(outcomes), PAGE)
 
 
 def problems(count: int, size: int = SIZE) -> dict[str, Problem]:

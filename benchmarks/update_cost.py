@@ -11,13 +11,10 @@ README.md says what each figure means. Nothing here is specific to a device; on 
 import argparse
 import dataclasses
 import importlib.util
-import math
 import statistics
 import sys
-import time
 import types
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -27,8 +24,9 @@ import optax
 from matplotlib.figure import Figure
 from optax import contrib
 
-from benchmarks import results
+from benchmarks import measuring, results
 from benchmarks.counting import ProductCount, count_products
+from benchmarks.measuring import BASE, Peer, Tree
 from examples import model as gpts
 from teon_optax import Plan, Rule, plan, teon
 
@@ -53,7 +51,7 @@ RULES = (
     Rule(r"block_\d+/experts/", dims=contrib.MuonDimensionNumbers(1, 2)),
 )
 LEARNING_RATE, WEIGHT_DECAY = 0.02, 0.1
-BASE, ALONE, MATMUL = "optax muon", "teon K = 1", "matmul "
+ALONE, MATMUL = "teon K = 1", "matmul "
 # Figure -> (heading, unit, digits). All but times are the same in every run.
 FIGURES = {
     "wall_min": ("wall, min", "ms", 1e3),
@@ -67,11 +65,7 @@ FIGURES = {
 }
 # The roofline multiplies square matrices, as many at a time as fit into this.
 ROOFLINE_BYTES = 2**28
-SLOW = 20.0  # seconds of a call
 ROOFLINE_WIDTH = 1024  # at least: smaller products do not reach the device's rate
-
-Tree = Any
-Peer = Callable[[], Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -86,28 +80,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         depth: depth_figures(options.model, depth, options.dtype) for depth in options.depths
     }
     name = f"update_cost-{options.model}-{options.dtype}-{record['environment']['backend']}"
-    page = table(record)
-    results.write(options.out, name, record, page, plot(record))
-    if options.update_readme:
-        results.update_readme(name, page)
+    results.publish(options, name, record, table(record), plot(record))
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.update_cost", description=__doc__)
+    parser = results.parser("update_cost", __doc__)
     add = parser.add_argument
     add("--model", choices=[*MODELS, EXPERTS], default="gpt-24x256")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the whole tree")
     add("--no-time", action="store_true", help="compile for abstract arrays, and run nothing")
     add("--repetitions", type=int, default=10, help="of the timed update; default: 10")
     add("--compilations", type=int, default=2, help="timed for each optimizer; default: 2")
-    add("--depths", type=depth_list, default=[], help="also HLO lines at these, as in 6,12,24")
-    add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
-    add("--update-readme", action="store_true", help="put the table into benchmarks/README.md")
+    depths = results.separated(int)
+    add("--depths", type=depths, default=[], help="also HLO lines at these, as in 6,12,24")
     return parser
-
-
-def depth_list(text: str) -> list[int]:
-    return [int(depth) for depth in text.split(",")]
 
 
 def parameter_shapes(model: str, dtype: str, depth: int | None = None) -> Tree:
@@ -135,21 +121,6 @@ def expert_shapes(dtype: str, depth: int) -> Tree:
 
 def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
     """The peers. Muon orthogonalizes the leaves that TEON does, and both leave the rest to Adam."""
-    dims = {
-        path: group.rule.dims or contrib.MuonDimensionNumbers()
-        for group in planned.groups
-        for path in group.members
-    }
-
-    def muon_dimensions(params: Tree) -> Tree:
-        def of_leaf(path: Any, _: Any) -> contrib.MuonDimensionNumbers | None:
-            return dims.get(jax.tree_util.keystr(path, simple=True, separator="/"))
-
-        return jax.tree_util.tree_map_with_path(of_leaf, params)
-
-    muon = contrib.muon(
-        LEARNING_RATE, weight_decay=WEIGHT_DECAY, muon_weight_dimension_numbers=muon_dimensions
-    )
     ours = {"teon polar_express": {}, "teon schatten": {"method": "schatten"}}
     if jax.default_backend() == "gpu":  # whose default for float32 operands is TF32
         bf16 = {"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32}
@@ -161,6 +132,7 @@ def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
     # What `rules.muon` makes of a tree that the default rules read.
     each = [dataclasses.replace(rule, stack=min(rule.stack, 1)) for rule in RULES]
     alone = {ALONE: teon(LEARNING_RATE, each, weight_decay=WEIGHT_DECAY)}
+    muon = measuring.muon(planned, LEARNING_RATE, WEIGHT_DECAY)
     return {BASE: muon, **by_choice, **alone, "optax adamw": optax.adamw(LEARNING_RATE)}
 
 
@@ -168,12 +140,10 @@ def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, fl
     """Every figure of every peer."""
     found = optimizers(plan(shapes, RULES))
     figures: dict[str, dict[str, float]] = {name: products(o, shapes) for name, o in found.items()}
-    compiled = {}
-    for _ in range(max(1, options.compilations)):
-        for name, optimizer in found.items():
-            compiled[name], program = compile_update(optimizer, shapes)
-            for figure, value in program.items():
-                figures[name][figure] = min(figures[name].get(figure, math.inf), value)
+    repetitions = max(1, options.compilations)
+    compiled, programs = measuring.compile_updates(found, shapes, repetitions)
+    for name, program in programs.items():
+        figures[name].update(program)
     if options.no_time:
         return figures
     arrays = gaussian(shapes, 0), gaussian(shapes, 1)
@@ -183,13 +153,11 @@ def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, fl
     peers |= {name: multiply for name, (multiply, _) in multiplied.items()}
     if importlib.util.find_spec("torch"):
         peers["torch muon"] = torch_step(importlib.import_module("torch"), shapes)
-    seconds = timed(peers, options.repetitions)
+    seconds = measuring.time_in_turns(peers, options.repetitions)
     for name, times in seconds.items():
         extremes = {"wall_min": min(times), "wall_median": statistics.median(times)}
         figures.setdefault(name, {}).update(extremes)
-        # A slow peer has one time, to be compared with one turn of the base.
-        ratios = [time / base for time, base in zip(times, seconds[BASE], strict=False)]
-        figures[name]["wall_ratio"] = statistics.median(ratios)
+        figures[name]["wall_ratio"] = measuring.median_ratio(times, seconds[BASE])
     for name, (_, work) in multiplied.items():
         figures[name]["flops"] = work
     return figures
@@ -209,38 +177,11 @@ def products(optimizer: optax.GradientTransformation, shapes: Tree) -> dict[str,
     return {"flops": here.flops, "tpu_passes": on_tpu.passes}
 
 
-def compile_update(
-    optimizer: optax.GradientTransformation, shapes: Tree
-) -> tuple[jax.stages.Compiled, dict[str, float]]:
-    """Traces and compiles the update, from nothing."""
-    jax.clear_caches()
-    state = jax.eval_shape(optimizer.init, shapes)
-    start = time.perf_counter()
-    lowered = jax.jit(optimizer.update).lower(shapes, state, shapes)
-    traced = time.perf_counter()
-    compiled = lowered.compile()
-    done = time.perf_counter()
-    memory = compiled.memory_analysis()
-    return compiled, {
-        "hlo_lines": program_lines(compiled.as_text() or ""),
-        "temp_bytes": memory.temp_size_in_bytes if memory else math.nan,
-        "compile": done - traced,
-        "trace": traced - start,
-    }
-
-
-def program_lines(text: str) -> int:
-    """Lines of the computations, without the tables of source locations before them."""
-    lines = text.splitlines()
-    starts = (n for n, line in enumerate(lines) if line.startswith(("%", "ENTRY")))
-    return len(lines) - next(starts, 0)
-
-
 def depth_figures(model: str, depth: int, dtype: str) -> dict[str, dict[str, float]]:
     """The program's size at another depth of the model."""
     shapes = parameter_shapes(model, dtype, depth)
     found = optimizers(plan(shapes, RULES)).items()
-    return {name: compile_update(optimizer, shapes)[1] for name, optimizer in found}
+    return {name: measuring.compile_update(optimizer, shapes)[1] for name, optimizer in found}
 
 
 def jax_update(
@@ -324,27 +265,6 @@ def torch_step(torch: types.ModuleType, shapes: Tree) -> Peer:
             torch.cuda.synchronize()
 
     return step
-
-
-def timed(peers: Mapping[str, Peer], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of every call, all peers in turn, so that a busy machine is busy for all of them.
-
-    The first turn warms caches up and does not count, except for a peer that is too slow to be
-    called again: `torch.optim.Muon` on a CPU without bfloat16 products.
-    """
-    first = {name: call_seconds(peer) for name, peer in peers.items()}
-    seconds = {name: [taken] if taken > SLOW else [] for name, taken in first.items()}
-    for _ in range(repetitions):
-        for name, peer in peers.items():
-            if first[name] <= SLOW:
-                seconds[name].append(call_seconds(peer))
-    return seconds
-
-
-def call_seconds(peer: Peer) -> float:
-    start = time.perf_counter()
-    peer()
-    return time.perf_counter() - start
 
 
 def table(record: dict[str, Any]) -> str:
