@@ -35,7 +35,7 @@ RULES = [Rule(r"(policy|value)/params/hidden_(?P<layer>[1-4])/kernel", stack=2)]
 
 
 def optimizer(learning_rate):
-    return teon(learning_rate, RULES, fallback=optax.adam(3e-4))
+    return teon(learning_rate, RULES, adam_learning_rate=3e-4)
 
 
 # `train` makes `optax.adam(learning_rate)`, and calls `update` without parameters.
