@@ -29,8 +29,7 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
 ]
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
-# Lines of a model beside its plan: tests/families builds the models and compares the plans.
-FRAGMENTS = [ROOT / "docs" / "families.md", ROOT / "docs" / "recipes.md"]
+FRAGMENTS = [ROOT / "docs" / "recipes.md"]
 # `py` marks the program of examples/minimal.py, which tests/integration/test_minimal.py runs.
 PYTHON = ("python", "pycon")
 

@@ -30,7 +30,9 @@ from listings import (
 
 from teon_optax import Rule, default_rules, orthogonalize, plan, teon
 
+# A table of all, and a page of plans for each library.
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
+PLANS = PAGE.parent / "families"
 # Programs this small compile for longer than they run.
 QUICKLY: dict = {"xla_llvm_disable_expensive_passes": True}
 if jax.__version_info__ < (0, 11):
@@ -219,18 +221,26 @@ def summary(tree, is_asked):
 
 
 def assert_on_page(params, rules, name, said):
-    """docs/families.md has this row and plan under this name; WRITE_OUTPUT=1 writes them there."""
-    page, made = PAGE.read_text("utf-8"), str(plan(params, rules))
-    start = f"<!-- plan: {name} -->\n\n```text\n"
-    row = re.compile(rf"^(\| \[[^|]*\]\(#{name}\) \| [^|]* \| )([^|]*)( \| [^|]* \|)$", re.M)
-    assert start in page and row.search(page)
-    before, _, after = row.sub(lambda found: found[1] + said + found[3], page).partition(start)
+    """Compares the row of docs/families.md and the plan that it links to; WRITE_OUTPUT=1 writes."""
+    table = PAGE.read_text("utf-8")
+    row = re.compile(
+        rf"^(\| \[[^|]*\]\(families/(\w+\.md)#{name}\) \| [^|]* \| )([^|]*)( \| [^|]* \|)$", re.M
+    )
+    (found,) = row.finditer(table)
+    page = PLANS / found[2]
+    shown, start = page.read_text("utf-8"), f"<!-- plan: {name} -->\n\n```text\n"
+    assert start in shown
+    before, _, after = shown.partition(start)
     _, end, rest = after.partition("\n```\n")
-    written = "".join([before, start, made, end, rest])
-    if os.environ.get("WRITE_OUTPUT"):
-        PAGE.write_text(written, "utf-8")
-    else:
-        assert page == written
+    written = {
+        PAGE: row.sub(lambda found: found[1] + said + found[4], table),
+        page: "".join([before, start, str(plan(params, rules)), end, rest]),
+    }
+    for path, text in written.items():
+        if os.environ.get("WRITE_OUTPUT"):
+            path.write_text(text, "utf-8")
+        else:
+            assert path.read_text("utf-8") == text
 
 
 def check(name, params, loss, first=(), **training):

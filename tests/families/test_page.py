@@ -1,15 +1,15 @@
-"""docs/families.md: its first table has every test, and its tests exist."""
+"""docs/families.md: its first table has every test, its tests exist, and its links find plans."""
 
 import ast
 import pathlib
 import re
 
 import pytest
-from checks import PAGE
+from checks import PAGE, PLANS
 
 FOLDER = pathlib.Path(__file__).parent
 ROWS = re.findall(
-    r"^\| \[.*?\]\(#(.*?)\) \|.*\| `tests/families/(.*?)` \|$",
+    r"^\| \[.*?\]\(families/(\w+\.md)#(.*?)\) \|.*\| `tests/families/(.*?)` \|$",
     PAGE.read_text("utf-8"),
     re.M,
 )
@@ -25,14 +25,14 @@ def cases_of(file):
     }
 
 
-@pytest.mark.parametrize("anchor, test", ROWS)
-def test_a_family_has_a_test_and_a_plan(anchor, test):
+@pytest.mark.parametrize("page, anchor, test", ROWS)
+def test_a_family_has_a_test_and_a_plan(page, anchor, test):
     found = re.fullmatch(r"(\w+\.py)::(\w+)(?:\[(\w+)\])?", test)
     assert found is not None
     file, name, case = found.groups()
     assert name in cases_of(file)
     assert (case or "") in cases_of(file)[name]
-    assert f"<!-- plan: {anchor} -->" in PAGE.read_text("utf-8")
+    assert f"<!-- plan: {anchor} -->" in (PLANS / page).read_text("utf-8")
 
 
 def test_every_test_of_a_family_is_in_the_table():
@@ -41,5 +41,5 @@ def test_every_test_of_a_family_is_in_the_table():
         "test_recorded.py",  # writes its part of the page itself
     }
     written = {(file, name) for file in files for name in cases_of(file)}
-    tests = "\n".join(test for _, test in ROWS)
+    tests = "\n".join(test for *_, test in ROWS)
     assert written == set(re.findall(r"^(.*)::(\w+)", tests, re.M))

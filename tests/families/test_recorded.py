@@ -1,4 +1,4 @@
-"""The page shows the trees that other libraries made, whose listings are in tests/trees/libraries.
+"""A page shows the trees that other libraries made, whose listings are in tests/trees/libraries.
 
 It shows the plan, or what is asked; WRITE_OUTPUT=1 writes it there.
 """
@@ -8,7 +8,7 @@ import re
 import warnings
 
 import pytest
-from checks import PAGE
+from checks import PAGE, PLANS
 from listings import array, nested, read, same, trees
 
 from teon_optax import default_rules, plan, rules
@@ -88,7 +88,7 @@ def shown(name):
             text = str(plan(params, default_rules(params)))
         except ValueError as error:
             text = str(error)
-    head = f'<a id="{name}"></a>\n\n### {tree.title}\n\n{tree.library}: {tree.how}.'
+    head = f'<a id="{name}"></a>\n\n## {tree.title}\n\n{tree.library}: {tree.how}.'
     text = "\n".join([*(f"UserWarning: {w.message}" for w in caught), text])
     return f"{head}\n\n```text\n{text}\n```\n"
 
@@ -103,7 +103,7 @@ def sets(name, head_dim):
         call: lambda params: rules.per_head(params, head_dim),
         "rules.lora(params)": rules.lora,
     }
-    lines = [f"### Ready sets: {TREES[name].title}", "", "```python"]
+    lines = [f"## Ready sets: {TREES[name].title}", "", "```text"]
     for call, make in calls.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -116,20 +116,21 @@ def sets(name, head_dim):
 
 
 def test_the_page_shows_every_tree_and_the_ready_sets_of_three():
-    page = PAGE.read_text("utf-8")
+    page, plans = PAGE.read_text("utf-8"), PLANS / "other_libraries.md"
     table = "<!-- trees -->\n\n| family | library | plan | test |\n|---|---|---|---|\n"
-    sections = ["<!-- sections of trees -->", "## Trees of other libraries", ""]
+    sections = ["# Trees of other libraries", ""]
     for name, tree in TREES.items():
-        title = f"[{tree.title}](#{name})"
+        title = f"[{tree.title}](families/{plans.name}#{name})"
         table += f"| {title} | {tree.library} | {summary(tree)} | `{TEST}[{name}]` |\n"
         sections.append(shown(name))
     for name, head_dim in SHOWN.items():
         sections.append(sets(name, head_dim))
-    pattern = r"(?s:(.*))(<!-- trees -->\n\n(?:\|.*\n)*)(?s:(.*)(<!-- sections.*))"
-    parts = re.fullmatch(pattern, page)
+    parts = re.fullmatch(r"(?s:(.*))(<!-- trees -->\n\n(?:\|.*\n)*)(?s:(.*))", page)
     assert parts is not None
-    before, shown_table, between, shown_sections = parts.groups()
-    if os.environ.get("WRITE_OUTPUT"):
-        PAGE.write_text("".join([before, table, between, "\n".join(sections)]), "utf-8")
-    else:
-        assert shown_table == table and shown_sections == "\n".join(sections)
+    before, _, after = parts.groups()
+    written = {PAGE: before + table + after, plans: "\n".join(sections)}
+    for path, text in written.items():
+        if os.environ.get("WRITE_OUTPUT"):
+            path.write_text(text, "utf-8")
+        else:
+            assert path.read_text("utf-8") == text
