@@ -94,14 +94,16 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
-def write(out: Path, name: str, record: dict[str, Any], page: str, figure: Any) -> None:
-    """Writes `name`.json, .md and .png into the folder `out`, and prints the page."""
+def write(out: Path, name: str, record: dict[str, Any], page: str, figure: Any = None) -> None:
+    """Writes `name`.json, .md and, of a figure, .png into the folder `out`, and prints the page."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / f"{name}.md").write_text(page + "\n")
-    figure.savefig(out / f"{name}.png", dpi=110)
+    if figure is not None:
+        figure.savefig(out / f"{name}.png", dpi=110)
     print(page)
-    print(f"\nwritten: {out / name}.json, .md, .png", file=sys.stderr)
+    written = ".json, .md" + (", .png" if figure is not None else "")
+    print(f"\nwritten: {out / name}{written}", file=sys.stderr)
 
 
 def update_readme(name: str, page: str, readme: Path = README) -> None:
