@@ -17,7 +17,6 @@ import dataclasses
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import results, update_cost
+from benchmarks import measuring, results, update_cost
 from examples import model as gpts
 from teon_optax import plan
 
@@ -57,13 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "benchmarks.device",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = results.parser("device", __doc__)
     add = parser.add_argument
-    add("--out", type=Path, default=results.FOLDER, help="default: benchmarks/results")
     add("--tiny", action="store_true", help="sizes for a CPU")
     add("--part", choices=PARTS, help="only this one, in this process")
     return parser
@@ -108,7 +102,7 @@ def share(options: argparse.Namespace) -> None:
 
         start = optimizer.init(params)
         compiled = jax.jit(step).lower(params, start).compile()
-        return lambda: jax.block_until_ready(compiled(params, start))
+        return lambda: compiled(params, start)
 
     found = {"no optimizer": optax.identity()}
     found |= update_cost.optimizers(plan(params, update_cost.RULES))
@@ -142,7 +136,7 @@ def symmetric(options: argparse.Namespace) -> None:
             except Exception as error:  # The kernel is not on every device, nor for every dtype.
                 skipped.append(f"{name}, {dtype}: {type(error).__name__}")
                 continue
-            peers[f"{name}, {dtype}"] = lambda run=compiled, A=A: run(A).block_until_ready()
+            peers[f"{name}, {dtype}"] = lambda run=compiled, A=A: run(A)
         seconds |= in_turns(peers)
     rows = [
         [name, f"{1e6 * taken:.4g}", f"{2e-12 * d**3 / taken:.3g}"]
@@ -159,16 +153,10 @@ PARTS: dict[str, Callable[[argparse.Namespace], None]] = {
 }
 
 
-def in_turns(peers: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Takes the median seconds of each call; all are called in turns, the first turn to warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in peers}
-    for turn in range(TURNS + 1):
-        for name, call in peers.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                taken[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in taken.items()}
+def in_turns(peers: dict[str, measuring.Peer]) -> dict[str, float]:
+    """Takes the median seconds of each call."""
+    times = measuring.time_in_turns(peers, TURNS)
+    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def keep(out: Path, name: str, record: dict[str, Any], page: str) -> None:
