@@ -106,7 +106,9 @@ def test_lora_factors_go_to_the_fallback():
             self.down = nnx.Linear(A, D, use_bias=False, rngs=rngs)
 
         def __call__(self, x):
-            return x + self.down(nnx.relu(self.q_proj(x)) * self.k_proj(x))
+            query, key = self.q_proj(x), self.k_proj(x)
+            weights = jax.nn.softmax(query @ key.mT)
+            return x + self.down(weights @ key)
 
     check("nnx-lora", *problem(functools.partial(Model, make=Adapted)))
 
