@@ -49,6 +49,7 @@ ROOMS = {
         "_plan",
         "_planning",
         "_polar",
+        "_reading",
         "_rule",
         "_scaling",
     },

@@ -184,7 +184,7 @@ def test_each_kind_of_matrix_has_a_rate_of_its_own():
     )
     kinds = rules.by_role(params)
     rates = {"qkv": 0.02, "out": 0.01, "hidden": 0.005, "experts": 0.0025}
-    parts: dict[Any, Any] = {name: teon(rate, kinds[name]) for name, rate in rates.items()}
+    parts: Any = {name: teon(rate, kinds[name]) for name, rate in rates.items()}
     found = labels(params, kinds)
     optimizer = optax.partition(parts | {"fallback": optax.adamw(3e-4)}, found)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
