@@ -236,7 +236,7 @@ def _newton_schulz(
     def step(batches: list[jax.Array], coefficients: Sequence[Any]) -> tuple[list[jax.Array], None]:
         return segment(batches, [coefficients], grams_of(batches)), None
 
-    steps = numerics.steps()
+    steps = numerics.steps(restarts)
     grams = grams_of(batches)
     norms = jax.vmap(functools.partial(_norm, method=method))(grams)
     batches = segment(batches, steps[: restarts[0]], grams, norms[:, None, None])

@@ -17,12 +17,17 @@ _LARGEST_GROWTH_OF_THE_LAST = 1100
 # Joint length over d below which matrices in every step (4 S + S (2 r - 3) products of d x d) cost
 # less than Gram matrices throughout.
 _DIRECT_BELOW = 1.5
-# Joint length over d up to which a segment more (2 r - 3 products) costs no more than three steps
-# in one segment, which take one product more.
+# By how much of itself a number changes when it becomes an operand of bf16.
+_ROUNDING = 2.0**-8
+# How much a segment of one-pass products may enlarge a small singular value, and how much the last
+# two steps of a segment of three may.
+_LARGEST_GROWTH_OF_TWO = 40
+_LARGEST_GROWTH_AFTER_THE_FIRST = 8
+# Where a segment more costs 2 r - 3 products, and three steps in one segment one product: joint
+# length over d up to which they cost the same, and d below which neither is worth a thought.
 _ODD_STEP_ALONE_UP_TO = 2
-# How much the last three steps of one-pass products may enlarge a small singular value.
-_LARGEST_GROWTH_OF_THREE = 32
-# What singular values are divided by after each step of one-pass products but the last.
+_ODD_STEP_ALONE_BELOW = 64
+# What singular values are divided by, at least, after each step of one-pass products but the last.
 _SLOWED_BY = 1.05
 # Bytes of matrices up to which all are worked on at once, and of a chunk where they are more. A CPU
 # wants a chunk in its cache, but a loop over a few of them, one for each shape, saves no time and
@@ -43,56 +48,66 @@ def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
 
 
 def restarts(
-    triples: Sequence[Step], shape: Sequence[int], precision: jax.lax.PrecisionLike
+    steps: Sequence[Step], shape: Sequence[int], precision: jax.lax.PrecisionLike
 ) -> tuple[int, ...]:
-    """How many steps follow each start from the matrices themselves.
+    """Decides how many steps follow each start from the matrices themselves.
 
-    | products | ratio   | segments                   | for 5 steps | for 4   |
-    |----------|---------|----------------------------|-------------|---------|
-    | any      | < 1.5   | 1+1+...                    | 1+1+1+1+1   | 1+1+1+1 |
-    | exact    | >= 1.5  | as few as growth allows    | 5           | 4       |
-    | one-pass | to 2    | of 2, an odd one second    | 2+1+2       | 2+2     |
-    | one-pass | above 2 | of 2, the last of 3 if odd | 2+3         | 2+2     |
+    | products | ratio          | segments                   | for 5 steps | for 4   |
+    |----------|----------------|----------------------------|-------------|---------|
+    | any      | < 1.5          | 1+1+...                    | 1+1+1+1+1   | 1+1+1+1 |
+    | exact    | >= 1.5         | as few as growth allows    | 5           | 4       |
+    | one-pass | to 2, or small | of 2, an odd one second    | 2+1+2       | 2+2     |
+    | one-pass | above 2        | of 2, the last of 3 if odd | 2+3         | 2+2     |
 
     A segment knows its matrices by their Gram matrix G alone, and keeps the rounding errors of its
     products. The next one starts from the matrices themselves and corrects what is left, if all
-    singular values are where its quintics converge.
+    singular values are where its quintics converge. How much a segment bears follows from its
+    growth g, by which it enlarges a small singular value: the product of its a.
 
     *Exact products.* Rounding moves the eigenvalues of G, squares of singular values s, by E of
-    about eps |G|. The steps multiply a small s by their a; the growth g is the product of these.
-    Where G has s^2 - E, steps are chosen for a smaller s than there is, and s comes out too large
-    by the share E / (2 s^2). That is worst where s reaches the upper end u of an interval, at
-    s = u / g, and it is eps g^2 / 2 there, since |G| is at most u^2. Quintics that follow bear 1 %,
-    the safety factor, so g should be below 1 / sqrt(50 eps) = 410; we take 256. After the last
-    segment nothing can diverge: 1100, for which eps g^2 / 2 is 7 %. A search over spectra of few
-    levels, d of 8 to 1024, up to 2048 columns, found singular values .05 % too large at g = 70,
-    .6 % at 290, 2 % at 970 (Polar Express in one segment of 5), 9 % at 1200 and twice as large at
-    5000, which the next segment makes infinite.
+    about eps |G|. Where G has s^2 - E, steps are chosen for a smaller s than there is, and s comes
+    out too large by the share E / (2 s^2). That is worst where s reaches the upper end u of an
+    interval, at s = u / g, and it is eps g^2 / 2 there, since |G| is at most u^2. Quintics that
+    follow bear 1 %, the safety factor, so g should be below 1 / sqrt(50 eps) = 410; we take 256.
+    After the last segment nothing can diverge: 1100, for which eps g^2 / 2 is 7 %. A search over
+    spectra of few levels, d of 8 to 1024, up to 2048 columns, found singular values .05 % too large
+    at g = 70, .6 % at 290, 2 % at 970 (Polar Express in one segment of 5), 9 % at 1200 and twice as
+    large at 5000, which the next segment makes infinite.
 
-    *One-pass products.* Of bf16 a segment of two steps is too long for such a bound, and yet they
-    hold, since operands are rounded before they are squared: no eigenvalue becomes negative. What
-    a search over spectra of few levels finds is the measure: singular values of .80 to 1.16 for
-    2+1+2 and .77 to 1.22 for 2+3 (docs/decisions/0002). 3+2 reaches 1e7 where few coordinates carry
-    the gradient, since its first three steps enlarge errors 134 times.
+    *One-pass products* of bf16 change each operand by a share eps of up to 2^-8. What matters are
+    two of them. The factor P of a segment has numbers as large as g, and meets singular values of
+    1, so that these move by eps g: two steps of Polar Express, g = 33, may end 13 % too large. What
+    a segment leaves is therefore divided by 1 + eps g, a bound that costs nothing but as much of
+    the reach, and two steps are a segment up to g = 40. (Divided by 1.05 alone, nearly equal rows
+    ended at 5,700.) G itself is that of the rounded matrices, exactly, so that the bound of exact
+    products holds from the second step on: a segment of three steps errs by eps g^2 / 2, g being
+    the growth of the last two. We take 8, which is 12 %, and nothing may follow. Where a segment
+    more costs little, there is no third step. 3+2 has 12 in place of 8, and g = 130.
 
     Args:
-      triples: Coefficients of the steps.
+      steps: Coefficients of the steps.
       shape: Shape of the matrices; the ratio is that of the longer side to d, the shorter one.
       precision: Precision of the products.
     """
-    steps, ratio = len(triples), max(shape) / min(shape)
+    count, d, ratio = len(steps), min(shape), max(shape) / min(shape)
     if ratio < _DIRECT_BELOW:
-        return (1,) * steps
+        return (1,) * count
     if is_exact(precision):
-        splits = (_equal_parts(steps, count) for count in range(1, steps + 1))
-        return next((split for split in splits if _is_stable(triples, split)), (1,) * steps)
-    pairs = (2,) * (steps // 2)
-    if steps % 2 == 0:
-        return pairs
-    joined = ratio > _ODD_STEP_ALONE_UP_TO and _growth(triples[-3:]) < _LARGEST_GROWTH_OF_THREE
-    if joined and steps > 3:
-        return (*pairs[:-1], 3)
-    return (*pairs[:1], 1, *pairs[1:])
+        splits = (_equal_parts(count, parts) for parts in range(1, count + 1))
+        return next((split for split in splits if _is_stable(steps, split)), (1,) * count)
+    is_dear = ratio > _ODD_STEP_ALONE_UP_TO and d >= _ODD_STEP_ALONE_BELOW
+    may_join = is_dear and _growth(steps[-2:]) <= _LARGEST_GROWTH_AFTER_THE_FIRST
+    segments: list[int] = []
+    while left := count - sum(segments):
+        pair = steps[count - left :][:2]
+        is_odd = bool(segments) and left % 2 == 1
+        if is_odd and left == 3 and may_join:
+            segments.append(3)
+        elif _growth(pair) > _LARGEST_GROWTH_OF_TWO or (is_odd and not may_join):
+            segments.append(1)
+        else:
+            segments.append(len(pair))
+    return tuple(segments)
 
 
 def _equal_parts(steps: int, count: int) -> tuple[int, ...]:
@@ -100,21 +115,42 @@ def _equal_parts(steps: int, count: int) -> tuple[int, ...]:
     return tuple(steps // count + (i < steps % count) for i in range(count))
 
 
-def _is_stable(triples: Sequence[Step], lengths: tuple[int, ...]) -> bool:
+def _is_stable(steps: Sequence[Step], lengths: tuple[int, ...]) -> bool:
     """Whether no segment of so many steps grows beyond what float32 products allow."""
     ends = np.cumsum(lengths)
     *others, last = [
-        _growth(triples[end - length : end]) for end, length in zip(ends, lengths, strict=True)
+        _growth(steps[end - length : end]) for end, length in zip(ends, lengths, strict=True)
     ]
     return max(others, default=0) <= _LARGEST_GROWTH and last <= _LARGEST_GROWTH_OF_THE_LAST
 
 
-def _growth(triples: Sequence[Step]) -> float:
+def _growth(steps: Sequence[Step]) -> float:
     """How much an error that enters at any of these steps is enlarged by those that follow."""
     growth = 1.0
-    for a, *_ in triples:
+    for a, *_ in steps:
         growth = max(growth, 1) * abs(a)
     return growth
+
+
+def _slowed(steps: Sequence[Step], restarts: Sequence[int]) -> tuple[Step, ...]:
+    """Divides the results of all steps but the last, so that the next ones bear their errors.
+
+    A quintic that is made for singular values up to u reaches far beyond 1 a little above u: 7 %
+    above, Polar Express in its last two steps ends at 1e3. Its safety factor is for the errors of
+    float32; those of a step of bf16 products come to some percent, and those of a segment to its
+    growth times the rounding of a number (see `restarts`).
+    """
+    factors = np.full(len(steps), _SLOWED_BY)
+    ends = np.cumsum(restarts)
+    for length, end in zip(restarts, ends, strict=True):
+        error = _growth(steps[end - length : end]) * _ROUNDING
+        factors[end - 1] = max(_SLOWED_BY, 1 + error)
+    factors[-1] = 1
+    slowed: Any = [
+        tuple(number / factor for number in step)
+        for step, factor in zip(steps, factors.tolist(), strict=True)
+    ]
+    return tuple(slowed)
 
 
 class Numerics(NamedTuple):
@@ -134,20 +170,12 @@ class Numerics(NamedTuple):
             return ()
         return restarts(self.method.coefficients, (m, n), self.precision)
 
-    def steps(self) -> tuple[Step, ...]:
-        """Gives the method's coefficients; of one-pass products, all but the last step slowed.
-
-        A quintic that is made for singular values up to u reaches far beyond 1 a little above u:
-        7 % above, Polar Express in its last two steps ends at 1e3. Its safety factor is for the
-        errors of float32; those of a bf16 product come to some percent.
-        """
+    def steps(self, restarts: Sequence[int]) -> tuple[Step, ...]:
+        """Gives the method's coefficients; of one-pass products, all but the last step slowed."""
         if self.method is None:
             return ()
-        *others, last = self.method.coefficients
-        if not is_exact(self.precision):
-            slower: Any = [tuple(number / _SLOWED_BY for number in step) for step in others]
-            others = slower
-        return (*others, last)
+        steps = self.method.coefficients
+        return steps if is_exact(self.precision) else _slowed(steps, restarts)
 
     def product_count(self, restarts: Sequence[int], ratio: float) -> float:
         """Counts the products of d x d matrices that one group takes, with these restarts.
