@@ -27,7 +27,8 @@ from teon_optax._polar.numerics import Numerics
 
 # Directions above this share of the largest singular value are to be kept.
 KEPT = 0.03
-POPULATION, PARENTS = 256, 48
+# Matrices of a generation, and how many numbers they may be; a fifth of them have children.
+POPULATION, NUMBERS = 256, 2**20
 
 
 def run_of(
@@ -47,7 +48,8 @@ def largest(matrices: np.ndarray, results: np.ndarray) -> np.ndarray:
     """Finds the largest singular value of each result; infinity where one is not finite."""
     finite = np.isfinite(results).all((1, 2)) & (np.abs(results).max((1, 2)) < 1e15)
     norms = np.full(len(results), np.inf)
-    norms[finite] = np.linalg.norm(np.asarray(results[finite], np.float64), 2, axis=(1, 2))
+    X = np.asarray(results[finite], np.float64)
+    norms[finite] = np.sqrt(np.linalg.eigvalsh(X @ X.swapaxes(1, 2))[:, -1])
     return norms
 
 
@@ -143,7 +145,6 @@ def search(
     seed: int = 0,
     generations: int | None = None,
     seconds: float = np.inf,
-    population: int = POPULATION,
 ) -> tuple[float, np.ndarray]:
     """Looks for the matrix whose result is worst.
 
@@ -154,20 +155,18 @@ def search(
       seed: Of random numbers.
       generations: After how many to end, if `seconds` do not end it.
       seconds: After how many to end.
-      population: Matrices of a generation.
 
     Returns:
       The largest fitness that was found, and its matrix.
     """
-    rng = np.random.default_rng(seed)
-    tried, best, scores = first(rng, population, *shape), None, None
-    begin = time.monotonic()
+    rng, begin = np.random.default_rng(seed), time.monotonic()
+    population = max(16, min(POPULATION, NUMBERS // (shape[0] * shape[1])))
+    tried = first(rng, population, *shape)
+    best, scores = np.empty((0, *shape), np.float32), np.empty(0)
     for generation in itertools.count(1):
-        results = np.asarray(run(jnp.asarray(tried)))
-        found = fitness(tried, results)
-        best = tried if best is None else np.concatenate([best, tried])
-        scores = found if scores is None else np.concatenate([scores, found])
-        order = np.argsort(-scores, kind="stable")[:PARENTS]
+        found = fitness(tried, np.asarray(run(jnp.asarray(tried))))
+        best, scores = np.concatenate([best, tried]), np.concatenate([scores, found])
+        order = np.argsort(-scores, kind="stable")[: population // 5]
         best, scores = best[order], scores[order]
         is_last = generation == generations or time.monotonic() - begin > seconds
         if is_last or not np.isfinite(scores[0]):
