@@ -40,7 +40,7 @@ class GPT(nnx.Module):
 
 model = GPT(nnx.Rngs(0))
 print(plan(nnx.state(model, nnx.Param)))
-optimizer = nnx.Optimizer(model, teon(0.02), wrt=nnx.Param)
+optimizer = nnx.Optimizer(model, teon(0.01), wrt=nnx.Param)
 
 
 @nnx.jit

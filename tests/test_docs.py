@@ -297,6 +297,30 @@ def test_pages_name_files_that_exist():
     assert lost == []
 
 
+def test_pages_show_one_learning_rate():
+    # What is compared with another optimizer has that one's rate, and `scale=` makes it AdamW's.
+    pages = [page for page in PAGES if page.name not in ("migrating.md", "recipes.md")]
+    texts = [page.read_text("utf-8") for page in pages]
+    texts += [path.read_text("utf-8") for path in (ROOT / "examples").glob("*.py")]
+    rates = re.findall(r"teon\((\d[\de.-]*)(?!.*scale=)", "\n".join(texts))
+    assert {*rates} == {"0.01"} and len(rates) > 10
+
+
+def test_first_rates_on_the_page_are_those_of_the_committed_runs():
+    text = (ROOT / "benchmarks" / "results" / "first_rate.md").read_text("utf-8")
+    tables = re.findall(r"^\| getting started, .*\n(?:\|.*\n)+", text, re.M)
+    assert len(tables) == 2
+    page = (ROOT / "docs" / "getting_started.md").read_text("utf-8")
+    for name in ("teon(rate)", "optax.contrib.muon(rate)", "optax.adamw(rate)"):
+        *_, shown = re.findall(rf"^\| `{re.escape(name)}` \|.*$", page, re.M)
+        best = [
+            min(float(cell.strip(" *")) for cell in row.split("|")[:-1] if cell.strip())
+            for table in tables
+            for row in re.findall(rf"^\| `{re.escape(name)}` \|(.*)\|$", table, re.M)
+        ]
+        assert shown.endswith("".join(f" | {loss:.3f}" for loss in best) + " |")
+
+
 def test_pages_give_the_fallback_a_rate_in_one_way():
     # `fallback=` is for another optimizer than AdamW, and for AdamW where an argument is compared.
     texts = {page.name: page.read_text("utf-8") for page in PAGES if page.name != "migrating.md"}

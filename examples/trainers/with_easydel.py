@@ -37,7 +37,7 @@ CONFIG = ed.LlamaConfig(
     head_dim=16,
     max_position_embeddings=64,
 )
-OPTIMIZER = teon(0.02)
+OPTIMIZER = teon(0.01)
 
 
 @jax.jit

@@ -71,7 +71,7 @@ def loss_and_gradients(model, tokens):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
 
-optimizer = teon(0.02)
+optimizer = teon(0.01)
 
 
 @eqx.filter_jit

@@ -73,7 +73,7 @@ def train(folder):
         model=MODEL,
         num_train_steps=STEPS - 1,  # Kauldron takes a step more.
         train_losses={"cross_entropy": LOSS},
-        optimizer=teon(0.02),
+        optimizer=teon(0.01),
         checkpointer=kd.ckpts.Checkpointer(save_interval_steps=SAVED),
         writer=Losses(),
         log_metrics_every=1,

@@ -60,7 +60,7 @@ heads = [
 ]
 rules = default_rules(params, first=heads)
 print(plan(params, rules))
-optimizer = teon(0.02, rules)
+optimizer = teon(0.01, rules)
 
 
 def loss_of(params, tokens):

@@ -44,7 +44,7 @@ RULES = [
 @OptimizerConfig.register_subclass("teon")
 @dataclasses.dataclass(frozen=True)
 class TeonConfig(OptimizerConfig):
-    learning_rate: float = 0.02
+    learning_rate: float = 0.01
 
     def build(self, num_train_steps):
         return teon(self.lr_scheduler(num_train_steps), RULES)

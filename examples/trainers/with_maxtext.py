@@ -46,7 +46,7 @@ OPTIONS = {
     "dtype": "float32",
     "attention": "dot_product",
     "dataset_type": "synthetic",  # one batch, again and again
-    "learning_rate": 0.02,
+    "learning_rate": 0.01,
     "learning_rate_schedule_steps": 100,
     "checkpoint_period": SAVED,
     "async_checkpointing": False,

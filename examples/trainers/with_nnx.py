@@ -94,7 +94,7 @@ def train(title, make_model, wrt=nnx.Param, rules=None, both=False):
 
     def start(seed):
         model = make_model(rngs=nnx.Rngs(seed))
-        optimizer = teon(0.02, rules)
+        optimizer = teon(0.01, rules)
         if both:
             return (nnx.ModelAndOptimizer(model, optimizer, wrt=wrt),)
         return model, nnx.Optimizer(model, optimizer, wrt=wrt)

@@ -50,7 +50,7 @@ def model(x, y):
 
 
 rules = [Rule(r"hidden_(?P<layer>\d+)/kernel", stack=2)]
-optimizer = teon(0.02, rules)
+optimizer = teon(0.01, rules)
 svi = SVI(model, AutoNormal(model), optax_to_numpyro(optimizer), Trace_ELBO(num_particles=16))
 
 x = jax.random.normal(jax.random.key(0), (256, FEATURES))

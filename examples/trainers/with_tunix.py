@@ -96,7 +96,7 @@ def train(model, rules, max_steps, folder):
         checkpoint_root_directory=str(folder),
         pbar_description=None,
     )
-    optimizer = teon(0.02, rules)
+    optimizer = teon(0.01, rules)
     trainer = PeftTrainer(model, optimizer, config).with_gen_model_input_fn(model_input)
     trainer.train(TrainingInput(tokens, jnp.ones_like(tokens, bool)) for tokens in text())
     return trainer.metrics_logger.get_metric_history("", "loss", Mode.TRAIN)
