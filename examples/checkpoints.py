@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from examples.errors import UserError
+from examples.command_line import UserError
 from examples.run_folder import read_json, write_atomically
 
 KEPT = 3

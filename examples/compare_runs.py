@@ -14,8 +14,7 @@ import numpy as np
 import tyro
 
 from examples import plots, run_folder
-from examples.errors import UserError, exit_code
-from examples.options import PathText, check_fields, read_flags
+from examples.command_line import PathText, UserError, check_fields, exit_code, read_flags
 
 ENOUGH_SEEDS = 5
 NOTE = """
@@ -53,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def run() -> int:
         flags = read_flags(Flags, argv, "examples.compare_runs", __doc__)
         out = Path(flags.out)
+        if not flags.runs:
+            raise UserError("write the folders of the runs to compare, as in runs/tiny-teon")
         if out.is_dir():
             raise UserError(f"--out {out} is a folder: write the name of a PNG file")
         runs = [read(Path(folder)) for folder in flags.runs]

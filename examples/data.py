@@ -19,7 +19,7 @@ from typing import NoReturn
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from examples.errors import UserError
+from examples.command_line import UserError
 
 VALIDATION_SHARE = 0.1
 EVAL_TOKENS = 65_536

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from examples import run_folder, train_gpt, training
-from examples.errors import UserError
+from examples.command_line import UserError
 from examples.options import Command, Options
 from examples.run_folder import Job
 from examples.sharded_training import Flags

@@ -15,7 +15,7 @@ import optax
 from optax import contrib
 
 import teon_optax
-from examples.errors import UserError
+from examples.command_line import UserError
 from examples.options import Options, read_rule
 
 CLIP = 1.0

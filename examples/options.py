@@ -3,27 +3,36 @@
 Nothing here loads JAX, which takes seconds: what is wrong with a command shows at once.
 """
 
-import contextlib
 import dataclasses
-import io
-import itertools
-import math
 import os
 import re
-import reprlib
 import sys
 import tomllib
-import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
 import tyro
 
 from examples import data
-from examples.errors import UserError
+from examples.command_line import (
+    Count,
+    Index,
+    Interval,
+    Momentum,
+    PathText,
+    Rate,
+    RuleTexts,
+    UserError,
+    check,
+    check_fields,
+    flag,
+    read_flags,
+    real,
+    shown_as,
+    whole,
+)
 
 ModelName = Literal[
     "tiny",
@@ -114,78 +123,6 @@ MODELS: dict[str, ModelConfig] = {
     "llama-350m": llama(1024, 2736, 24, 16),
     "llama-1b": llama(2048, 5461, 24, 32),
 }
-
-
-# What a value may be, wherever it was written: a function that raises ValueError.
-
-
-def whole(low: int, high: int = 2**31 - 1) -> Callable[[Any], None]:
-    """Makes a check for whole numbers from `low` to `high`."""
-
-    def check(value: Any) -> None:
-        # Not isinstance: True is an int, too.
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(f"{_shown(value)} is not a whole number from {low} to {high}")
-
-    return check
-
-
-def real(positive: bool, below: float = math.inf) -> Callable[[Any], None]:
-    """Makes a check for numbers from 0 on, or above it, and `below` a limit, as float32 too."""
-    wanted = "a positive number" if positive else "zero or a positive number"
-    wanted += "" if below == math.inf else f" below {below:g}"
-    largest = float(np.finfo(np.float32).max)
-
-    def check(value: Any) -> None:
-        if type(value) in (int, float) and 0 <= value <= largest:
-            single = np.float32(value)
-            if single < below and (single > 0 or (value == 0 and not positive)):
-                return
-        raise ValueError(f"{_shown(value)} is not {wanted} in float32")
-
-    return check
-
-
-def writable_path(value: Any) -> None:
-    """Checks a path that every library can write to: Orbax names files in UTF-8."""
-    if type(value) is not str:
-        raise ValueError(f"{_shown(value)} is not a string")
-    if not value:
-        raise ValueError("an empty path")
-    if "\0" in value:
-        raise ValueError(f"{value!r} has a NUL character, which no path can have")
-    try:
-        os.path.realpath(value).encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{value!r} is not UTF-8, or lies in a folder whose name is not: rename it"
-        ) from None
-
-
-def texts(value: Any) -> None:
-    """Checks a tuple of strings."""
-    if type(value) is not tuple or not value or not all(type(text) is str for text in value):
-        raise ValueError(f"{_shown(value)} is not a string or a list of strings")
-
-
-def _shown(value: Any) -> str:
-    return reprlib.repr(value)
-
-
-Count = Annotated[int, whole(1)]
-Index = Annotated[int, whole(0)]
-Interval = Annotated[int, whole(1), tyro.conf.arg(metavar="STEPS")]
-Rate = Annotated[float, real(positive=True)]
-Momentum = Annotated[float, real(positive=False, below=1.0)]
-
-
-PathText = Annotated[str, writable_path]
-RuleTexts = Annotated[tuple[str, ...], texts]
-
-
-def shown_as(metavar: str | None = None, default: str = "the model's") -> Any:
-    """Tells tyro how --help shows a flag."""
-    return tyro.conf.arg(metavar=metavar, help_behavior_hint=f"(default: {default})")
 
 
 # Options.
@@ -283,86 +220,7 @@ class Command(NamedTuple):
     given: dict[str, Any]
 
 
-def check_fields(flags: Any) -> None:
-    """Raises UserError unless every field of a dataclass is what its annotation allows."""
-    for name, hint in typing.get_type_hints(type(flags), include_extras=True).items():
-        _check(name, getattr(flags, name), hint)
-
-
-def _check(name: str, value: Any, hint: Any) -> None:
-    """Raises UserError unless the annotation of a field allows the value."""
-    kind, arguments = typing.get_origin(hint), typing.get_args(hint)
-    try:
-        if kind is Annotated:
-            for check in filter(callable, hint.__metadata__):
-                check(value)
-            _check(name, value, arguments[0])
-        elif kind in (types.UnionType, typing.Union) and value is not None:
-            _check(name, value, arguments[0])
-        elif kind is Literal and value not in arguments:
-            raise ValueError(f"{_shown(value)} is not one of {', '.join(arguments)}")
-    except ValueError as error:
-        raise UserError(f"{_flag(name)}: {error}") from None
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 # Reading.
-
-Kind = TypeVar("Kind")
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
-_NUMBERS = tyro.constructors.ConstructorRegistry()
-
-
-@_NUMBERS.primitive_rule
-def _number_or_text(
-    of: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
-    """Reads numbers, and leaves what is none to the check of its field, which says so better."""
-    if of.type not in (int, float):
-        return None
-
-    def read(words: list[str]) -> Any:
-        with contextlib.suppress(ValueError):
-            return of.type(words[0])
-        return words[0]
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=of.type.__name__.upper(),
-        instance_from_str=read,
-        is_instance=lambda value: isinstance(value, of.type),
-        str_from_instance=lambda value: [str(value)],
-    )
-
-
-def read_flags(
-    kind: type[Kind], argv: Sequence[str] | None, program: str, description: str | None
-) -> Kind:
-    """Has tyro make a dataclass of flags; its complaint becomes a UserError of one line."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind,
-                prog=f"python -m {program}",
-                description=description,
-                args=argv,
-                registry=_NUMBERS,
-            )
-    except SystemExit as end:
-        if not end.code:  # after --help
-            raise
-    # tyro has drawn a box: a title, a paragraph that says what is wrong, then what might help.
-    lines = [line.strip("│ ") for line in _COLOURS.sub("", complaint.getvalue()).splitlines()[1:]]
-    below_title = itertools.dropwhile(_is_rule, lines)
-    raise UserError(" ".join(itertools.takewhile(lambda line: not _is_rule(line), below_title)))
-
-
-def _is_rule(line: str) -> bool:
-    return not line.strip("─-╰╯")
 
 
 def parse(argv: Sequence[str] | None) -> Command:
@@ -388,7 +246,7 @@ def command(flags: Flags, argv: Sequence[str]) -> Command:
         given["data"] = os.path.realpath(given["data"])
     run = f"{given.get('model', 'tiny')}-{given.get('optimizer', 'teon')}"
     out = flags.out or f"runs/{run}"
-    _check("out", out, PathText)
+    check("out", out, PathText)
     return Command(Path(out), flags.resume, given)
 
 
@@ -404,7 +262,7 @@ def _with_config(path: str, given: dict[str, Any]) -> dict[str, Any]:
             for key, value in tomllib.load(file).items():
                 name = key.replace("-", "_")
                 if name in settings:
-                    raise UserError(f"{name} and {_flag(name)[2:]} are one setting: write it once")
+                    raise UserError(f"{name} and {flag(name)[2:]} are one setting: write it once")
                 settings[name] = _from_file(key, value)
     except (UserError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path}: {error}") from error
@@ -424,7 +282,7 @@ def _from_file(key: str, value: Any) -> Any:
     if name == "rules":
         value = (value,) if isinstance(value, str) else value
         value = tuple(value) if isinstance(value, list) and value else value
-    _check(name, value, typing.get_type_hints(Options, include_extras=True)[name])
+    check(name, value, typing.get_type_hints(Options, include_extras=True)[name])
     return float(value) if type(getattr(Options, name)) is float else value
 
 
@@ -472,7 +330,7 @@ def resolve_resumed(stored: object, given: dict[str, Any]) -> Options:
         if name not in CHANGEABLE and value != before:
             shown = ("its default" if option is None else option for option in (before, value))
             raise UserError(
-                f"--resume cannot change {_flag(name)} from {' to '.join(map(str, shown))}: the "
+                f"--resume cannot change {flag(name)} from {' to '.join(map(str, shown))}: the "
                 "checkpoint is of another run; choose another --out"
             )
     _check_given(options, given)
@@ -485,7 +343,7 @@ def _check_given(options: Options, given: dict[str, Any]) -> None:
     """Raises UserError for a flag that means nothing, and for a corpus that does not fit."""
     for name, optimizers in ONLY_FOR.items():
         if name in given and options.optimizer not in optimizers:
-            raise UserError(f"{_flag(name)} means nothing to --optimizer {options.optimizer}")
+            raise UserError(f"{flag(name)} means nothing to --optimizer {options.optimizer}")
     path = _path(options.data)
     if path is not None and not (path.is_file() or path.is_dir()):
         raise UserError(f"--data: no file or folder: {path}")

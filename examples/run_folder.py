@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+from examples.command_line import UserError
 from examples.data import Corpus
-from examples.errors import UserError
 from examples.options import Options
 
 try:

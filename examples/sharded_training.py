@@ -23,7 +23,7 @@ from typing import Annotated
 import tyro
 
 from examples import options, train_gpt
-from examples.errors import UserError, exit_code
+from examples.command_line import Count, Index, UserError, exit_code, read_flags, shown_as
 
 AXES = ("replica", "data", "model")
 
@@ -32,15 +32,15 @@ AXES = ("replica", "data", "model")
 class Flags(options.Flags):
     """The flags of `train_gpt`, and those of meshes and processes."""
 
-    mesh: Annotated[str | None, options.shown_as("AXIS=SIZE,..", "data=DEVICES")] = None
+    mesh: Annotated[str | None, shown_as("AXIS=SIZE,..", "data=DEVICES")] = None
     """The axes of the mesh."""
     distributed: tyro.conf.FlagCreatePairsOff[bool] = False
     """Find the other processes by the cluster."""
-    coordinator: Annotated[str | None, options.shown_as("HOST:PORT", "one process")] = None
+    coordinator: Annotated[str | None, shown_as("HOST:PORT", "one process")] = None
     """Address of the first process."""
-    processes: Annotated[options.Count | None, options.shown_as("N", "one")] = None
+    processes: Annotated[Count | None, shown_as("N", "one")] = None
     """How many there are."""
-    process: Annotated[options.Index | None, options.shown_as("I", "the only one")] = None
+    process: Annotated[Index | None, shown_as("I", "the only one")] = None
     """Which one this is, from 0."""
 
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         words = sys.argv[1:] if argv is None else argv
-        flags = options.read_flags(Flags, words, "examples.sharded_training", __doc__)
+        flags = read_flags(Flags, words, "examples.sharded_training", __doc__)
         sizes = None if flags.mesh is None else axis_sizes(flags.mesh)
         check_processes(flags)
         command = options.command(flags, words)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from examples import data, run_folder
-from examples.errors import UserError, exit_code
+from examples.command_line import UserError, exit_code
 from examples.options import Command, Options, parse, resolve, resolve_resumed
 from examples.run_folder import Job
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import teon_optax
 from examples import checkpoints, data, optimizers, plots, run_folder
-from examples.errors import INTERRUPTED, UserError
+from examples.command_line import INTERRUPTED, UserError
 from examples.model import GPT
 from examples.options import MODELS, Options
 from examples.run_folder import Job

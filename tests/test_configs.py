@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from examples import optimizers, training
-from examples.errors import UserError
+from examples.command_line import UserError
 from examples.options import parse, resolve
 from teon_optax import plan
 

@@ -97,6 +97,8 @@ def test_losses_as_large_as_float32_are_drawn(run, tmp_path, capsys):
     assert " inf |" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", [[], ["run"], ["a\0b", "--out", "x"], ["run", "--out", ""]])
+@pytest.mark.parametrize(
+    "flags", [[], ["run"], ["--out", "x"], ["a\0b", "--out", "x"], ["run", "--out", ""]]
+)
 def test_wrong_flags_are_one_line(flags, capsys):
     refused(capsys, *flags)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from examples import data
-from examples.errors import UserError
+from examples.command_line import UserError
 
 HEADER = 256
 

@@ -9,8 +9,8 @@ import jax
 import pytest
 from commands import SMALL, contents, refused
 
-from examples import mesh, options, run_folder, sharded_training, training
-from examples.errors import UserError, exit_code, one_line
+from examples import command_line, mesh, options, run_folder, sharded_training, training
+from examples.command_line import UserError, exit_code, one_line
 
 ROOT = Path(__file__).parents[2]
 NOT_UTF_8 = b"caf\xe9".decode("utf-8", "surrogateescape")
@@ -206,7 +206,7 @@ CLAIM = """
 import sys, time
 from pathlib import Path
 from examples import run_folder
-from examples.errors import exit_code
+from examples.command_line import exit_code
 
 def run():
     with run_folder.claimed(Path(sys.argv[1]), resume=sys.argv[2] == "resume"):
@@ -357,7 +357,7 @@ def test_processes_that_do_not_find_each_other_are_refused(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     for flags in (["--distributed"], "--coordinator a:1 --processes 2 --process 0".split()):
         with pytest.raises(UserError, match="do not find each other .* write --coordinator"):
-            mesh.connect(options.read_flags(sharded_training.Flags, flags, "", None))
+            mesh.connect(command_line.read_flags(sharded_training.Flags, flags, "", None))
 
 
 def test_what_one_process_refuses_ends_the_others(monkeypatch, corpus, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from commands import SMALL, contents, metrics, refused
 
 from examples import checkpoints, data, run_folder
-from examples.errors import UserError
+from examples.command_line import UserError
 from examples.train_gpt import main
 
 DEEP = "[" * 100_000

@@ -17,7 +17,7 @@ from commands import SMALL, metrics
 
 import teon_optax
 from examples import optimizers, options, run_folder, training
-from examples.errors import UserError
+from examples.command_line import UserError
 from examples.train_gpt import main
 
 ROOT = Path(__file__).parents[2]
