@@ -41,9 +41,12 @@ RATES = (0.005, 0.01, 0.02, 0.04)
 ADAM_RATES = (0.001, 0.002, 0.004, 0.008)
 OTHER_RATES = (0.0003, 0.003)  # of the fallback, at these rates of the matrices:
 RATES_OF_OTHERS = (0.01, 0.02)
-# Of the larger model: the others lie beyond the best of the sweeps behind `examples.train_gpt`.
-LARGER = {"teon(rate)": (0.01, 0.02, 0.04), "optax.contrib.muon(rate)": (0.01, 0.02)}
-LARGER_ADAM, LARGER_OTHER = (0.001, 0.002), (0.003, 0.02)
+# Of the larger model, around the best of the sweeps behind `examples.train_gpt`.
+LARGER = {
+    "teon(rate)": (0.01, 0.02),
+    "optax.contrib.muon(rate)": (0.01, 0.02),
+    "optax.adamw(rate)": (0.002,),
+}
 SEED, MORE_SEEDS = 0, (1, 2)
 HELD_OUT = 256  # sequences
 
@@ -201,15 +204,11 @@ def wanted(losses: dict[Run, float]) -> Iterator[Run]:
 
 def rates_of(task: str, optimizer: str) -> Sequence[float]:
     """Says which rates of an optimizer are run on a task."""
-    cheap = task == CHEAP
+    if task != CHEAP:
+        return LARGER.get(optimizer, ())
     if optimizer == ADAMW:
-        return ADAM_RATES if cheap else LARGER_ADAM
-    if optimizer in LARGER:
-        return RATES if cheap else LARGER[optimizer]
-    if cheap:
-        return RATES_OF_OTHERS
-    other, rate = LARGER_OTHER
-    return (rate,) if optimizer == _with_fallback(other) else ()
+        return ADAM_RATES
+    return RATES if optimizer in (SAME, MUON) else RATES_OF_OTHERS
 
 
 def best(losses: dict[Run, float], task: str, steps: int, optimizer: str) -> float | None:

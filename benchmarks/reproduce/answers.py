@@ -211,11 +211,12 @@ def sweeps(records: Sequence[Record], steps: int) -> dict[str, dict[int, float]]
     """Collects, by title, the losses of the seed that rates are chosen on, by k."""
     jobs = {job_of(run) for run in records if run["seed"] == SWEEP_SEED and run["steps"] == steps}
     rest = [losses(records, "rest_k", job) for job in jobs if job.configuration == REFERENCE]
-    found = {"the fallback's, with our Muon": max(rest, key=len, default={})}
+    of_rest = max(rest, key=len, default={})
+    found = {"the fallback's, with our Muon": of_rest if len(of_rest) > 1 else {}}
     for name in [REFERENCE, *(name for names in ASKED for name in names)]:
         swept = [losses(records, "k", job) for job in jobs if job.configuration == name]
         found[title_of(name)] = max(swept, key=len, default={})
-    return {title: swept for title, swept in found.items() if len(swept) > 1}
+    return {title: swept for title, swept in found.items() if swept}
 
 
 def sweep_table(records: Sequence[Record], steps: int) -> str:

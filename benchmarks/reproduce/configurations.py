@@ -158,7 +158,7 @@ ASKED = tuple(
     for group in (
         ("stack-1-fast",),
         ("stack-1-schatten",),
-        ("muon", "teon-1", "stack-1-jordan"),
+        ("teon-1", "stack-1-jordan", "muon"),
         tuple(f"stack-1-{name}" for name in ("lookahead", "normuon", "equilibrated", "hyperball")),
         tuple(f"stack-1-{name}" for name in ("cautious", "per-head")),
     )

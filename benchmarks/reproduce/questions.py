@@ -3,15 +3,17 @@
 Each question is a configuration against the reference, our Muon (stack 1, `polar_express`):
 
 1. noise: the reference twice, from first parameters that differ by rounding, on seed 0;
-2. the learning rate of the reference's matrices, on seed 0: the one that was best with an eighth of
+2. methods, TEON and optax's Muon at the same rate on the same seed: a first pair with the
+   reference, and the first point of the sweeps of 6;
+3. the learning rate of the reference's matrices, on seed 0: the one that was best with an eighth of
    the tokens a step, and twice that;
-3. seeds 1 to 3 at the better one, seed by seed: first the methods that could become the default,
-   so that the standard deviation of paired differences is known early, then optax's Muon and TEON,
+4. seeds 1 to 3 at the better one, seed by seed: first the methods that could become the default,
+   so that the standard deviation of paired differences is known early, then TEON and optax's Muon,
    then what is chained before or behind `orthogonalize`;
-4. the fallback's rate (it moved ends by .004 there, and the matrices' by .05), then the matrices'
+5. the fallback's rate (it moved ends by .004 there, and the matrices' by .05), then the matrices'
    again, each until the best of three rates lies inside;
-5. the rate of each configuration of its own, three points on seed 0;
-6. seeds 1 to 6 of all, each at its own best rate.
+6. the rate of each configuration of its own, three points on seed 0;
+7. seeds 1 to 6 of all, each at its own best rate.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,7 @@ FIRST_SEEDS = (1, 2, 3)
 SEEDS = (1, 2, 3, 4, 5, 6)
 CENTRE, REST_CENTRE = 2, 4  # where runs of an eighth of the tokens a step were best
 RATES, REST_RATES = (2, 4), (4, 6)
+EARLY = 3  # groups of questions that get a first pair before any sweep
 
 
 def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
@@ -33,6 +36,8 @@ def wanted(records: Sequence[Record], steps: int) -> Iterator[Job]:
     compared = [name for names in ASKED for name in names]
     for nudge in (0, 1):
         yield Job(REFERENCE, CENTRE, REST_CENTRE, SWEEP_SEED, steps, nudge)
+    for name in (name for names in ASKED[:EARLY] for name in names):
+        yield Job(name, CENTRE, REST_CENTRE, SWEEP_SEED, steps)
     yield from (Job(REFERENCE, k, REST_CENTRE, SWEEP_SEED, steps) for k in RATES)
     early = losses(records, "k", Job(REFERENCE, 0, REST_CENTRE, SWEEP_SEED, steps))
     if any(k not in early for k in RATES):
