@@ -42,8 +42,8 @@ def orthogonalize(
       method: "polar_express", "schatten", "jordan", "you", "svd", or a tuple of coefficients; see
         `polar`.
       scale: "spectral" is sqrt(fan_out / fan_in), "muon" sqrt(max(1, fan_out / fan_in)), and a
-        number the root mean square of the update, whatever its shape and K. fan_in and fan_out are
-        one layer's.
+        number the root mean square of a group's update, whatever its shape and K; within a group
+        that of one layer may differ. fan_in and fan_out are one layer's.
       shardings: How leaves lie on the mesh: a tree, or its prefix, of `PartitionSpec` or
         `NamedSharding`, such as `jax.tree.map(lambda leaf: leaf.sharding, params)`. Groups then go
         whole to the devices that orthogonalize them and come back, as fast as two all-to-alls go.
