@@ -214,6 +214,12 @@ def test_products_of_models_in_the_readme_are_those_of_the_committed_benchmark()
     assert expected in words("README.md")
 
 
+def test_products_of_muon_alone_in_the_readme_are_those_of_the_committed_benchmark():
+    single = results("communication-gpt-4x256")["single_flops"]
+    ratio = single["rules.muon"] / single["optax muon"]
+    assert f"with K = 1 products are {ratio:.3f}." in words("README.md")
+
+
 def test_bytes_in_the_readme_are_those_of_the_committed_benchmark():
     rows = results("communication-gpt-4x256")["rows"]["8"]
     ratios = [
