@@ -347,6 +347,14 @@ def test_pairs_at_another_rate_are_no_pairs_of_the_same_answer():
     assert found.mean == pytest.approx(0.002)
 
 
+def test_a_pair_on_the_seed_of_the_sweeps_counts_until_there_are_others():
+    of_sweep = [r | {"seed": 0} for r in pairs_of(0.004)]
+    (found,) = answers.answers(of_sweep, STEPS)
+    assert str(found) == "+0.0040 (one pair)"
+    (found,) = answers.answers([*of_sweep, *pairs_of(0.001)], STEPS)
+    assert str(found) == "+0.0010 (one pair)"
+
+
 def test_the_page_of_the_questions_has_what_was_run_alone(tmp_path):
     setup = dataclasses.replace(SETUP, vocab_size=256)
     kept.keep_setup(tmp_path, setup, STEPS, "a text")

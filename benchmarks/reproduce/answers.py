@@ -15,8 +15,8 @@ from scipy import stats
 from benchmarks import results
 from benchmarks.reproduce import training
 from benchmarks.reproduce.configurations import ASKED, CONFIGURATIONS, build
-from benchmarks.reproduce.questions import REFERENCE, SWEEP_SEED
-from benchmarks.reproduce.records import SETUP, Record, Setup, job_of, loss_of, rate_of, read
+from benchmarks.reproduce.questions import CENTRE, REFERENCE, REST_CENTRE, SWEEP_SEED
+from benchmarks.reproduce.records import SETUP, Job, Record, Setup, job_of, loss_of, rate_of, read
 from benchmarks.reproduce.schedule import losses
 from benchmarks.reproduce.statistics import CONFIDENCE, noise
 
@@ -99,28 +99,38 @@ def _joined(parts: Sequence[str]) -> str:
 
 def answers(records: Sequence[Record], steps: int) -> list[Answer]:
     """Pairs every configuration with the reference; one without a pair is not there."""
-    reference = runs_of(records, REFERENCE, steps)
     found = []
     for name in (name for names in ASKED for name in names):
-        own = runs_of(records, name, steps)
-        differences = {
-            seed: loss_of(run) - loss_of(reference[seed])
-            for seed, run in own.items()
-            if seed in reference
-        }
-        if differences:
-            found.append(Answer(name, rate_of(next(iter(own.values()))["k"]), differences))
+        for collect in (runs_of, first_runs_of):
+            own, reference = (collect(records, each, steps) for each in (name, REFERENCE))
+            differences = {
+                seed: loss_of(run) - loss_of(reference[seed])
+                for seed, run in own.items()
+                if seed in reference
+            }
+            if differences:
+                found.append(Answer(name, rate_of(next(iter(own.values()))["k"]), differences))
+                break
     return found
 
 
 def runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Record]:
-    """Collects a configuration's runs by seed, at the rates that most of its seeds have."""
+    """Collects a configuration's runs by seed, at the rates that most of its seeds have.
+
+    The seed that rates are chosen on is left out.
+    """
     at: dict[tuple[int, int], dict[int, Record]] = {}
     for run in records:
         known = run["configuration"], run["steps"], run["nudge"]
         if known == (name, steps, 0) and run["seed"] != SWEEP_SEED:
             at.setdefault((run["k"], run["rest_k"]), {})[run["seed"]] = run
     return dict(sorted(max(at.values(), key=len).items())) if at else {}
+
+
+def first_runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Record]:
+    """Finds a configuration's run on the seed of the sweeps, at the rate before any choice."""
+    job = Job(name, CENTRE, REST_CENTRE, SWEEP_SEED, steps)
+    return {SWEEP_SEED: run for run in records if job_of(run) == job}
 
 
 def first_line(found: Sequence[Answer], records: Sequence[Record]) -> str:
@@ -191,7 +201,8 @@ def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
         f"{len(records)} runs of {setup['steps']} steps of {tokens:,} tokens; model "
         f"`{setup['model']}`, stack 1, `polar_express`, in Muon's scale. Losses are those of the "
         f"averaged weights on {setup['eval_tokens']:,} held-out tokens, differences are paired by "
-        f"seed, with Student's {CONFIDENCE:.0%} interval. "
+        f"seed, with Student's {CONFIDENCE:.0%} interval; a single pair may be on the seed that "
+        "rates are swept on, at the rate before the sweep. "
         f"{results.caption({'environment': where})}"
     )
 
