@@ -130,7 +130,7 @@ def runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Recor
 def first_runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Record]:
     """Finds a configuration's run on the seed of the sweeps, at the rate before any choice."""
     job = Job(name, CENTRE, REST_CENTRE, SWEEP_SEED, steps)
-    return {SWEEP_SEED: run for run in records if job_of(run) == job}
+    return {run["seed"]: run for run in records if job_of(run) == job}
 
 
 def first_line(found: Sequence[Answer], records: Sequence[Record]) -> str:
