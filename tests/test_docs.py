@@ -29,7 +29,6 @@ PAGES = [
     ROOT / "benchmarks" / "README.md",
 ]
 BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.M | re.S)
-FRAGMENTS = [ROOT / "docs" / "recipes.md"]
 # `py` marks the program of examples/minimal.py, which tests/integration/test_minimal.py runs.
 PYTHON = ("python", "pycon")
 
@@ -49,7 +48,7 @@ def blocks(page):
 
 def programs():
     for page in PAGES:
-        for number, block in enumerate(blocks(page) if page not in FRAGMENTS else ()):
+        for number, block in enumerate(blocks(page)):
             if block[1] in PYTHON:
                 name = page.relative_to(ROOT).as_posix()
                 yield pytest.param(page, number, id=f"{name}:{block[0]}")
