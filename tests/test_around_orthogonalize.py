@@ -45,18 +45,18 @@ def normalized(M, axis):
 
 
 def muon(count, gradient, W, memory, names):
-    return W - 0.02 * (factor(momentum(gradient, memory)) + 0.1 * W)
+    return W - 0.01 * (factor(momentum(gradient, memory)) + 0.1 * W)
 
 
 def lion(count, gradient, W, memory, names):
     mean = memory.get("mean", 0)
     memory["mean"] = 0.99 * mean + 0.01 * gradient
-    return W - 0.02 * factor(0.9 * mean + 0.1 * gradient)
+    return W - 0.01 * factor(0.9 * mean + 0.1 * gradient)
 
 
 def muon_eq(count, gradient, W, memory, names):
     # A row of (fan_out, fan_in) is a column of a kernel.
-    return W - 0.02 * factor(normalized(momentum(gradient, memory), 0))
+    return W - 0.01 * factor(normalized(momentum(gradient, memory), 0))
 
 
 def in_8_bits(count, gradient, W, memory, names):
@@ -68,12 +68,12 @@ def in_8_bits(count, gradient, W, memory, names):
     whole = np.float64(names["qwix"].dequantize(kept))
     assert np.all(np.abs(whole - memory["trace"]) <= step / 2 + 1e-6)
     memory["trace"] = whole
-    return W - 0.02 * factor(update)
+    return W - 0.01 * factor(update)
 
 
 def muon_plus(count, gradient, W, memory, names):
     polar = normalized(normalized(oracles.reshaped_spectrum(momentum(gradient, memory)), 1), 0)
-    return W - 0.02 * np.sqrt(W.shape[1] / W.shape[0]) * polar
+    return W - 0.01 * np.sqrt(W.shape[1] / W.shape[0]) * polar
 
 
 def normuon(count, gradient, W, memory, names):
@@ -81,7 +81,7 @@ def normuon(count, gradient, W, memory, names):
     square = np.mean(polar**2, axis=0, keepdims=True)
     memory["v"] = 0.95 * memory.get("v", 0) + 0.05 * square
     N = polar / np.sqrt(memory["v"])
-    return W - 0.02 * 0.2 * np.sqrt(N.size) * N / np.linalg.norm(N)
+    return W - 0.01 * 0.2 * np.sqrt(N.size) * N / np.linalg.norm(N)
 
 
 def ema_nesterov(count, gradient, W, memory, names):
@@ -93,22 +93,22 @@ def ema_nesterov(count, gradient, W, memory, names):
 
 def hyperball(count, gradient, W, memory, names):
     R, polar = np.linalg.norm(W), factor(momentum(gradient, memory))
-    moved = W - 0.02 * R * polar / np.linalg.norm(polar)
+    moved = W - 0.01 * R * polar / np.linalg.norm(polar)
     return R * moved / np.linalg.norm(moved)
 
 
 def decay_by_the_square_of_the_rate(count, gradient, W, memory, names):
     rate = float(names["rate"](count))
-    return W - rate * factor(momentum(gradient, memory)) - 0.1 * rate**2 / 0.02 * W
+    return W - rate * factor(momentum(gradient, memory)) - 0.1 * rate**2 / 0.01 * W
 
 
 def decay_without_the_rate(count, gradient, W, memory, names):
-    return W - 0.02 * factor(momentum(gradient, memory)) - 0.001 * W
+    return W - 0.01 * factor(momentum(gradient, memory)) - 0.001 * W
 
 
 def cautious(count, gradient, W, memory, names):
     polar = factor(momentum(gradient, memory))
-    return W - 0.02 * (polar + 0.1 * (polar * W >= 0) * W)
+    return W - 0.01 * (polar + 0.1 * (polar * W >= 0) * W)
 
 
 FORMULAS = {
