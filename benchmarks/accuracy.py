@@ -25,12 +25,12 @@ import orbax.checkpoint as ocp
 from matplotlib.figure import Figure
 
 from benchmarks import results
-from benchmarks.emulation import FORMATS, with_products_in
 from examples import checkpoints, run_folder
 from teon_optax import plan
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
 from teon_optax._polar.numerics import Numerics
+from tests.emulation import FORMATS, with_products_in
 
 METHODS = ("polar_express", "schatten", "jordan", "you")
 PRODUCTS = ("float32", *FORMATS)

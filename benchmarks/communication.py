@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from optax import contrib
 
 from benchmarks import results, update_cost
-from benchmarks.compiled import COLLECTIVES, Program
-from benchmarks.counting import count_products
 from teon_optax import plan, rules, teon
+from tests.compiled import COLLECTIVES, Program
+from tests.counting import count_products
 
 TEON, ALONE, MUON = "teon", "rules.muon", "optax muon"
 

@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 from optax import contrib
 
 from benchmarks import measuring, results
-from benchmarks.counting import ProductCount, count_products
 from benchmarks.measuring import BASE, Peer, Tree
 from examples import model as gpts
 from teon_optax import Plan, Rule, plan, teon
+from tests.counting import ProductCount, count_products
 
 
 def small_gpt(width: int, depth: int) -> gpts.ModelConfig:

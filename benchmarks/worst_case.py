@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.emulation import FORMATS, with_products_in
 from teon_optax import polar_express
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
 from teon_optax._polar.numerics import Numerics
+from tests.emulation import FORMATS, with_products_in
 
 # Directions above this share of the largest singular value are to be kept.
 KEPT = 0.03

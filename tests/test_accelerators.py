@@ -13,12 +13,12 @@ import oracles
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from benchmarks.counting import count_products
-from benchmarks.emulation import with_products_in
 from teon_optax import Rule, orthogonalize, polar, polar_express, teon
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
 from teon_optax._polar.numerics import Numerics, byte_limits
+from tests.counting import count_products
+from tests.emulation import with_products_in
 
 # A backend, and what a one-pass product of that device multiplies.
 DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]

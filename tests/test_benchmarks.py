@@ -13,9 +13,8 @@ import optax
 import pytest
 
 from benchmarks import accuracy, compare, planning, results, update_cost
-from benchmarks.counting import count_products
-from examples.model import MODELS
 from teon_optax import plan, polar_express, teon
+from tests.counting import count_products
 
 pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 D = 8
@@ -74,9 +73,9 @@ def test_no_time_allocates_and_runs_nothing(small_model, tmp_path, monkeypatch):
     assert all("wall_min" not in row for row in record["optimizers"].values())
 
 
-@pytest.mark.parametrize("model", [*MODELS, update_cost.EXPERTS])
+@pytest.mark.parametrize("model", [*update_cost.MODELS, update_cost.EXPERTS])
 def test_rules_of_the_benchmark_take_all_matrices_of_the_blocks(model):
-    if model in MODELS:  # two blocks are as good as all
+    if model in update_cost.MODELS:  # two blocks are as good as all
         shapes = update_cost.parameter_shapes(model, "float32", 2)
     else:
         shapes = update_cost.expert_shapes("float32", 2)
@@ -213,16 +212,14 @@ def test_accuracy_is_that_of_the_devices_own_products_where_asked(tmp_path, monk
 
 
 def test_momentum_of_a_checkpoint_is_that_of_the_orthogonalized_leaves(tmp_path):
-    from examples import checkpoints, run_folder
-
     params = {
         "block_0": {"attn": {"query": {"kernel": jnp.ones((4, 4))}}},
         "embed": {"embedding": jnp.ones((6, 4))},
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), teon(0.1))
     _, state = optimizer.update(params, optimizer.init(params), params)
-    with checkpoints.opened(tmp_path / run_folder.CHECKPOINTS) as manager:
-        checkpoints.save(manager, 1, {"params": params, "opt_state": state})
+    with accuracy.checkpoints.opened(tmp_path / accuracy.run_folder.CHECKPOINTS) as manager:
+        accuracy.checkpoints.save(manager, 1, {"params": params, "opt_state": state})
     momentum = accuracy.read_momentum(tmp_path)
     assert list(momentum) == ["block_0/attn/query/kernel"]
     assert momentum["block_0/attn/query/kernel"].shape == (4, 4)

@@ -12,8 +12,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks import communication, cost_model, results
 from benchmarks.communication import LAYOUTS, TEON
-from benchmarks.compiled import Program
 from teon_optax import Rule, teon
+from tests.compiled import COLLECTIVES, Program
 
 pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 
@@ -127,3 +127,21 @@ def test_compiled_init_of_the_page_puts_moments_where_parameters_lie():
     state = jax.jit(init, out_shardings=where)(params)
     moments = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (8, 8)]
     assert [leaf.sharding for leaf in moments] == [kernel.sharding]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fan-in", "fan-out", "2-D"])
+def test_an_update_costs_two_all_to_alls_and_an_eighth_of_the_products(layout):
+    """Of 4 blocks, d = 256, on 8 devices, against Muon of the same kernels."""
+    shapes = communication.kernels("gpt-4x256")
+    shardings = communication.placed(shapes, communication.LAYOUTS[layout], 8)
+    optimizers = communication.optimizers(shapes, shardings)
+    ours, muon = (
+        communication.figures(optimizers[peer], shapes, shardings)
+        for peer in (communication.TEON, communication.MUON)
+    )
+    assert ours["all-to-all"] == 2
+    assert {kind for kind in COLLECTIVES if kind in ours} == {"all-to-all", "all-reduce"}
+    assert ours["bytes"] <= 0.06 * muon["bytes"]
+    assert ours["wire"] <= 0.07 * muon["wire"]
+    assert ours["flops"] <= 1.10 / 8 * communication.start("gpt-4x256")["single_flops"]["teon"]

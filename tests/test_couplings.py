@@ -31,8 +31,8 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers as D
 from spectra import function_of
 
-from benchmarks.counting import count_products
 from teon_optax import Rule, alignment, orthogonalize, plan, polar_express
+from tests.counting import count_products
 
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1)}
 

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from optax.contrib import MuonDimensionNumbers
 
-from benchmarks.counting import count_products
 from teon_optax import Rule, default_rules, orthogonalize, plan
+from tests.counting import count_products
 
 D = MuonDimensionNumbers
 

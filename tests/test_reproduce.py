@@ -21,12 +21,10 @@ from benchmarks.reproduce import answers, questions, schedule, statistics, train
 from benchmarks.reproduce import records as kept
 from benchmarks.reproduce.configurations import ASKED, CONFIGURATIONS, PARTS, WEIGHT_DECAY, build
 from benchmarks.reproduce.records import Job, Setup, job_of
-from examples.data import Corpus
-from examples.model import llama
 
 pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
 SETUP = Setup("small", None, "byte", 300, 8, 2, 1, 64, "float32")
-TEXT = Corpus([np.arange(400) % 300], [np.arange(100) % 300], 300, "numbers")
+TEXT = training.data.Corpus([np.arange(400) % 300], [np.arange(100) % 300], 300, "numbers")
 STEPS = 8
 
 
@@ -482,7 +480,7 @@ def test_points_divide_a_run_into_equal_parts():
 
 @pytest.mark.slow
 def test_a_run_of_a_small_model_gives_a_record_that_repeats(monkeypatch):
-    small = dataclasses.replace(llama(8, 12, 2, 2), tied=True)
+    small = dataclasses.replace(training.llama(8, 12, 2, 2), tied=True)
     monkeypatch.setattr(training, "SMALL", small)
     monkeypatch.setattr(training, "corpus_of", lambda _: TEXT)
     job = Job("teon-1", 0, 0, 1, STEPS)

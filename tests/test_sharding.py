@@ -15,9 +15,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
-from benchmarks import communication
-from benchmarks.compiled import COLLECTIVES
 from teon_optax import Rule, orthogonalize, polar_express, teon
+from tests.compiled import COLLECTIVES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 # Many layouts, each compiled for eight devices; one of them is quick.
@@ -514,23 +513,3 @@ def test_specs_without_a_mesh_are_refused():
     with pytest.warns(DeprecationWarning), mesh_of():
         with pytest.raises(ValueError, match=r"`with mesh:` sets none\): call .*jax.set_mesh"):
             optimizer.update(tree, state)
-
-
-@slow
-@pytest.mark.promotes_dtypes
-@pytest.mark.promotes_ranks
-@pytest.mark.parametrize("layout", ["fan-in", "fan-out", "2-D"])
-def test_an_update_costs_two_all_to_alls_and_an_eighth_of_the_products(layout):
-    """Of 4 blocks, d = 256, on 8 devices, against Muon of the same kernels."""
-    shapes = communication.kernels("gpt-4x256")
-    shardings = communication.placed(shapes, communication.LAYOUTS[layout], 8)
-    optimizers = communication.optimizers(shapes, shardings)
-    ours, muon = (
-        communication.figures(optimizers[peer], shapes, shardings)
-        for peer in (communication.TEON, communication.MUON)
-    )
-    assert ours["all-to-all"] == 2
-    assert {kind for kind in COLLECTIVES if kind in ours} == {"all-to-all", "all-reduce"}
-    assert ours["bytes"] <= 0.06 * muon["bytes"]
-    assert ours["wire"] <= 0.07 * muon["wire"]
-    assert ours["flops"] <= 1.10 / 8 * communication.start("gpt-4x256")["single_flops"]["teon"]

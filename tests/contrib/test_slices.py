@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from spectra import function_of
 from test_transforms import basis
 
-from benchmarks.counting import count_products
 from teon_optax import Rule, contrib, orthogonalize, plan, polar_express
+from tests.counting import count_products
 
 METHODS = {"svd": "svd", "polynomial": polar_express(2, 0.1), "schatten": "schatten"}
 # Of K = 1, 2, 3, 4, 6 and 12, of which a shorter last group has fewer.

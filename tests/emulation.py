@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from benchmarks.counting import CALLED_ONCE, passes
+from tests.counting import CALLED_ONCE, passes
 
 # Bits of exponent and mantissa of what a one-pass product of float32 operands multiplies.
 FORMATS = {"bf16": (8, 7), "tf32": (8, 10), "fp16": (5, 10)}

@@ -1,0 +1,1 @@
+"""Tests, and what they share with benchmarks: what measures compiled programs."""
