@@ -85,8 +85,7 @@ def test_formulas_are_within_a_tenth_of_the_tables(name):
     for n, rows in record["rows"].items():
         # On more devices their blocks are thinner than shares of a group, and are padded.
         for layout, found in rows.items() if 8 * int(n) <= MEASURED[name][0] else ():
-            name = layout.removesuffix(" Explicit")
-            replicas = REPLICAS.get(name, lambda _: 1)(int(n))
+            replicas = REPLICAS.get(layout.removesuffix(" Explicit"), lambda _: 1)(int(n))
             assert_close(found[TEON], cost_model.cost(groups, int(n), replicas=replicas))
 
 
