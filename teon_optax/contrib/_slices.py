@@ -33,7 +33,7 @@ def orthogonalize_slices(
     shardings: Any = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformation:
-    """T-MUON (arXiv 2610.24938): polar factors of sums and differences of layers. Stateless.
+    """Orthogonalizes sums and differences of layers instead of the layers: T-MUON. Stateless.
 
     Per group of K matrices M_1 .. M_K that the rules couple, with an orthonormal K x K matrix F:
 
@@ -43,15 +43,18 @@ def orthogonalize_slices(
     takes pass through.
 
     Args:
-      rules: As for `orthogonalize`. A transform unfolds nothing, so rules that couple matrices have
-        mode 1, and the products that `plan` counts for them are those of `orthogonalize`.
+      rules: Which leaves, and which of them together, in the form that `orthogonalize` takes. A
+        transform unfolds nothing, so rules that couple matrices have mode 1, and the products that
+        `plan` counts for them are those of `orthogonalize`.
       transform: "dct", "dft" or "haar": F along the group in its order, which is that of
         `Group.members`. A shorter last group has the transform of its own K.
-      method: As for `orthogonalize`.
-      scale: As for `orthogonalize`; with K = 1.
-      shardings: As for `orthogonalize`. Leaves are gathered to be mixed, and the slices shared out
-        among the devices.
-      precision: As for `orthogonalize`, of the polar factors; mixing is exact everywhere.
+      method: Polynomial of the polar factors, by name or as coefficients; see `polar`.
+      scale: Length of the update, "spectral", "muon" or a root mean square, that `orthogonalize`
+        gives to a matrix alone.
+      shardings: How leaves lie on a mesh of type Auto, as `orthogonalize` takes it. Leaves are
+        gathered to be mixed, and the slices shared out among the devices.
+      precision: Precision of the products of the polar factors, as `orthogonalize` takes it; mixing
+        is exact everywhere.
 
     Returns:
       An `optax.GradientTransformation`. Updates keep their dtypes; until then matrices are in
@@ -128,7 +131,7 @@ def _transformed(
     scale: ScaleFunction,
     located: Located | None,
 ) -> dict[BatchKey, jax.Array]:
-    """Joint matrices whose groups are mixed, orthogonalized slice by slice, and mixed back."""
+    """Mixes the groups of joint matrices, orthogonalizes slice by slice, and mixes back."""
     done: dict[BatchKey, Any] = dict.fromkeys(joint, 0)
     for blocks in (1, 2):
         weights = {
@@ -147,12 +150,12 @@ def _transformed(
 
 
 def _matrix(key: BatchKey) -> tuple[int, int]:
-    """Shape of one matrix of a group; mode 3 flattens a matrix that is alone."""
+    """Gives the shape of one matrix of a group; mode 3 flattens a matrix that is alone."""
     return (key.fan_in, key.fan_out) if key.K > 1 else key.joint
 
 
 def _mixed(weights: np.ndarray, key: BatchKey, joint: jax.Array) -> jax.Array:
-    """Slices [groups, slices, blocks x m, blocks x n] of joint matrices [groups, K x m, n].
+    """Mixes joint matrices [groups, K x m, n] to slices [groups, slices, blocks x m, blocks x n].
 
     They are in float32 at least. One matrix alone is not mixed.
     """
@@ -167,7 +170,7 @@ def _mixed(weights: np.ndarray, key: BatchKey, joint: jax.Array) -> jax.Array:
 
 
 def _unmixed(weights: np.ndarray, slices: jax.Array) -> jax.Array:
-    """What these slices add to the matrices of each group, by the transposed weights."""
+    """Sums up what slices add to the matrices of each group, by the transposed weights."""
     count, blocks, _, K = weights.shape
     if K == 1:
         return slices
@@ -179,7 +182,7 @@ def _unmixed(weights: np.ndarray, slices: jax.Array) -> jax.Array:
 def _polar_factors(
     slices: list[jax.Array], blocks: int, numerics: Numerics, located: Located | None
 ) -> list[jax.Array]:
-    """Polar factors of slices, of which a mesh gives each device some."""
+    """Computes the polar factors of slices, of which a mesh gives each device some."""
     if numerics.method and blocks == 2:
         numerics = numerics._replace(method=_of_doubled(numerics.method))
     planned = plan(slices, [Rule("", dims=MuonDimensionNumbers(-2, -1))])
@@ -188,9 +191,10 @@ def _polar_factors(
 
 
 def _of_doubled(method: Method) -> Method:
-    """The method that does to a matrix with each singular value twice what this one does with one.
+    """Adapts a method to matrices that have each singular value twice.
 
-    That matrix's norm is greater, which the first quintic makes up for.
+    It does to them what the method itself does to one of each. Their norm is greater, which the
+    first quintic makes up for.
     """
     greater = 2 ** (1 / 4 if method.norm == "schatten4" else 1 / 2)
     first, *others = method.coefficients

@@ -9,7 +9,7 @@ TRANSFORMS = ("dct", "dft", "haar")
 
 @functools.cache
 def real_weights(transform: str, K: int) -> dict[int, np.ndarray]:
-    """Weights of K real matrices M_k in the slices of their transform, by the blocks of a slice.
+    """Makes the weights of K real matrices in the slices of their transform, by blocks of a slice.
 
     A real slice is one block. A complex slice A + iB is the real matrix [[A, -B], [B, A]] of two by
     two blocks, whose polar factor [[C, -D], [D, C]] is that of the slice, C + iD. Of two conjugate
@@ -39,7 +39,7 @@ def real_weights(transform: str, K: int) -> dict[int, np.ndarray]:
 
 
 def _haar(K: int) -> np.ndarray:
-    """The mean, the first half of the stack against the second, and so on in each half.
+    """Weighs the mean, the first half of a stack against the second, and so on in each half.
 
     Where a half cannot be equal, the first is longer by one and the weights make up for that.
     """
