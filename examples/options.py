@@ -162,20 +162,20 @@ class Options:
     learning_rate: Annotated[
         Rate, shown_as(default=", ".join(f"{name} {r}" for name, r in LEARNING_RATES.items()))
     ] = LEARNING_RATES["teon"]
-    """The peak."""
+    """The schedule's peak."""
     adam_learning_rate: Rate = 0.01
-    """The peak of what TEON and Muon leave to AdamW."""
+    """The peak for what TEON and Muon leave to AdamW."""
     adam_b1: Momentum = ADAM_B1
-    """Of every AdamW."""
+    """How much of its first moment AdamW keeps in a step."""
     adam_b2: Momentum = ADAM_B2
-    """Of every AdamW."""
+    """How much of its second moment AdamW keeps in a step."""
     weight_decay: Annotated[float, real(positive=False)] = 0.1
-    """Of the blocks' matrices."""
+    """How much the blocks' matrices decay, times the learning rate."""
     schedule: Literal["linear", "cosine"] = "linear"
-    """Linear: constant, then linear decay over the last 40 %; cosine: warm-up over 10 %, then half
+    """linear: constant, then linear decay over the last 40 %; cosine: warm-up over 10 %, then half
     a cosine."""
     steps: Count = 200
-    """Length of the run."""
+    """Optimizer steps of the whole run."""
     batch_size: Count = 16
     """Sequences per step."""
     microbatches: Count = 1
@@ -183,9 +183,9 @@ class Options:
     context: Annotated[Count, shown_as()] = MODELS["tiny"].context
     """Tokens per sequence."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the activations."""
+    """What the activations are computed in."""
     seed: Index = 0
-    """Of parameters and batches."""
+    """What first parameters and batches are drawn from."""
     eval_every: Interval = 50
     """Steps between two validation losses."""
     checkpoint_every: Interval = 50
