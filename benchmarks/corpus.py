@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def package_file(package: str, scratch: Path) -> Path:
-    """The .deb file: itself, or downloaded; for a meta-package that of what it depends on."""
+    """Finds the .deb file, or downloads it; for a meta-package that of what it depends on."""
     if package.endswith(".deb"):
         return Path(package).resolve()
     _call("apt-get", "download", package, cwd=scratch)
@@ -61,7 +61,7 @@ def package_file(package: str, scratch: Path) -> Path:
 
 
 def unpack(package: Path, scratch: Path) -> Path:
-    """The files of a package, archives among them unpacked, too."""
+    """Unpacks the files of a package, and archives among them."""
     content = scratch / "content"
     _call("dpkg-deb", "--extract", package, content)
     for path in list(content.rglob("*.tar.*")):

@@ -54,7 +54,7 @@ Tree = Any
 
 
 class Task(NamedTuple):
-    """A model and how a page trains it.
+    """Holds a model and how a page trains it.
 
     Attributes:
         init: Makes the first parameters from a seed.
@@ -74,7 +74,7 @@ class Task(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One training run: which task, how long, which optimizer at which rate, from which seed."""
+    """Names a training run: its task and length, its optimizer and rate, its seed."""
 
     task: str
     steps: int
@@ -84,7 +84,7 @@ class Run(NamedTuple):
 
 
 class Block(nnx.Module):
-    """Attention and an MLP, as in the page "Getting started"."""
+    """Adds attention and an MLP to a residual, as in the page "Getting started"."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 128):
         self.attn_norm, self.mlp_norm = (nnx.RMSNorm(width, rngs=rngs) for _ in range(2))
@@ -93,20 +93,20 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """(batch, time, width) to the same."""
+        """Maps (batch, time, width) to the same."""
         x = x + self.attn(self.attn_norm(x), mask=nnx.make_causal_mask(x[..., 0]))
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
 
 class BytesGPT(nnx.Module):
-    """The language model of bytes of the page "Getting started"."""
+    """Models bytes, as in the page "Getting started"."""
 
     def __init__(self, rngs: nnx.Rngs, width: int = 128):
         self.embed, self.head = nnx.Embed(256, width, rngs=rngs), nnx.Linear(width, 256, rngs=rngs)
         self.blocks = nnx.Sequential(*[Block(rngs) for _ in range(4)])
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """(batch, time) to logits of (batch, time, 256)."""
+        """Maps (batch, time) to logits of (batch, time, 256)."""
         return self.head(self.blocks(self.embed(tokens)))
 
 
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def wanted(losses: dict[Run, float]) -> Iterator[Run]:
-    """All runs, the cheaper model first: rates from one seed, then the best from two more."""
+    """Lists all runs, the cheaper model first: rates from one seed, then the best from two more."""
     for name, make in TASKS.items():
         lengths = [make().steps // part for part in (1, 2)]
         for optimizer in OPTIMIZERS:

@@ -394,6 +394,14 @@ def test_every_question_changes_the_update_of_the_reference_in_the_blocks_alone(
     )
 
 
+@pytest.mark.parametrize("name", [name for names in ASKED for name in names])
+def test_a_run_of_every_question_finds_its_momentum(name):
+    params = jax.tree.map(jnp.ones, shapes(), is_leaf=lambda x: isinstance(x, tuple))
+    state = build(CONFIGURATIONS[name], 4, 1.0, 1.0).init(params)
+    ratios = training.alignments(Job(name, 2, 4, 0, 4), state)
+    assert len(ratios) == (0 if name == "muon" else 2)
+
+
 def series(losses):
     runs: dict[int, Any] = {seed: {"val_loss": value} for seed, value in enumerate(losses)}
     return statistics.Series("", 0.1, runs)

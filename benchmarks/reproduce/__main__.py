@@ -34,7 +34,7 @@ FRESH = Path(__file__).parents[2] / "runs"
 
 
 class Schedule(NamedTuple):
-    """What is run, and what is written of it.
+    """Says what is run, and what is written of it.
 
     Attributes:
         folder: Where its runs are, in `benchmarks/results` the committed, in `runs` others.

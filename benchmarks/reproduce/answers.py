@@ -26,7 +26,7 @@ WANTED = 0.005  # half the width of an interval that decides between two default
 
 
 class Answer(NamedTuple):
-    """What the pairs of one configuration and the reference say.
+    """Holds what the pairs of one configuration and the reference say.
 
     Attributes:
         name: Of the configuration.

@@ -36,7 +36,7 @@ OfRules = Callable[[tuple[Rule, ...]], optax.GradientTransformation]
 
 @dataclasses.dataclass(frozen=True)
 class Configuration:
-    """One optimizer of the blocks' matrices, without its learning rate.
+    """Describes one optimizer of the blocks' matrices, without its learning rate.
 
     Attributes:
         name: What its records say.
@@ -81,7 +81,7 @@ STACKED = [
 
 
 def _part(name: str, title: str, base: str, **settings: Any) -> Configuration:
-    """One thing changed, at the learning rate of the base."""
+    """Changes one thing of a base, and takes over its learning rate."""
     own = next(each for each in STACKED if each.name == base)
     return dataclasses.replace(own, name=name, title=title, base=base, **settings)
 
@@ -137,7 +137,7 @@ QUESTIONS = [
 
 
 def _in_muons_scale(configuration: Configuration) -> Configuration:
-    """The same in the scale of `optax.contrib.muon`, longer for narrowing matrices."""
+    """Puts it into the scale of `optax.contrib.muon`, which is longer for narrowing matrices."""
     return dataclasses.replace(
         configuration,
         name=configuration.name + MUON_SCALE,
@@ -171,7 +171,7 @@ def build(
     rate: jax.Array | float,
     rest_rate: jax.Array | float,
 ) -> optax.GradientTransformation:
-    """The optimizer; both peak learning rates may be traced.
+    """Builds the optimizer; both peak learning rates may be traced.
 
     Args:
         configuration: Which.

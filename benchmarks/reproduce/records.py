@@ -14,7 +14,7 @@ Record = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What all runs of a folder have in common."""
+    """Holds what all runs of a folder have in common."""
 
     model: str
     data: str | None
@@ -28,7 +28,7 @@ class Setup:
 
 
 class Job(NamedTuple):
-    """What a run is known by.
+    """Names a run.
 
     Attributes:
         configuration: Its name.

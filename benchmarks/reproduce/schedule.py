@@ -30,7 +30,7 @@ MOST_RATES = 7
 
 
 def missing(wanted: Iterable[Job], records: Sequence[Record]) -> list[Job]:
-    """Leaves of the wanted jobs, each once, those without a record."""
+    """Lists the wanted jobs that have no record, each once."""
     done = {job_of(record) for record in records}
     return [job for job in dict.fromkeys(wanted) if job not in done]
 

@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 class Series(NamedTuple):
-    """The runs of one length of one configuration, at its learning rate.
+    """Holds the runs of one length of one configuration, at its learning rate.
 
     Attributes:
         title: Of the configuration.
@@ -34,7 +34,7 @@ class Series(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences; `half` is half the width of its interval, nan for one seed."""
+    """Holds a mean of paired differences and half its interval's width, nan for one seed."""
 
     mean: float
     half: float

@@ -39,7 +39,7 @@ NUDGE = 1e-7  # near the spacing of float32
 
 
 class State(NamedTuple):
-    """What a step changes; `average` is that of the parameters."""
+    """Holds what a step changes; `average` is that of the parameters."""
 
     params: Any
     opt_state: Any
@@ -47,7 +47,7 @@ class State(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What is compiled for a configuration and a length; learning rates are arguments."""
+    """Holds what is compiled for a configuration and a length; learning rates are arguments."""
 
     init: Callable[[jax.Array], State]
     train_step: Callable[..., tuple[State, jax.Array]]
@@ -79,7 +79,7 @@ def keep(runs: Path, record: dict[str, Any]) -> None:
 
 
 def train(job: Job, setup: Setup) -> dict[str, Any]:
-    """The run and its record."""
+    """Makes the run, and gives its record."""
     begin, corpus = time.monotonic(), corpus_of(setup)
     program = compiled(CONFIGURATIONS[job.configuration], job.steps, setup, corpus.vocab_size)
     state, rates = program.init(jax.random.key(job.seed)), (rate_of(job.k), rate_of(job.rest_k))
@@ -121,23 +121,23 @@ def train(job: Job, setup: Setup) -> dict[str, Any]:
 
 
 def is_point(step: int, steps: int, count: int) -> bool:
-    """Whether one of `count` equal parts of the run ends with this step."""
+    """Tells whether one of `count` equal parts of the run ends with this step."""
     return (step + 1) * count // steps > step * count // steps
 
 
 def finite(loss: float) -> float | None:
-    """JSON has no infinity: a run that diverged has no loss."""
+    """Rounds a loss; a run that diverged has none, since JSON has no infinity."""
     return round(loss, 5) if math.isfinite(loss) else None
 
 
 def thinned(losses: list[float]) -> list[float | None]:
-    """Means over equal parts of the run."""
+    """Averages losses over equal parts of the run."""
     parts = np.array_split(losses, min(TRAINING_POINTS, len(losses)))
     return [finite(float(np.mean(part))) for part in parts]
 
 
 def nudged(params: Any, number: int) -> Any:
-    """Parameters that differ by rounding only."""
+    """Changes parameters by rounding only."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(number), len(leaves))
     noise = [jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)]
@@ -145,7 +145,7 @@ def nudged(params: Any, number: int) -> Any:
 
 
 def alignments(job: Job, opt_state: Any) -> list[float]:
-    """r of modes 1 and 2, mean over pairs of neighbouring Q, K and V; of our momenta only."""
+    """Measures r of modes 1 and 2 of our momenta, mean over pairs of neighbouring Q, K and V."""
     if CONFIGURATIONS[job.configuration].of_matrices != "teon_optax":
         return []
     momentum = optax.tree.get(opt_state[1].inner_states["matrices"], "mu")
@@ -156,7 +156,7 @@ def alignments(job: Job, opt_state: Any) -> list[float]:
 def validation(
     program: Program, params: Any, corpus: data.Corpus, setup: Setup, tokens: int
 ) -> float:
-    """Mean loss over sequences spread evenly over the held-out files, always the same ones."""
+    """Averages losses over sequences spread evenly over the held-out files, always the same."""
     count = data.window_count(corpus.validation, setup.context)
     batches = max(1, tokens // (setup.batch_size * setup.context))
     indices = np.linspace(0, count - 1, batches * setup.batch_size).astype(np.int64)
@@ -169,7 +169,7 @@ def validation(
 
 @functools.cache
 def corpus_of(setup: Setup) -> data.Corpus:
-    """The corpus, read from the cache where it has been tokenized before."""
+    """Loads the corpus, from the cache where it has been tokenized before."""
     if setup.data is not None and data.is_shards(Path(setup.data)):
         return data.load(Path(setup.data), "shards", data.SHARDS_VOCAB_SIZE)
     source = None if setup.data is None else Path(setup.data)
@@ -195,7 +195,7 @@ def corpus_of(setup: Setup) -> data.Corpus:
 
 
 def model_of(setup: Setup, vocab_size: int) -> ModelConfig:
-    """The model with the set-up's tokens, context and precision."""
+    """Gives the model the set-up's tokens, context and precision."""
     base = SMALL if setup.model == "small" else MODELS[setup.model]
     dtype: Any = setup.dtype
     return dataclasses.replace(base, vocab_size=vocab_size, context=setup.context, dtype=dtype)
@@ -204,7 +204,7 @@ def model_of(setup: Setup, vocab_size: int) -> ModelConfig:
 def accumulated(
     value_and_grad: Callable[[Any, jax.Array], Any], params: Any, batch: jax.Array, microbatch: int
 ) -> tuple[jax.Array, Any]:
-    """Mean loss of a batch and its gradients, a few sequences at a time.
+    """Computes the mean loss of a batch and its gradients, a few sequences at a time.
 
     What two sequences need for their gradients stays in a core's cache: a step of `small` on one
     core takes 0.5 s so, and 0.65 to 0.95 s with all 32 sequences at once.
@@ -221,7 +221,7 @@ def accumulated(
 
 @functools.cache
 def compiled(configuration: Configuration, steps: int, setup: Setup, vocab_size: int) -> Program:
-    """One program for all learning rates and seeds of a configuration."""
+    """Compiles one program for all learning rates and seeds of a configuration."""
     model = GPT(model_of(setup, vocab_size))
     oldest, microbatch = max(1.0, AVERAGED * steps), setup.microbatch
 
