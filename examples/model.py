@@ -4,13 +4,16 @@ Query, key and value are separate matrices, so the paths that an optimizer's rul
 `block_0/attn/query/kernel`, `block_0/mlp/up/kernel` and so on.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from examples.options import MODELS, ModelConfig, gpt, llama
 
-__all__ = ["GPT", "MODELS", "ModelConfig", "gpt", "llama", "rotate"]
+__all__ = ["GPT", "MODELS", "ModelConfig", "attention_logits", "gpt", "llama", "rotate"]
 
 INIT_STD = 0.02
 ROTARY_BASE = 10_000.0
@@ -50,8 +53,28 @@ def _residual_std(config: ModelConfig) -> float:
     return INIT_STD / (2 * config.depth) ** 0.5
 
 
+def _largest_logits(query: jax.Array, key: jax.Array) -> jax.Array:
+    """Finds each head's largest logit of (batch, time, heads, size), where positions may attend."""
+    logits = jnp.einsum("bthd,bshd->bhts", query, key).astype(jnp.float32)
+    may_attend = jnp.tril(jnp.ones(logits.shape[2:], bool))[None, None]
+    return jnp.max(logits, (0, 2, 3), where=may_attend, initial=-jnp.inf) / query.shape[-1] ** 0.5
+
+
+def attention_logits(sown: Mapping[str, Any]) -> jax.Array:
+    """Stacks what the blocks of `GPT` sowed in "logits", for `teon_optax.contrib.clip_qk`.
+
+    Args:
+        sown: The collection "logits" of `model.apply(variables, tokens, mutable=["logits"])`.
+
+    Returns:
+        (layers, heads), the largest of each head in the batch.
+    """
+    layers = range(len(sown))
+    return jnp.stack([sown[f"block_{layer}"]["attn"]["largest"][0] for layer in layers])
+
+
 class Attention(nn.Module):
-    """Causal multi-head attention."""
+    """Causal multi-head attention. Each head's largest logit is sown in "logits", if asked for."""
 
     config: ModelConfig
 
@@ -66,6 +89,8 @@ class Attention(nn.Module):
         )
         if config.positions == "rotary":
             query, key = rotate(query), rotate(key)
+        if self.is_mutable_collection("logits") and not self.is_initializing():
+            self.sow("logits", "largest", _largest_logits(query, key))
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return _linear(config, config.width, "out", _residual_std(config))(mixed.reshape(x.shape))
 

@@ -8,9 +8,12 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from examples.model import GPT, MODELS, rotate
+from examples.model import GPT, MODELS, attention_logits, rotate
+from teon_optax import contrib
 
 SMALL = {"width": 16, "depth": 2, "heads": 2, "hidden": 24, "vocab_size": 31, "context": 12}
 SMALL_GPT = dataclasses.replace(MODELS["gpt-small"], **SMALL)
@@ -128,3 +131,59 @@ def test_rotation_keeps_lengths_and_sees_only_distances():
         diagonal = np.diagonal(scores, -distance)
         np.testing.assert_allclose(diagonal, np.full_like(diagonal, diagonal[0]), atol=1e-4)
     assert np.ptp(scores[:, 0]) > 0.1
+
+
+def largest_logits(config, params, tokens):
+    """What the model reports, [layers, heads]."""
+    model = GPT(config)
+    _, sown = jax.jit(lambda p: model.apply({"params": p}, tokens, mutable=["logits"]))(params)
+    return attention_logits(sown["logits"])
+
+
+def test_reported_logits_are_the_largest_that_each_head_attends_by():
+    tokens = random_tokens(SMALL_GPT)
+    params = jax.tree.map(np.float64, init(SMALL_GPT))
+    x = params["embed"]["embedding"][tokens] + params["positions"]["embedding"]
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    attn = params["block_0"]["attn"]
+    q, k = ((x @ attn[name]["kernel"]).reshape(2, 12, 2, 8) for name in ("query", "key"))
+    scores = np.einsum("bthd,bshd->hbts", q, k) / np.sqrt(8)
+    expected = scores[..., np.tril(np.ones((12, 12), bool))].max((1, 2))
+    reported = largest_logits(SMALL_GPT, init(SMALL_GPT), tokens)
+    assert reported.shape == (2, 2)
+    np.testing.assert_allclose(reported[0], expected, rtol=1e-4)
+
+
+@pytest.mark.promotes_dtypes
+@FAMILIES
+@pytest.mark.parametrize("spec", [None, PartitionSpec("data", None), PartitionSpec(None, "data")])
+def test_logits_that_grew_past_the_threshold_come_back_below_it(spec, config):
+    tokens, threshold = random_tokens(config), 30.0
+    params = jax.tree.map(lambda leaf: leaf, init(config))
+    for layer in range(config.depth):
+        for name in ("query", "key"):
+            params[f"block_{layer}"]["attn"][name]["kernel"] *= 100
+    if spec is not None:
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+        whole, cut = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, spec)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (
+                jax.device_put(leaf, cut if "attn" in str(path) else whole)
+                if "norm" not in str(path)
+                else jax.device_put(leaf, whole)
+            ),
+            params,
+        )
+    before = largest_logits(config, params, tokens)
+    assert (before > 2 * threshold).any()
+    transform = contrib.clip_qk(threshold)
+    state = transform.init(params)
+    # A layer is clipped by the logits that it had on what layers before it made then.
+    for _ in range(config.depth):
+        reported = largest_logits(config, params, tokens)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = jax.jit(transform.update)(zeros, state, params, attention_logits=reported)
+        params = optax.apply_updates(params, updates)
+    after = largest_logits(config, params, tokens)
+    assert (after <= threshold * (1 + 1e-4)).all()
+    assert (after[before > threshold] > threshold / 2).all()
