@@ -11,14 +11,12 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from optax.contrib import MuonDimensionNumbers
-
 from teon_optax._paths import leaf_paths
 from teon_optax._plan.layout import layout_of
 from teon_optax._planning import plan
 from teon_optax._reading.default import PAPER, default_rules, rules_by_role
-from teon_optax._reading.roles import Role
-from teon_optax._reading.tree import Leaf
+from teon_optax._reading.leaves import Leaf
+from teon_optax._reading.readings import Reading
 from teon_optax._rule import Rule, Rules
 
 __all__ = ["all_hidden", "attention_out", "by_role", "lora", "muon", "paper", "per_head"]
@@ -168,9 +166,9 @@ def by_role(params: Any, first: Sequence[Rule] = ()) -> dict[str, Rules]:
         hidden = rules_by_role(params, first, {"qkv": 0, "hidden": 1})
         experts = _experts(params, hidden[len(first) :])
 
-        def apart(leaf: Leaf, role: Role) -> Role:
-            is_expert = role.name == "hidden" and leaf.path in experts
-            return role._replace(name="experts") if is_expert else role
+        def apart(leaf: Leaf, left: Sequence[Reading]) -> Sequence[Reading]:
+            is_expert = leaf.path in experts and {reading.kind for reading in left} == {"hidden"}
+            return [each._replace(kind="experts") for each in left] if is_expert else left
 
         found = {"first": Rules(first)} if first else {}
         for name, of_role in _ROLES.items():
@@ -232,9 +230,9 @@ def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:
     """
     found = []
 
-    def note(leaf: Leaf, role: Role) -> Role:
-        found.append(role.name)
-        return role
+    def note(leaf: Leaf, left: Sequence[Reading]) -> Sequence[Reading]:
+        found.extend(reading.kind for reading in left if len(left) == 1)
+        return left
 
     rules = rules_by_role(params, first, PAPER | {"lora_b": 1}, note)
     if "lora_b" not in found:
@@ -264,14 +262,14 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     """
     heads = []
 
-    def by_heads(leaf: Leaf, role: Role) -> Role:
-        fused = [choice for choice in role.choices if choice.name == "qkv" and choice.split != 1]
-        if role.name == "refused" and len({choice.dims for choice in fused}) == 1:
-            role = fused[0]
-        if role.name in ("qkv", "latent"):
-            role = _by_heads(leaf, role, head_dim)
-            heads.append(role)
-        return role
+    def by_heads(leaf: Leaf, left: Sequence[Reading]) -> Sequence[Reading]:
+        fused = [reading for reading in left if reading.kind == "qkv" and reading.split != 1]
+        if len({reading.axes for reading in fused}) == 1:
+            left = fused[:1]
+        if len(left) == 1 and left[0].kind in ("qkv", "latent"):
+            heads.append(leaf)
+            return [_by_heads(leaf, left[0], head_dim)]
+        return left
 
     rules = rules_by_role(params, first, dict.fromkeys(PAPER, 1), by_heads)
     if not heads and not first:
@@ -282,21 +280,21 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     return rules
 
 
-def _by_heads(leaf: Leaf, role: Role, head_dim: int | None) -> Role:
-    """A projection's role with its heads as a batch, or as parts of `head_dim`.
+def _by_heads(leaf: Leaf, reading: Reading, head_dim: int | None) -> Reading:
+    """Reads the heads of a projection as a batch, or as parts of `head_dim`.
 
     Of several fan_out axes the last two are heads and their size; one before them counts the parts
     of a fused projection.
     """
-    held = layout_of(leaf.array_shape, Rule("", 1, 1, role.dims, role.layer_axis, role.split))
-    *parts, last = held.fan_out
-    if parts:
-        fused = parts[:-1] if role.split == held.shape[parts[0]] else []
-        dims = MuonDimensionNumbers(held.fan_in, (*fused, last))
-        return role._replace(dims=dims, split=role.split if fused else 1)
-    if type(head_dim) is not int or head_dim < 1 or any(size % head_dim for size in held.sizes):
+    *heads, _ = (axis for axis, letter in enumerate(reading.axes) if letter == "o")
+    if heads:
+        axes = "".join("b" if axis in heads else each for axis, each in enumerate(reading.axes))
+        return reading._replace(axes=axes, split=reading.split if "p" in axes else 1)
+    rule = Rule("", 1, 1, reading.dims, reading.layer_axis, reading.split)
+    sizes = layout_of(leaf.array_shape, rule).sizes
+    if type(head_dim) is not int or head_dim < 1 or any(size % head_dim for size in sizes):
         raise ValueError(
             f"`rules.per_head(params, head_dim={head_dim!r})`: {leaf.path!r}, shape "
             f"{leaf.array_shape}, does not show its heads: pass a head_dim that divides it."
         )
-    return role._replace(split=sum(held.sizes) // head_dim)
+    return reading._replace(split=sum(sizes) // head_dim)

@@ -146,15 +146,20 @@ def test_any_offered_rule_put_first_is_an_answer(name):
 def test_a_refusal_shows_the_rules_and_what_their_axes_are():
     message = refusal(nested({"layers/attn/query/kernel": array(L, D, A)}))
     assert message.splitlines()[1:] == [
-        '"layers/attn/query/kernel", shape (3, 6, 20): which axes are heads, layers, fan_in? '
-        "Write one of",
-        r'    Rule(r"^layers/attn/query/kernel$", stack=2, layer_axis=0)  # (layer, in, out)',
-        r'    Rule(r"^layers/attn/query/kernel$", stack=2, layer_axis=1)  # (in, layer, out)',
+        '"layers/attn/query/kernel", shape (3, 6, 20): projection, by name; kernels of projections '
+        "end with fan_out; which axes are heads, layers, fan_in? Write one of",
+        "    # (layer, in, out)",
+        r'    Rule(r"^layers/attn/query/kernel$", stack=2, layer_axis=0)',
+        "    # (in, layer, out)",
+        r'    Rule(r"^layers/attn/query/kernel$", stack=2, layer_axis=1)',
+        "    # (in, out, out)",
         r'    Rule(r"^layers/attn/query/kernel$", dims=MuonDimensionNumbers(reduction_axis=0, '
-        "output_axis=(1, 2)))  # (in, out, out)",
+        "output_axis=(1, 2)))",
+        "    # (out, in, out)",
         r'    Rule(r"^layers/attn/query/kernel$", dims=MuonDimensionNumbers(reduction_axis=1, '
-        "output_axis=(0, 2)))  # (out, in, out)",
-        r'    Rule(r"^layers/attn/query/kernel$", stack=0)  # fallback',
+        "output_axis=(0, 2)))",
+        "    # fallback",
+        r'    Rule(r"^layers/attn/query/kernel$", stack=0)',
     ]
 
 
@@ -172,11 +177,12 @@ def test_all_that_cannot_be_read_is_refused_at_once_and_not_layer_by_layer():
 def test_a_fused_projection_is_offered_as_the_output_projection_shows_it():
     leaves = {"blocks/0/attn/Wqkv/kernel": (32, 48), "blocks/0/attn/out_proj/kernel": (32, 32)}
     _, entry = refusal(arrays(leaves)).split(" Write one of\n")
-    likely, *_ = entry.splitlines()
+    axes, likely, *_ = entry.splitlines()
     path = r"^blocks/(?P<layer>\d+)/attn/Wqkv/kernel$"
-    assert likely == f'    Rule(r"{path}", stack=2, split=(32, 8, 8))  # (in, out)'
-    assert "`split=3` is for equal parts" in refusal(arrays(leaves))
-    assert "laid out by heads or groups cannot be split so" in refusal(arrays(leaves))
+    assert axes == "    # (in, out)"
+    assert likely == f'    Rule(r"{path}", stack=2, split=(32, 8, 8))'
+    assert "`split` is for parts one after another" in refusal(arrays(leaves))
+    assert "in turns, by heads or groups, they need a `view`" in refusal(arrays(leaves))
 
 
 @pytest.mark.parametrize(
@@ -184,32 +190,31 @@ def test_a_fused_projection_is_offered_as_the_output_projection_shows_it():
     [
         (
             {"b/0/attn/in_proj_qkvz/kernel": (64, 224), "b/0/attn/out_proj/kernel": (96, 64)},
-            'attn/in_proj_qkvz/kernel$", stack=2, split=(16, 16, 96, 96))  # (in, out)',
+            'attn/in_proj_qkvz/kernel$", stack=2, split=(16, 16, 96, 96))',
         ),
         (
             {"blocks/0/mlp/proj_1/kernel": (64, 128), "blocks/0/mlp/proj_2/kernel": (64, 64)}
             | {"blocks/0/mix/kernel": (64, 64)},
-            'mlp/proj_1/kernel$", split=2)  # (in, out)',
+            'mlp/proj_1/kernel$", split=2)',
         ),
         (
             {"b/0/moe/router": (8, 64), "b/0/moe/w1": (512, 64), "b/0/moe/w2": (512, 64)},
-            'moe/w\\d+$", dims=MuonDimensionNumbers(reduction_axis=1, output_axis=0), split=8)'
-            "  # (out, in)",
+            'moe/w\\d+$", dims=MuonDimensionNumbers(reduction_axis=1, output_axis=0), split=8)',
         ),
     ],
     ids=["Q, K, V and a gate", "gate and up", "experts"],
 )
 def test_the_likely_parts_of_a_matrix_are_offered_first(leaves, likely):
     _, entry = refusal(arrays(leaves)).split(" Write one of\n")
-    assert entry.splitlines()[0].endswith(likely)
+    assert entry.splitlines()[1].endswith(likely)
 
 
 def test_arrays_of_a_list_are_offered_by_number_and_the_ends_as_the_fallbacks():
     params = [array(99, 64), array(64, 64), array(64), array(64, 64), array(64, 99)]
     _, ends, inside = refusal(params).split('\n"')
     assert ends.startswith('0", "4", shape (99, 64) or (64, 99)')
-    assert ends.splitlines()[1] == '    Rule(r"^(0|4)$", stack=0)  # fallback'
-    assert inside.splitlines()[1] == '    Rule(r"^(?P<layer>1|3)$")  # (in, out)'
+    assert ends.splitlines()[1:3] == ["    # fallback", '    Rule(r"^(0|4)$", stack=0)']
+    assert inside.splitlines()[1:3] == ["    # (in, out)", '    Rule(r"^(?P<layer>1|3)$")']
 
 
 def test_a_vmapped_ensemble_is_offered_as_a_batch():
@@ -234,8 +239,7 @@ def test_a_rule_beside_a_warning_can_be_pasted():
     with pytest.warns(UserWarning, match="tells what these leaves are") as caught:
         rules = default_rules(params)
     assert Rule("^zorp$", stack=0) in rules
-    (offer,) = re.findall(r"(Rule\(.*\))  # ", str(caught[0].message))
-    rule = eval(offer, {"Rule": Rule, "MuonDimensionNumbers": MuonDimensionNumbers})
+    rule = next(rule for rule in rules_in(str(caught[0].message)) if rule.stack)
     assert "zorp" in {g.members[0] for g in plan(params, default_rules(params, [rule])).groups}
 
 

@@ -1,225 +1,281 @@
-"""Which axes of a leaf are fan_in and fan_out: what is proven, and what is left to choose from."""
+"""Which axes are fan_in, fan_out, layers, a batch or parts: what proves it, fits, or is usual."""
 
-from optax.contrib import MuonDimensionNumbers as D
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-from teon_optax._reading.names import WEIGHT, match, says
-from teon_optax._reading.surroundings import Surroundings
-from teon_optax._reading.tree import Leaf
+from teon_optax._reading.leaves import Leaf
+from teon_optax._reading.names import is_known, says
+from teon_optax._reading.network import Network
+from teon_optax._reading.readings import Reading, fan, sizes
 
-# How a projection of several heads may lie, a letter an axis: d is fan_in; p the parts of a fused
-# one, h the heads and k their size are fan_out. Flax and MaxText keep d first, Gemma the heads,
-# haliax and PyTorch d last.
-READERS = {2: ("dk", "kd"), 3: ("dhk", "hdk", "hkd"), 4: ("phdk", "dphk", "pdhk", "phkd")}
-# The same for what reads all heads (h, k) and writes d.
-WRITERS = {2: ("kd", "dk"), 3: ("hkd", "dhk")}
+Left = Callable[[Leaf], Sequence[Reading]]
 
 
-def reader_dims(layout: str) -> D | None:
-    """The axes of a projection, None for a matrix (fan_in, fan_out)."""
-    fan_out = tuple(layout.index(letter) for letter in "phk" if letter in layout)
-    return _dims((layout.index("d"),), fan_out)
+class Said(NamedTuple):
+    """What a piece of evidence says of a leaf: which readings stay, and why the others go.
 
-
-def writer_dims(layout: str) -> D | None:
-    """The axes of an output projection."""
-    fan_in = tuple(layout.index(letter) for letter in "hk" if letter in layout)
-    return _dims(fan_in, (layout.index("d"),))
-
-
-def _dims(fan_in: tuple[int, ...], fan_out: tuple[int, ...]) -> D | None:
-    """Writes dims as a rule does: None for a matrix (fan_in, fan_out)."""
-    if (fan_in, fan_out) == ((0,), (1,)):
-        return None
-    return D(*(axes[0] if len(axes) == 1 else axes for axes in (fan_in, fan_out)))
-
-
-def matrix_dims(out_axis: int, rank: int = 2) -> D | None:
-    """The dims of a matrix in the last two axes, `out_axis` (0 or 1) of which is fan_out."""
-    axes = (rank - 2,), (rank - 1,)
-    return _dims(*(axes if out_axis else axes[::-1]))
-
-
-def bias_axis(leaf: Leaf, around: Surroundings) -> int | None:
-    """The axis as long as the bias beside the weight: fan_out, whatever the library."""
-    *module, name = leaf.keys
-    beside = around.vectors.get("/".join(module), {})
-    if WEIGHT.fullmatch(name):
-        beside = {key: size for key, size in beside.items() if key in ("bias", "b")}
-    elif not name.isdecimal():  # a list [weight, bias] has numbers for names
-        return None
-    axes = [axis for axis, size in enumerate(leaf.shape) if size in beside.values()]
-    return axes[0] if len(axes) == 1 else None
-
-
-def _direction_axis(leaf: Leaf, around: Surroundings) -> int | None:
-    """The fan_out axis of a matrix whose name says that it reads the stream, or writes it.
-
-    Only where one side is as wide as the stream, and the other wider: `down` and `up` of an adapter
-    go the other way.
+    Where it `is_open`, all that stays is left to choose from: weaker evidence of the kind is not
+    asked.
     """
-    stream = around.stream_of(leaf)
-    axes = [axis for axis, size in enumerate(leaf.shape[-2:]) if size in stream]
-    reads, writes = leaf.says("reads"), leaf.says("writes")
-    if len(stream) != 1 or len(axes) != 1 or reads == writes or leaf.home not in around.blocks:
-        return None
-    is_wider = leaf.shape[-2:][1 - axes[0]] > leaf.shape[-2:][axes[0]]
-    is_projection = match("projection", leaf.name) or match("output", leaf.name)
-    return (1 - axes[0] if reads else axes[0]) if is_wider or is_projection else None
+
+    keeps: Callable[[Reading], bool]
+    why: str
+    is_open: bool = False
 
 
-def out_axis(leaf: Leaf, around: Surroundings) -> int | None:
-    """The fan_out axis of a matrix (0 or 1 of the last two), None where it cannot be known.
+def matrices(keeps: Callable[[Reading], bool], why: str) -> Said:
+    """Removes matrices that a test does not keep; kinds of the fallback have no axes to test."""
+    return Said(lambda reading: not reading.is_matrix or keeps(reading), why)
+
+
+def orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
+    """Finds the fan_out axis of a matrix (0 or 1 of the last two), and why; None if it is unknown.
 
     The bias beside it proves it. Otherwise all matrices in a block whose arrays have the same name
-    are taken to be alike: as two of them show at least and none denies, or as the library has it
-    that uses this name.
+    are taken to be alike, as two of them show at least and none denies; then all of the tree; then
+    it is as the library has it that uses this name.
     """
-    axis = bias_axis(leaf, around) if len(leaf.shape) == 2 else None
-    if axis is not None or leaf.hides_axes:
-        return axis
-    alike = [
-        other
-        for other in around.inside(leaf)
-        if (len(other.shape), other.weight) == (len(leaf.shape), leaf.weight)
-    ]
-    votes = [vote for other in alike if (vote := _direction_axis(other, around)) is not None]
-    votes += 2 * [vote for other in alike if (vote := bias_axis(other, around)) is not None]
+    axis = net.bias_axis(leaf)
+    if axis is not None:
+        return axis, "the bias is as long as fan_out"
+    if leaf.hides_axes:
+        return None, ""
+    votes = net.votes(leaf)
     if len(votes) > 1 and len({*votes}) == 1:
-        return votes[0]
-    return 0 if leaf.keys[-1].startswith("weight") else 1
+        return votes[0], "as the matrices beside it show"
+    shown = net.shown.get((len(leaf.shape), leaf.weight), set())
+    if len(shown) == 1:
+        return min(shown), "as the other matrices of the tree show"
+    if leaf.keys[-1].startswith("weight"):
+        return 0, "weights are (out, in)"
+    if leaf.is_bare and leaf.name and not is_known(leaf.name) and not leaf.name.isdecimal():
+        return None, ""
+    return 1, "kernels are (in, out)"
 
 
-def output_of(leaf: Leaf, around: Surroundings) -> Leaf | None:
-    """The output projection beside Q, K and V, by its name or as all that is left."""
-    beside = [other for other in around.matrices.get(leaf.home, []) if other is not leaf]
-    named = [other for other in beside if other.says("output")]
-    unlike = [other for other in beside if not other.letter]
-    in_attention = leaf.in_attention or len(beside) - len(unlike) > 1
-    if not named and len(unlike) == 1 and in_attention:
-        named = unlike
-    return named[0] if named else None
+def out_axis(leaf: Leaf, net: Network) -> int | None:
+    """Gives the fan_out axis of a matrix, 0 or 1 of the last two."""
+    return orientation(leaf, net)[0]
 
 
-def parts_of(leaf: Leaf) -> int:
-    """3 for what is called Q, K and V in one, 2 for K and V, 1 for all else."""
-    is_pair = leaf.says("fused pair") and not leaf.says("latent")
-    return 3 if leaf.says("fused") else 2 if is_pair else 1
+def fans(leaf: Leaf, net: Network) -> tuple[int, int]:
+    """Gives (fan_in, fan_out) of a matrix in the last two axes."""
+    first, last = leaf.shape[-2:]
+    return (last, first) if out_axis(leaf, net) == 0 else (first, last)
 
 
-def heads_layout(
-    leaf: Leaf, output: Leaf | None, around: Surroundings, parts: int = 1
-) -> str | None:
-    """The one layout of a projection with heads in which it fits the output projection beside."""
-    if output is None or leaf.hides_axes or len(leaf.shape) < 3 or len(leaf.shape) > 4:
+def by_bias(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps the axes of fan_out that the bias beside has, alone or together with a batch."""
+    biases = [tuple(size for size in shape if size > 1) for shape in net.biases(leaf)]
+    if not biases:
         return None
-    fits = [
-        layout
-        for layout in READERS[len(leaf.shape)]
-        for other in WRITERS.get(len(output.shape), ())
-        if _fit(leaf, layout, output, other, parts)
+
+    def keeps(reading: Reading) -> bool:
+        shape = reading.view or leaf.shape
+        outs = [sizes(reading.axes, shape, letters) for letters in ("op", "opbl")]
+        wanted = {tuple(size for size in each if size > 1) for each in outs}
+        wanted |= {(fan(reading.axes, shape, letters),) for letters in ("op", "opb")}
+        return any(shape in wanted for shape in biases)
+
+    fused = [
+        r
+        for r in left(leaf)
+        if r.kind == "qkv" and r.split != 1 and r.view is None and len(leaf.shape) == 2
     ]
-    if leaf.says("einsum"):  # Gemma's keep the heads first
-        fits = [layout for layout in fits if layout in ("hdk", "phdk")]
-    usual = [layout for layout in fits if (layout[-1] == "d") == (leaf.weight == "weight")]
-    fits = usual or fits
-    # Where sizes agree, matrices scanned along an axis can have such shapes, unless names tell.
-    is_named = says("multi head", leaf.home.rpartition("/")[2]) or output.says("einsum")
-    sizes = output.shape if len(output.shape) == 3 else leaf.shape
-    is_certain = is_named or (fits == ["dhk"] and len({*sizes}) == 3)
-    return fits[0] if len(fits) == 1 and (is_certain or not_scanned(leaf, around)) else None
+    if fused and not any(keeps(r) and _part_fits(leaf, r, net.output_of(leaf), net) for r in fused):
+        return None
+    return matrices(keeps, "the bias has fan_out")
 
 
-def writer_layout(leaf: Leaf, around: Surroundings) -> str | None:
-    """The layout of an output projection of three axes, from what it fits beside it."""
-    if leaf.says("einsum"):
-        return "hkd"
-    beside = [other for other in around.matrices[leaf.home] if other is not leaf]
-    layouts = (heads_layout(other, leaf, around, parts_of(other)) for other in beside)
-    found = next(filter(None, layouts), None)
-    fused = (m.shape for m in beside if m.says("fused") and len(m.shape) == 3)
-    if any(shape[::2] == (leaf.shape[2], leaf.shape[1]) for shape in fused):
-        return "hkd"
-    return found and ("dhk" if found[-1] == "d" else "hkd")
-
-
-def not_scanned(leaf: Leaf, around: Surroundings) -> bool:
-    """Whether a vector in the modules around, the root left out, shows that nothing is scanned."""
+def unscanned(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Removes axes of layers where a vector in the modules around shows that nothing is scanned."""
     keys = leaf.keys[: leaf.depth]
     modules = {"/".join(keys[:depth]) for depth in range(1, len(keys) + 1)}
-    return leaf.layer_axis is not None or not around.unscanned.isdisjoint(modules or {""})
+    is_called = says("multi head", leaf.home.rpartition("/")[2]) or _is_einsum(leaf, net)
+    if leaf.path in net.experts or not net.unscanned.isdisjoint(modules or {""}) or is_called:
+        return matrices(lambda r: "l" not in r.axes, "a vector beside it has no axis of layers")
+    return None
 
 
-def _fit(leaf: Leaf, layout: str, output: Leaf, other: str, parts: int) -> bool:
-    """Whether two projections agree in the number of heads, and in the width or in their size."""
-    ours, theirs = (
-        dict(zip(letters, shape, strict=True))
-        for letters, shape in ((layout, leaf.shape), (other, output.shape))
-    )
-    if ours.get("p", parts) != parts or (layout[-1] == "d") != (other[0] == "d"):
-        return False
-    if "h" not in theirs:
-        return theirs["k"] == ours.get("h", 1) * ours["k"] and theirs["d"] == ours["d"]
-    heads, size = theirs["h"] % ours["h"] == 0, theirs["k"] == ours["k"]
-    return heads and size or theirs["h"] == ours["h"] and ours["d"] != theirs["d"]
+def _is_einsum(leaf: Leaf, net: Network) -> bool:
+    output = leaf if leaf.says("output") else net.output_of(leaf)
+    return output is not None and output.says("einsum")
 
 
-def options(leaf: Leaf, parts: int = 1) -> list[tuple[D | None, int | None]]:
-    """All (dims, layer_axis) that a projection may have, the likely ones first."""
-    rank, is_weight = len(leaf.shape), leaf.keys[-1] == "weight"
-    layouts = [x for x in READERS.get(rank, ()) if rank == 2 or is_weight or x[-1] != "d"]
-    layouts.sort(key=lambda layout: (layout[-1] == "d") != is_weight)
-    fits = [
-        reader_dims(layout)
-        for layout in layouts
-        if leaf.shape[next(i for i, letter in enumerate(layout) if letter != "d")] % parts == 0
-    ]
-    return _with_layers(leaf, fits, parts)
-
-
-def other_options(leaf: Leaf) -> list[tuple[D | None, int | None]]:
-    """All (dims, layer_axis) of what is no projection: output projection, experts, plain matrix."""
-    rank = len(leaf.shape)
-    if rank == 2:
-        plain = [None, D(1, 0)] if leaf.keys[-1] != "weight" else [D(1, 0), None]
-        return [(dims, None) for dims in plain]
-    last = rank - 1
-    front, back = tuple(range(last)), tuple(range(1, rank))
-    experts = [D(last - 1, last), D(last, last - 1)] if rank == 3 else []
-    return _with_layers(leaf, [D(front, last), D(back, 0), D(0, back), *experts])
-
-
-def _with_layers(
-    leaf: Leaf, fits: list[D | None], parts: int = 1
-) -> list[tuple[D | None, int | None]]:
-    """Some dims, and those of a leaf that is scanned along an axis.
-
-    A module of layers without a number is scanned more often than not, so these come first there;
-    where a number in the path counts layers already, they come last.
-    """
-    rank = len(leaf.shape)
-    plain: list[tuple[D | None, int | None]] = [(dims, None) for dims in fits]
-    if leaf.layer_axis is not None or not 2 < rank < 5 or parts > 1:
-        return plain
-    one_layer = reader_dims(READERS[rank - 1][-1 if leaf.keys[-1] == "weight" else 0])
-    along = [(shifted(one_layer, axis), axis) for axis in (0, 1)]
-    if {*leaf.numbers} != {None}:
-        return [*plain, *along]
-    is_stack = says("layers", *leaf.keys[: leaf.depth])
-    return [*along, *plain] if is_stack else [*plain[:1], *along, *plain[1:]]
-
-
-def shifted(dims: D | None, axis: int) -> D | None:
-    """The dims of the whole leaf, for those of one layer's part of it without `axis`."""
-    if dims is None:
+def by_stream(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps Q, K and V that read the stream, and output projections that write it."""
+    stream = net.norm_widths(leaf)
+    if len(leaf.shape) < 3 or leaf.hides_axes or not stream:
         return None
-    reduction, output = (
-        tuple(a + (a >= axis) for a in ((axes,) if isinstance(axes, int) else axes))
-        for axes in dims
+
+    def keeps(reading: Reading) -> bool:
+        letters = {"qkv": "i", "out": "o"}.get(reading.kind)
+        shape = reading.view or leaf.shape
+        return letters is None or fan(reading.axes, shape, letters) in stream
+
+    return matrices(keeps, f"the stream is {min(stream)} wide")
+
+
+def einsum(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps heads that come first, as Gemma has them."""
+    if len(leaf.shape) < 3 or not leaf.says("einsum") or not _is_einsum(leaf, net):
+        return None
+    return matrices(lambda r: r.axes in ("oio", "poio", "iio"), "einsums keep heads first")
+
+
+def by_parts(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps parts of equal size that fit what is beside: the output projection, or Q for K and V.
+
+    Without either, a part may be as long as the other axis; a kernel (3 n, n) may then still be
+    (fan_in, fan_out), with thirds of n. Parts of unequal sizes fit as well where they lie by heads
+    or groups, so they are never certain.
+    """
+    fused = [r for r in left(leaf) if r.kind == "qkv" and r.split != 1 and r.view is None]
+    is_named = leaf.says("fused", "fused pair") or leaf.says("packed") and leaf.in_attention
+    if not fused or leaf.says("by heads") or not is_named:
+        return None
+    if len(leaf.shape) > 2:
+        output = net.output_of(leaf)
+        others = [r for r in left(output) if r.is_matrix] if output else []
+        fits = {r for r in fused if output and any(fit(leaf, r, output, o) for o in others)}
+        is_certain = all("p" in r.axes for r in fits)
+    else:
+        queries = (other for other in net.beside(leaf) if other.letter == "q")
+        equal = [r for r in fused if isinstance(r.split, int)]
+        partner = net.output_of(leaf) if any(r.split == 3 for r in equal) else next(queries, None)
+        fits = {r for r in equal if _part_fits(leaf, r, partner, net)}
+        if (proven := net.bias_axis(leaf)) is not None:
+            fits = {r for r in fits if r.axes.index("o") == proven}
+        usual = ("oi", "io")[1 if (axis := out_axis(leaf, net)) is None else axis]
+        if (
+            not partner
+            and any(r.axes == usual for r in equal)
+            and {r.axes for r in fits} != {usual}
+        ):
+            return None
+        is_certain = True
+    if fits:
+        keeps = fits if is_certain else {*fits, *(r for r in left(leaf) if r.kind == "hidden")}
+        return Said(lambda r: r in keeps, "each part fits what is beside")
+    if any(isinstance(r.split, tuple) for r in fused):
+        return Said(
+            lambda r: r.kind != "qkv" or isinstance(r.split, tuple) or r.view is not None,
+            "equal parts do not fit",
+        )
+    return None
+
+
+def _part_fits(leaf: Leaf, reading: Reading, partner: Leaf | None, net: Network) -> bool:
+    """Tells whether a part of a matrix has the size of the matrix beside that it must match."""
+    into, out = fan(reading.axes, leaf.shape, "i"), fan(reading.axes, leaf.shape, "o")
+    part = out // reading.split if isinstance(reading.split, int) else reading.split[0]
+    if partner is None or len(partner.shape) != 2:
+        return part == into
+    if sorted((part, into)) == sorted(partner.shape):
+        return True
+    is_proven = net.bias_axis(leaf) == reading.axes.index("o")
+    return is_proven and {*partner.shape} == {part}
+
+
+def alike(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps the axes that Q beside has, for a matrix of its shape that is no projection: a gate."""
+    if len(leaf.shape) < 3 or leaf.letter or leaf.says("output"):
+        return None
+    for other in net.beside(leaf):
+        if other.letter == "q" and other.shape == leaf.shape and len(left(other)) == 1:
+            wanted = "hidden", left(other)[0].axes
+            return Said(lambda r, wanted=wanted: r[:2] == wanted, "as Q beside")
+    return None
+
+
+def by_partner(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps Q, K and V that agree in heads and sizes with the output projection, and it with them.
+
+    Only where an axis is open; of two matrices without heads `orientation` tells.
+    """
+    if leaf.hides_axes:
+        return None
+    kinds = _kinds(left(leaf))
+    if kinds in ({"qkv"}, {"latent"}):
+        outputs = [other for other in net.partners(leaf) if _kinds(left(other)) == {"out"}]
+        if not outputs or max(len(leaf.shape), len(outputs[0].shape)) < 3:
+            return None
+        theirs = [reading for reading in left(outputs[0]) if reading.is_matrix]
+        keeps = {r for r in left(leaf) if any(fit(leaf, r, outputs[0], o) for o in theirs)}
+        return matrices(keeps.__contains__, "it fits the output projection")
+    if kinds != {"out"}:
+        return None
+    readers = [m for m in net.partners(leaf) if _kinds(left(m)) & {"qkv", "latent"}]
+    readers = [m for m in readers if max(len(m.shape), len(leaf.shape)) > 2]
+    keeps = {r for r in left(leaf) if r.is_matrix}
+    for reader in readers:
+        theirs = [each for each in left(reader) if each.kind in ("qkv", "latent")]
+        fits = {r for r in keeps if any(fit(reader, each, leaf, r) for each in theirs)}
+        keeps = fits or keeps
+    return matrices(keeps.__contains__, "it fits Q, K and V") if readers else None
+
+
+def _kinds(readings: Sequence[Reading]) -> set[str]:
+    return {reading.kind for reading in readings if reading.is_matrix}
+
+
+def fit(leaf: Leaf, reading: Reading, output: Leaf, other: Reading) -> bool:
+    """Tells whether a projection and an output projection agree in heads, and in width or size."""
+    ours, theirs, shape = reading.axes, other.axes, reading.view or leaf.shape
+    for letter in "l" if reading.view else "lb":
+        if sizes(ours, shape, letter) != sizes(theirs, output.shape, letter):
+            return False
+    if "l" in ours and ours.index("l") != theirs.index("l"):
+        return False  # a scan has one axis for all
+    heads, read = sizes(ours, shape, "o"), sizes(theirs, output.shape, "i")
+    width, stream = fan(ours, shape, "i"), fan(theirs, output.shape, "o")
+    if isinstance(reading.split, tuple):
+        heads[0] = reading.split[0] * (heads[0] if "p" in ours else 1)
+    elif "p" not in ours:
+        heads[0] //= reading.split
+    if len(heads) == 1 or len(read) == 1:
+        is_key = leaf.letter in ("k", "v") and math.prod(read) % math.prod(heads) == 0
+        return (math.prod(heads) == math.prod(read) or is_key) and width == stream
+    if read[-1] == heads[-1] and math.prod(read[:-1]) % math.prod(heads[:-1]) == 0:
+        return True
+    return read[0] == heads[0] and width != stream
+
+
+def last_is_out(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps projections whose last axis is fan_out, for arrays that are called kernels."""
+    if len(leaf.shape) < 3 or leaf.hides_axes or leaf.weight in ("weight", ""):
+        return None
+    return Said(
+        lambda r: r.kind != "qkv" or r.axes[-1] != "i", "kernels of projections end with fan_out"
     )
-    return _dims(reduction, output)
 
 
-def fans(leaf: Leaf, around: Surroundings) -> tuple[int, int]:
-    """(fan_in, fan_out) of a matrix in the last two axes."""
-    first, last = leaf.shape[-2:]
-    return (last, first) if out_axis(leaf, around) == 0 else (first, last)
+def is_out_first(leaf: Leaf, net: Network) -> bool:
+    """Tells whether fan_out comes first in arrays of this name, as biases or libraries have it."""
+    shown = net.shown.get((2, leaf.weight), set())
+    return 0 in shown if len(shown) == 1 else leaf.weight == "weight"
+
+
+def by_convention(leaf: Leaf, net: Network, left: Left) -> Said | None:
+    """Keeps (in, out) for kernels and (out, in) for weights, where the tree does not deny it."""
+    if leaf.hides_axes:
+        return None
+    found = [r for r in left(leaf) if r.is_matrix]
+    is_parted = any("p" in r.axes or r.kind == "qkv" and (r.split != 1 or r.view) for r in found)
+    if is_parted or len({reading.split for reading in found}) > 1:
+        return None
+    if len(leaf.shape) == 2:
+        axis, why = orientation(leaf, net)
+        if axis is None and leaf.shape[0] != leaf.shape[1]:
+            return None
+        return matrices(lambda r: r.axes == ("oi", "io")[axis or 0], why)
+    out_first = is_out_first(leaf, net)
+    why = "weights are (out, in)" if out_first else "kernels are (in, out)"
+
+    def keeps(reading: Reading) -> bool:
+        axes = [letter for letter in reading.axes if letter in "io"]
+        is_turned = axes[-1] == "i"
+        return is_turned == out_first
+
+    return matrices(keeps, why)

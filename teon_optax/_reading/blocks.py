@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from teon_optax._reading.leaves import HOLE, Leaf
 from teon_optax._reading.names import says
-from teon_optax._reading.tree import HOLE, Leaf
 
 Names = tuple[str, ...]  # of the segments of a path, numbers left out
 
@@ -134,7 +134,7 @@ def stream_width(inside: Iterable[Leaf], matrices: dict[str, list[Leaf]]) -> set
     """The sizes that occur most in a kind of block: in its matrices and in its norms."""
     counts: Counter[int] = Counter()
     for leaf in inside:
-        is_norm = len(leaf.shape) == 1 and leaf.path.rpartition("/")[0] not in matrices
+        is_norm = len(leaf.shape) == 1 and leaf.module not in matrices
         if (leaf.is_matrix and not is_end(leaf)) or is_norm:
             weight = 2 if len(leaf.shape) == 2 else 1
             counts.update(dict.fromkeys(leaf.shape, weight))

@@ -8,14 +8,23 @@ from typing import Any
 import jax
 
 from teon_optax._paths import LeafType, cached, tree_types
+from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
-from teon_optax._reading.patterns import Choice, Draft, drafts_of, rule_of
-from teon_optax._reading.reading import roles
-from teon_optax._reading.roles import Role
-from teon_optax._reading.tree import Leaf
+from teon_optax._reading.reading import read
+from teon_optax._reading.readings import Reading
+from teon_optax._reading.writing import Choice, Draft, Member, drafts_of, rule_of
 from teon_optax._rule import Rule, Rules, checked_rules, fan_axes
 
-PAPER = {"qkv": 2, "latent": 1, "out": 1, "hidden": 1}  # K by role; all else is the fallback's
+PAPER = {"qkv": 2, "latent": 1, "out": 1, "hidden": 1}  # K by kind; all else is the fallback's
+Change = Callable[[Leaf, Sequence[Reading]], Sequence[Reading]]
+WORDS = {
+    "qkv": "Q, K or V",
+    "latent": "latent attention",
+    "out": "output projection",
+    "hidden": "hidden matrix",
+    "lora_a": "low-rank factor",
+    "lora_b": "low-rank factor",
+}
 
 
 def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
@@ -41,7 +50,8 @@ def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
 
     Warns:
       UserWarning: If other leaves go to the fallback because nothing tells what they are; the
-        message has their share, and a rule to paste. Also if nothing at all is orthogonalized.
+        message has their share, and the rules to choose from. Also if nothing at all is
+        orthogonalized, or no Q, K or V is stacked.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -57,14 +67,18 @@ def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
           Rule(r"^embed/embedding$", stack=0),
       )
     """
-    rules, warning = _kept(*tree_types(params), checked_rules(first, "first"))
+    rules, warning, error = _kept(*tree_types(params), checked_rules(first, "first"))
+    if error:
+        raise ValueError(error)
     _warn(warning)
     return rules
 
 
 @cached
-def _kept(structure: Any, types: Sequence[LeafType], first: tuple[Rule, ...]) -> tuple[Rules, str]:
-    """The default rules of a tree of this structure, whose leaves have these types."""
+def _kept(
+    structure: Any, types: Sequence[LeafType], first: tuple[Rule, ...]
+) -> tuple[Rules, str, str]:
+    """Reads a tree of this structure, whose leaves have these types; errors are kept as well."""
     leaves = (
         object() if dtype is None else jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in types
     )
@@ -75,13 +89,15 @@ def rules_by_role(
     params: Any,
     first: Sequence[Rule],
     stacks: Mapping[str, int],
-    change: Callable[[Leaf, Role], Role] = lambda leaf, role: role,
+    change: Change = lambda leaf, left: left,
 ) -> Rules:
-    """`first`, then rules for all other leaves by role, each role with its stack.
+    """Makes `first`, then rules for all other leaves by kind, each kind with its stack.
 
-    `change` may give a leaf that `first` does not take another role before the rules are made.
+    `change` may give a leaf that `first` does not take other readings before the rules are made.
     """
-    rules, warning = _read(params, checked_rules(first, "first"), stacks, change)
+    rules, warning, error = _read(params, checked_rules(first, "first"), stacks, change)
+    if error:
+        raise ValueError(error)
     _warn(warning)
     return rules
 
@@ -95,28 +111,26 @@ def _read(
     params: Any,
     first: Sequence[Rule],
     stacks: Mapping[str, int],
-    change: Callable[[Leaf, Role], Role] = lambda leaf, role: role,
-) -> tuple[Rules, str]:
-    """The rules by role, and what to warn of, if anything."""
-    found = roles(params)
-    changed = [
-        (leaf, role and (role if _takes(first, leaf) else change(leaf, role)), columns)
-        for leaf, role, columns in found
+    change: Change = lambda leaf, left: left,
+) -> tuple[Rules, str, str]:
+    """Makes the rules by kind, what to warn of, and the error of what cannot be read, if any."""
+    found = read(params)
+    members = [
+        Member(leaf, tuple(change(leaf, case.left)), case.columns, tuple(case.reasons))
+        for leaf, case in found
+        if case is not None and not any(rule.search(leaf.path) for rule in first)
     ]
-    drafts = drafts_of(changed, first, stacks)
-    _refuse([draft for draft in drafts if draft.choice.role.name == "refused"])
-    warning = _warning(drafts, [leaf for leaf, _, _ in found], first)
+    vectors = [leaf for leaf, case in found if case is None]
+    drafts = drafts_of(members, vectors, stacks)
+    error = _error([draft for draft in drafts if draft.question == "ask"])
+    warning = _warning(drafts, [leaf for leaf, _ in found], first)
     drafts.sort(key=lambda draft: -draft.choice.stack)
-    return Rules((*first, *(rule_of(draft, draft.choice) for draft in drafts))), warning
-
-
-def _takes(first: Sequence[Rule], leaf: Leaf) -> bool:
-    """Tells whether one of these rules is found in the path of a leaf."""
-    return any(rule.search(leaf.path) for rule in first)
+    rules = Rules((*first, *(rule_of(draft, draft.choice) for draft in drafts)))
+    return rules, warning, error
 
 
 def _listing(draft: Draft) -> str:
-    """The leaves of a draft, of many layers the first alone, and their shapes."""
+    """Names the leaves of a draft, of many layers the first alone, and their shapes."""
     alike_leaves: dict[tuple[Any, ...], list[Leaf]] = {}
     for leaf in draft.leaves:
         alike_leaves.setdefault((leaf.names, leaf.shape), []).append(leaf)
@@ -131,7 +145,7 @@ def _listing(draft: Draft) -> str:
 
 
 def _axes(rule: Rule, rank: int) -> str:
-    """What a rule takes each axis for, as in (layer, in, out)."""
+    """Says what a rule takes each axis for, as in (layer, in, out)."""
     if rule.stack == 0:
         return "fallback"
     rest = [axis for axis in range(rank) if axis != rule.layer_axis]
@@ -141,32 +155,58 @@ def _axes(rule: Rule, rank: int) -> str:
     return f"({', '.join(words.get(axis, 'batch') for axis in range(rank))})"
 
 
-def _offer(draft: Draft, choice: Choice) -> str:
-    """A rule to paste, and what it takes each axis for."""
-    rule = rule_of(draft, choice)
-    return f"{rule}  # {_axes(rule, len(draft.leaves[0].array_shape))}"
+def _offers(draft: Draft) -> list[str]:
+    """Lists the rules to choose from, what each takes the axes for in a line above it."""
+    rank = len(draft.members[0].leaf.array_shape)
+    rules = dict.fromkeys(rule_of(draft, choice) for choice in draft.choices)
+    if not any(rule.stack == 0 for rule in rules):
+        rules |= {rule_of(draft, Choice(None, 0, Reading("table"))): None}
+    return [line for rule in rules for line in (f"    # {_axes(rule, rank)}", f"    {rule}")]
 
 
-def _refuse(drafts: list[Draft]) -> None:
-    """Raises one error for all leaves that may be projections, if there are any."""
+def _question(draft: Draft) -> str:
+    """Says what a leaf was taken for and by what, and what is open."""
+    leaf, left, columns, reasons = draft.members[0]
+    kinds = [reading.kind for reading in left if reading.is_matrix]
+    splits = {reading.split for reading in left}
+    known = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
+    if len({(reading.axes, reading.split) for reading in left}) == 1 and len(columns) > 1:
+        question = "which number counts the layers?"
+    elif any(isinstance(split, tuple) for split in splits) or len(splits) > 1:
+        question = (
+            "where do its parts lie? `split` is for parts one after another; in turns, by heads or "
+            "groups, they need a `view`."
+        )
+    elif {*kinds} == {"qkv"}:
+        question = "which axes are heads, layers, fan_in?"
+    elif len({*kinds}) > 1 and "qkv" in kinds:
+        question = f"{' or '.join(dict.fromkeys(WORDS[kind] for kind in kinds))}?"
+    else:
+        question = "what is each axis?"
+    return f"{known}; {question}" if known else question
+
+
+def _error(drafts: list[Draft]) -> str:
+    """Writes one error for all leaves that cannot be read, if there are any."""
+    if not drafts:
+        return ""
     lines = [
         "`default_rules(params)` cannot tell how to read some leaves. Choose a rule for each, and "
         "pass `rules=default_rules(params, first=[...])`, or write all rules."
     ]
     for draft in drafts:
-        lines.append(f"{_listing(draft)}: {draft.choice.role.question} Write one of")
-        lines += dict.fromkeys(f"    {_offer(draft, choice)}" for choice in draft.choices)
-    if drafts:
-        raise ValueError("\n".join(lines))
+        lines.append(f"{_listing(draft)}: {_question(draft)} Write one of")
+        lines += _offers(draft)
+    return "\n".join(lines)
 
 
 def _warning(drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule]) -> str:
-    """A warning of leaves that nothing tells of, and of a tree with nothing to orthogonalize."""
+    """Writes a warning of what nothing tells of, and of a tree with nothing to orthogonalize."""
 
     def size(leaves: Iterable[Leaf]) -> int:
         return sum(math.prod(leaf.array_shape) for leaf in leaves)
 
-    unknown = [draft for draft in drafts if draft.choice.role.name == "unknown"]
+    unknown = [draft for draft in drafts if draft.question == "warn"]
     lines = []
     taken = (rule.search(leaf.path) for rule in first if rule.stack for leaf in leaves)
     left = [leaf for draft in drafts for leaf in draft.leaves if leaf.is_matrix]
@@ -176,10 +216,10 @@ def _warning(drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule]) -> 
     if unknown:
         lines.append(
             "No name and no size tells what these leaves are, so the fallback optimizer gets them. "
-            "Pass the rule beside one in `default_rules(params, first=[...])` to orthogonalize it. "
-            "Their share of the parameters:"
+            "Pass one of the rules below a leaf in `default_rules(params, first=[...])` to "
+            "orthogonalize it. Their share of the parameters:"
         )
     for draft in unknown:
         share = f"{size(draft.leaves) / size(leaves):.1%}"
-        lines.append(f"{_listing(draft)}: {share}, {_offer(draft, draft.choices[0])}")
+        lines += [f"{_listing(draft)}: {share}. {_question(draft)}", *_offers(draft)]
     return "\n".join(lines)

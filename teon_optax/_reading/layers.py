@@ -3,26 +3,30 @@
 from collections import Counter
 
 from teon_optax._reading.blocks import called_layers, is_end, nouns
+from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
-from teon_optax._reading.surroundings import Surroundings
-from teon_optax._reading.tree import Leaf
+from teon_optax._reading.network import Network
 
 
-def layer_columns(leaf: Leaf, around: Surroundings) -> tuple[int | None, ...]:
+def layer_columns(leaf: Leaf, net: Network) -> tuple[int | None, ...]:
     """The segments of a path whose number may count layers; more than one where that is open.
 
     None among them means that a scanned axis counts, or that nothing does.
     """
     numbered = [c for c, number in enumerate(leaf.numbers) if number is not None]
     called = [depth - 1 for depth in called_layers(leaf) if depth - 1 in numbered]
-    varying = around.varying[leaf.names]
+    varying = net.varying[leaf.names]
     if leaf.layer_axis is not None:  # a number too where the scan is over a pattern of blocks
         scans = [c for c in called if not says("scanned", leaf.keys[c]) or c in varying]
         return (None, *scans)
     if called:
-        return tuple(dict.fromkeys([called[0], *(c for c in called if c in varying)]))
+        candidates = dict.fromkeys([called[0], *(c for c in called if c in varying)])
+        # Stages of other widths are no series: only the layers inside of each are.
+        repeating = net.repeating[leaf.names, leaf.array_shape]
+        alike = [c for c in candidates if c not in varying or c in repeating]
+        return tuple(alike or candidates)
     modules = [c for c in numbered if c < leaf.depth or leaf.is_bare and c == leaf.depth]
-    modules = [c for c in modules if not _is_apart(leaf, c, around)]
+    modules = [c for c in modules if not _is_apart(leaf, c, net)]
     if modules and modules[0] not in varying:
         return tuple(dict.fromkeys([modules[0], *(c for c in modules if c in varying)]))
     if not modules and all(key.isdecimal() for key in leaf.keys[:2]) and len(leaf.keys) > 1:
@@ -30,24 +34,24 @@ def layer_columns(leaf: Leaf, around: Surroundings) -> tuple[int | None, ...]:
     if not modules:
         return ()
     # Two in a list may be two networks, and two attentions may be those of one block.
-    are_two = modules[0] == 0 and leaf.keys[0].isdecimal() and len(around.repeats(leaf, 0)) == 2
-    is_open = are_two or _beside_two(leaf, modules[0], around)
+    are_two = modules[0] == 0 and leaf.keys[0].isdecimal() and len(net.repeats(leaf, 0)) == 2
+    is_open = are_two or _beside_two(leaf, modules[0], net)
     return (modules[0], None) if is_open else (modules[0],)
 
 
-def _beside_two(leaf: Leaf, column: int, around: Surroundings) -> list[Leaf]:
+def _beside_two(leaf: Leaf, column: int, net: Network) -> list[Leaf]:
     """The matrices beside two modules that hold an attention each and nothing else.
 
     One feed forward of two or three matrices shows one block with two attentions. Where there are
     two matrices of every shape, they are one in each of two layers.
     """
-    modules = around.repeats(leaf, column)
+    modules = net.repeats(leaf, column)
     module, above = ("/".join(leaf.keys[:depth]) for depth in (column + 1, column))
-    if len(modules) != 2 or leaf.home != module or len(around.matrices.get(module, [])) > 4:
+    if len(modules) != 2 or leaf.home != module or len(net.matrices.get(module, [])) > 4:
         return []
     beside = [
         other
-        for home, held in around.matrices.items()
+        for home, held in net.matrices.items()
         for other in held
         if f"{home}/".startswith(f"{above}/".lstrip("/"))
         and not is_end(other)
@@ -57,7 +61,7 @@ def _beside_two(leaf: Leaf, column: int, around: Surroundings) -> list[Leaf]:
     return [] if all(count % 2 == 0 for count in shapes.values()) else beside
 
 
-def _is_apart(leaf: Leaf, column: int, around: Surroundings) -> bool:
+def _is_apart(leaf: Leaf, column: int, net: Network) -> bool:
     """Whether modules that differ in a number are no layers.
 
     They may be experts, members of an ensemble, whole networks, heads whose results a matrix beside
@@ -65,11 +69,9 @@ def _is_apart(leaf: Leaf, column: int, around: Surroundings) -> bool:
     """
     module, above = ("/".join(leaf.keys[:depth]) for depth in (column + 1, column))
     noun = next((noun for depth, noun in nouns(leaf) if depth == column + 1), "")
-    if says("members", noun) or above in around.mixtures or module in around.networks:
+    if says("members", noun) or above in net.mixtures or module in net.networks:
         return True
-    modules, held = around.repeats(leaf, column), around.matrices.get(leaf.home, [])
+    modules, held = net.repeats(leaf, column), net.matrices.get(leaf.home, [])
     are_heads = leaf.home == module and all(m.shape[-1] == leaf.shape[-1] for m in held)
-    readers = [
-        m for m in around.matrices.get(above, []) if len(modules) * leaf.shape[-1] in m.shape
-    ]
-    return bool(are_heads and readers) or 0 < len(_beside_two(leaf, column, around)) < 4
+    readers = [m for m in net.matrices.get(above, []) if len(modules) * leaf.shape[-1] in m.shape]
+    return bool(are_heads and readers) or 0 < len(_beside_two(leaf, column, net)) < 4

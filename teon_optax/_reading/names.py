@@ -19,12 +19,12 @@ def _any(words: str) -> str:
 
 
 # What stands around the word of a projection: to_q, q_proj, attn_q, linear_v, wq.
-_AROUND = "(?:(?:w|to|linear|self|cross|attn|attention|add|mha)_)*{}(?:_(?:{}))*"
+_AROUND = "(?:(?:w|to|linear|self|cross|attn|attention|add|mha|proj|dense|fc|lin)_)*{}(?:_(?:{}))*"
 _LAYER = "proj|projection|dense|linear|lin|layer|einsum|kernel|weight|w|head|heads"
 
 NAMES = {
     "layers": _last("[a-z]*blocks?|layers|h|stack|stacked") + "|layer|.*layer_stack.*",
-    "layer": _last("[a-z]*layer"),  # with a number: a `final_layer` is none
+    "layer": "(?:.*_)?[a-z]*layer(?!_norm)(?:_[a-z]+)?",  # with a number: a `final_layer` is none
     "scanned": "scan_.*",
     "members": _last("members?|experts?|ensembles?|critics?|actors?|heads?|networks?|nets?")
     + "|vmap_.*",
@@ -32,10 +32,11 @@ NAMES = {
     "attention": _any("[a-z]*attn|[a-z]*attention|att|mha|mhsa"),
     "multi head": "multi_head_(?:dot_product_)?attention",
     "projection": _AROUND.format("w?(q|k|v|query|key|value|queries|keys|values)", _LAYER),
+    "in attention": "(?:.*_)?(q|k|v|query|key|value|queries|keys|values)(?:_.*)?",
     "fused": _any("w?qkv[a-z]?|c_attn|query_key_value|key_query_value"),
     "by heads": _any("query_key_value|qkv[a-z]"),  # Megatron and Qwen3-Next order by heads first
     "gated": _any("qkvz"),
-    "fused pair": _any("w?kv|key_value"),
+    "fused pair": _any("w?kv|w?qk|key_value|query_key"),
     "packed": "in_proj(?:_weight)?",  # Q, K and V in attention only: Mamba has one as well
     "latent": "w?(?:q|k|v|kv|qkv)_(?:[a-z]*_)?(?:a|b|up|down|latent)(?:_.*)?|w(?:q|kv)_[ab]",
     "latent up": ".*_(?:b|up)(?:_.*)?",
@@ -88,3 +89,8 @@ def match(row: str, key: str) -> re.Match[str] | None:
 def says(row: str, *keys: str) -> bool:
     """Whether the name of any of these segments is in a row."""
     return any(match(row, key) for key in keys)
+
+
+def is_known(key: str) -> bool:
+    """Tells whether the name of a segment is in any row."""
+    return any(match(row, key) for row in NAMES)

@@ -1,159 +1,167 @@
-"""What each leaf of a tree is, by the first test that tells."""
+"""Reads a tree: all readings of each leaf, less those that evidence removes."""
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from teon_optax._reading.attention import fused, latent, output, projection
-from teon_optax._reading.axes import bias_axis, fans, shifted
-from teon_optax._reading.blocks import is_end
-from teon_optax._reading.feedforward import gating, hidden, low_rank, mixture
+from teon_optax._reading import axes, evidence
 from teon_optax._reading.layers import layer_columns
+from teon_optax._reading.leaves import Leaf, leaves_of
 from teon_optax._reading.names import says
-from teon_optax._reading.roles import FALLBACK, Role, ask_axes, others, refused, unknown
-from teon_optax._reading.surroundings import Surroundings, surroundings_of
-from teon_optax._reading.tree import Leaf, leaves_of
+from teon_optax._reading.network import Network
+from teon_optax._reading.readings import Reading, fan, readings_of
+
+# Pieces of evidence of axes, in the order of their strength.
+AXES = (
+    axes.by_bias, axes.unscanned, axes.last_is_out, axes.by_stream, axes.einsum, axes.by_parts,
+    axes.by_partner, axes.alike,
+)  # fmt: skip
 
 
-def roles(params: Any) -> list[tuple[Leaf, Role | None, tuple[int | None, ...]]]:
-    """Every leaf in the tree's order, its role, and which segments may count its layers.
+@dataclasses.dataclass
+class Case:
+    """A leaf, or some that are alike, while it is read.
 
-    What is no array of two axes or more has no role.
+    Attributes:
+      leaf: The first of them.
+      left: The readings that are left, likely first.
+      reasons: Why the others went.
+      columns: The segments of the path whose number may count layers; None for an axis, or nothing.
     """
+
+    leaf: Leaf
+    left: list[Reading]
+    reasons: list[str]
+    columns: tuple[int | None, ...] = ()
+
+    def hear(self, said: evidence.Said | None, is_of_axes: bool = False) -> bool:
+        """Removes what a piece of evidence denies, unless nothing would be left.
+
+        What tells of axes removes no kind but that of any matrix.
+        """
+        kept = [reading for reading in self.left if said is None or said.keeps(reading)]
+        if said is None or not kept or len(kept) == len(self.left):
+            return False
+        if is_of_axes and not _sure({r.kind for r in self.left}) <= {r.kind for r in kept}:
+            return False
+        self.left = kept
+        if said.why:
+            self.reasons.append(said.why)
+        return True
+
+
+def read(params: Any) -> list[tuple[Leaf, Case | None]]:
+    """Reads every leaf, in the tree's order; what is no array of two axes or more has no case."""
     leaves = leaves_of(params)
-    around = surroundings_of(leaves)
-    known: dict[tuple[Any, ...], tuple[Role, tuple[int | None, ...]]] = {}
-    found = []
+    net = Network(leaves)
+    cases: dict[Any, Case] = {}
+    found: list[tuple[Leaf, Case | None]] = []
+    by_path: dict[str, Case] = {}
     for leaf in leaves:
         if len(leaf.array_shape) < 2:
-            found.append((leaf, None, ()))
+            found.append((leaf, None))
             continue
         # Equal layers are read once.
         modules = (tuple(leaf.keys[:depth]) for depth in range(1, len(leaf.keys)))
-        module = next((m for m in modules if m in around.twins), ())
-        key = around.twins.get(module), *leaf.keys[len(module) :], *leaf.array_shape
-        if key not in known:
-            known[key] = _role(leaf, around), layer_columns(leaf, around)
-        found.append((leaf, *known[key]))
+        module = next((m for m in modules if m in net.twins), ())
+        key = net.twins.get(module), *leaf.keys[len(module) :], *leaf.array_shape
+        if key not in cases:
+            cases[key] = _case(leaf, net)
+        by_path[leaf.path] = cases[key]
+        found.append((leaf, cases[key]))
+    _fit([*cases.values()], net, by_path)
+    for case in cases.values():
+        case.left = [each.along(case.leaf.layer_axis) for each in _in_order(case, net)]
     return found
 
 
-def _role(leaf: Leaf, around: Surroundings) -> Role:
-    """The role that the first test gives a leaf, with its axes as they are in the whole array."""
-    if not leaf.is_matrix or 0 in leaf.shape:
-        return FALLBACK
-    tests = (
-        _nameless, low_rank, mixture, _end, fused, projection, latent, output, gating,
-        _vector, _large, _outside, hidden,
-    )  # fmt: skip
-    role = next(filter(None, (test(leaf, around) for test in tests)))
-    choices = tuple(_along_layers(choice, leaf) for choice in role.choices)
-    return _along_layers(role, leaf)._replace(choices=choices)
+def _case(leaf: Leaf, net: Network) -> Case:
+    """Removes from all readings of a leaf what its kind denies."""
+    is_matrix = leaf.is_matrix and 0 not in leaf.shape
+    parts = evidence.parts(leaf, net) if is_matrix else {}
+    is_batch = says("members", *leaf.keys[: leaf.depth])
+    shape = leaf.shape if len(leaf.shape) > 1 else leaf.array_shape
+    readings = readings_of(shape, parts, leaf.layer_axis is not None, is_batch)
+    readings = [*(evidence.views(leaf, net) if is_matrix else []), *readings]
+    case = Case(leaf, readings, [])
+    pieces = evidence.EVIDENCE if is_matrix else (evidence.no_matrix,)
+    for piece in (evidence.nameless,) if is_matrix and leaf.is_nameless else pieces:
+        said = piece(leaf, net)
+        if case.hear(said) and said is not None and said.is_open:
+            break
+    case.columns = layer_columns(leaf, net)
+    return case
 
 
-def _along_layers(role: Role, leaf: Leaf) -> Role:
-    """What one layer's role is for an array that counts layers along an axis."""
-    if leaf.layer_axis is None or role.name in ("fallback", "refused", "unknown"):
-        return role
-    return role._replace(dims=shifted(role.dims, leaf.layer_axis), layer_axis=leaf.layer_axis)
+def _fit(cases: Sequence[Case], net: Network, by_path: dict[str, Case]) -> None:
+    """Removes axes that do not fit, until nothing changes; then those that are not usual."""
+
+    def left(leaf: Leaf) -> Sequence[Reading]:
+        return by_path[leaf.path].left
+
+    open_cases = [case for case in cases if sum(r.is_matrix for r in case.left) > 1]
+    open_cases = [case for case in open_cases if not case.leaf.is_nameless]
+    is_changed = True
+    while is_changed:
+        is_changed = False
+        for piece in AXES:
+            for case in open_cases:
+                is_changed |= case.hear(piece(case.leaf, net, left), True)
+    for case in open_cases:
+        said = axes.by_convention(case.leaf, net, left)
+        kept = [reading for reading in case.left if said is not None and said.keeps(reading)]
+        if len(case.leaf.shape) == 2 or len({outcome(case, r) for r in kept}) == 1:
+            case.hear(said)
 
 
-def _nameless(leaf: Leaf, around: Surroundings) -> Role | None:
-    """Leaves whose path holds no name at all."""
-    if leaf.box == "penzai":
-        return refused("penzai keeps names out of the path (`label` has them).", others(leaf))
-    if leaf.name == "pytree" and leaf.keys[-2].isdecimal():  # eqx.nn.Shared
-        return refused("an embedding or a projection?", others(leaf))
-    if leaf.path.isdecimal():
-        is_inside = (around.widths | around.linked - around.ends).issuperset(leaf.shape)
-        choices = others(leaf) if is_inside else (FALLBACK, *others(leaf))
-        return refused("a list keeps no names.", choices)
-    return None
+def _sure(kinds: set[str]) -> set[str]:
+    return kinds & {"qkv", "latent", "out"}
 
 
-def _end(leaf: Leaf, around: Surroundings) -> Role | None:
-    """Embeddings and heads by name, but for a module inside a block that joins its widths."""
-    if not is_end(leaf):
+def outcome(case: Case, reading: Reading) -> Any:
+    """Gives what two readings agree in if they do the same."""
+    if not reading.is_matrix or reading.kind.startswith("lora"):
         return None
-    is_module = leaf.home in around.blocks and leaf.weight != "" and len(leaf.shape) == 2
-    is_joined = is_module and all(
-        size in around.linked or _is_shared(size, leaf, around) for size in leaf.shape
-    )
-    return None if is_joined else FALLBACK
+    axes = reading.axes
+    is_square = len({*case.leaf.shape}) == 1 and len(axes) == 2
+    axes = "io" if is_square and reading.kind != "qkv" else axes
+    return reading.kind == "qkv", axes, reading.split, reading.view
 
 
-def _is_shared(size: int, leaf: Leaf, around: Surroundings) -> bool:
-    """Whether another matrix in the block has this size too."""
-    return any(
-        size in other.shape
-        for other in around.inside(leaf)
-        if (other.names, other.shape) != (leaf.names, leaf.shape)
-    )
+def _in_order(case: Case, net: Network) -> list[Reading]:
+    """Puts the likely readings first.
 
-
-def _vector(leaf: Leaf, around: Surroundings) -> Role | None:
-    """A bare array that is no matrix: a scale for each head, a state or a table in a block."""
-    if leaf.weight or leaf.home not in around.blocks or leaf.says("mlp"):
-        return None
-    stream = around.stream_of(leaf)
-    tall = [m.shape for m in around.inside(leaf) if len(m.shape) == 3]
-    heads = [s[1:] for s in tall if any(o[2] == s[0] and o[0] % s[1] == 0 for o in tall)]
-    is_vector = leaf.shape in heads or leaf.shape[0] * leaf.shape[-1] in stream or 1 in leaf.shape
-    if len(leaf.shape) == 2 and is_vector or sum(size > 1 for size in leaf.shape) < 2:
-        return FALLBACK
-    own = [axis for axis in range(len(leaf.shape)) if not _is_linked(axis, leaf, around)]
-    is_named = leaf.says("projection", "output", "fused")
-    return unknown(leaf) if len(leaf.shape) == 2 and own and not is_named else None
-
-
-def _is_linked(axis: int, leaf: Leaf, around: Surroundings) -> bool:
-    """Whether a bare matrix follows another in the block, or a module there has the same size."""
-    size, others = leaf.shape[axis], [m for m in around.inside(leaf) if m.names != leaf.names]
-    beside = [m for m in around.matrices[leaf.home] if len(m.shape) == 2 and m is not leaf]
-    follows = any(size == other.shape[1 - axis] for other in beside)
-    return follows or any(other.weight and size in other.shape for other in others)
-
-
-def _large(leaf: Leaf, around: Surroundings) -> Role | None:
-    """What is none of the above: convolutions, and what to ask of three axes or more."""
-    rank = len(leaf.shape)
-    if rank == 2 and leaf.home in around.blocks and says("convolution", *leaf.keys[-2:]):
-        is_joined = all(_is_shared(size, leaf, around) for size in leaf.shape)
-        return unknown(leaf) if is_joined else FALLBACK
-    if says("convolution", *(leaf.keys if rank > 2 else [leaf.name])):
-        return FALLBACK
-    if rank == 2:
-        return None
-    if leaf.hides_axes:
-        return refused("haliax has (out, in) and (in, out).", others(leaf))
-    spatial = leaf.shape[2:] if leaf.weight == "weight" else leaf.shape[:-2]
-    is_image = rank == 4 and leaf.weight != "" and len({*spatial}) == 1
-    is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in around.blocks
-    if is_table or (is_image and bias_axis(leaf, around) is not None):
-        return FALLBACK
-    is_named = leaf.says("output", "mlp", "reads", "writes", "experts", "shared")
-    if leaf.home in around.blocks and leaf.weight and not is_named:
-        return ask_axes(leaf)
-    bias = around.biases.get(leaf.path.rpartition("/")[0])
-    is_batch = bias is not None and bias[:-1] == leaf.shape[:-2]  # as members of an ensemble have
-    return unknown(leaf, is_batch)
-
-
-def _outside(leaf: Leaf, around: Surroundings) -> Role | None:
-    """Matrices outside of blocks: hidden where both sides are widths of the network.
-
-    A size of its own is that of an input, an output or a table. In a list of (weight, bias), which
-    has no names, only a square matrix shows a width; nothing does in a tree with one matrix.
+    A module of layers without a number is scanned more often than not; where a number counts layers
+    already, an axis seldom does. The fallback comes first for arrays that are the weights of no
+    module, and for the ends of a list.
     """
-    is_listed = all(key.isdecimal() for key in leaf.keys)
-    widths = around.widths if is_listed else around.widths | around.linked
-    if leaf.home in around.blocks or not widths or says("recurrent", *leaf.keys):
-        return None
-    sizes = fans(leaf, around)
-    if sizes[::-1] in around.vocabularies and not leaf.says("reads"):
-        return FALLBACK if sizes[0] != sizes[1] else unknown(leaf)  # a head without a name
-    is_named = not around.blocks or leaf.says("mlp", "projection", "output", "reads", "writes")
-    if around.widths.issuperset(sizes):
-        return None if is_named else unknown(leaf)
-    if widths.issuperset(sizes):
-        is_inside = leaf.says("mlp") and around.ends.isdisjoint(sizes)
-        return None if is_inside else unknown(leaf)
-    return FALLBACK
+    leaf = case.leaf
+    is_inside = (net.widths | net.linked - net.ends).issuperset(leaf.shape)
+    fallback_first = not is_inside if leaf.is_nameless else leaf.is_bare
+    is_called = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
+    hidden_first = evidence.is_pair(leaf, net) and not leaf.in_attention
+    by_heads = leaf.says("by heads")
+    is_packed = any(r.kind == "hidden" and r.split not in (1, 2) for r in case.left)
+
+    def place(reading: Reading) -> tuple[Any, ...]:
+        letters = [letter for letter in reading.axes if letter in "io"]
+        is_turned = bool(letters) and letters[-1] == "i"
+        return (
+            reading.is_matrix == fallback_first,
+            hidden_first and reading.kind != "hidden",
+            ("l" in reading.axes) != is_called,
+            reading.kind != "qkv" and 2 or (reading.view is None) == by_heads,
+            is_packed and (reading.split == 1 or not is_long(reading)),
+            is_turned != axes.is_out_first(leaf, net),
+        )
+
+    def is_long(reading: Reading) -> bool:
+        return fan(reading.axes, leaf.shape, "o") > fan(reading.axes, leaf.shape, "i")
+
+    ordered = sorted(case.left, key=place)
+    is_square = len(leaf.shape) == 2 and leaf.shape[0] == leaf.shape[1]
+    if is_square and all(r.kind != "qkv" and r.split == 1 for r in ordered):
+        # Both fans are equal, so that both orientations do the same.
+        usual = next((reading.axes for reading in ordered if reading.is_matrix), "")
+        ordered = [reading for reading in ordered if reading.axes in ("", usual)]
+    return ordered

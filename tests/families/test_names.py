@@ -100,7 +100,7 @@ def test_gemma(transposed):
     check(name, *problem(Gemma(H if transposed else G, transposed)))
 
 
-def test_einsums_of_flax_ask_for_a_rule():
+def test_einsums_of_flax_are_read_beside_the_output_projection_that_they_fit():
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x):

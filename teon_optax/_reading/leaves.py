@@ -16,6 +16,7 @@ from teon_optax._paths import leaf_paths
 from teon_optax._reading.names import WEIGHT, match, says
 
 HOLE = "\0"  # where a number was in a name
+_TUPLE = re.compile(r"(\('?)(.*, .*?)('?\))")  # a key that is a tuple, as text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +40,40 @@ class Leaf:
     block: str = ""  # `h0_`, where `h0_attn_q` and `h0_up` say it of themselves
 
     @cached_property
+    def segments(self) -> list[str]:
+        """Splits the path into the keys that it is made of, those of wrappers included."""
+        return _split(self.path)[::2]
+
+    @cached_property
+    def separators(self) -> list[str]:
+        """Gives what stands before, between and behind the segments."""
+        between = _split(self.path)[1::2]
+        found = _TUPLE.fullmatch(self.path)
+        return [found[1], *between, found[3]] if found else ["", *between, ""]
+
+    @cached_property
     def keys(self) -> list[str]:
-        """The segments of the path."""
-        return self.path.split("/")
+        """Gives the segments without those of a wrapper, as of `weight/args/0`."""
+        keys = self.segments
+        for place in range(len(keys) - 2, 0, -1):
+            is_wrapper = keys[place] in ("args", "raw_value") and WEIGHT.fullmatch(keys[place - 1])
+            if is_wrapper and all(key.isdecimal() for key in keys[place + 1 :]):
+                return keys[:place]
+        return keys
+
+    @cached_property
+    def place(self) -> str:
+        """Joins the keys: the path, however the tree separates them."""
+        return "/".join(self.keys)
+
+    @cached_property
+    def module(self) -> str:
+        """Gives the place of what holds the array."""
+        return self.place.rpartition("/")[0]
 
     @cached_property
     def depth(self) -> int:
-        """How many segments are above the leaf, or above the module that holds only its weight."""
+        """Counts the keys above the leaf, or above the module that holds only its weight."""
         depth = len(self.keys) - 1
         while depth and (WEIGHT.fullmatch(self.keys[depth]) or self.keys[depth].isdecimal()):
             depth -= 1
@@ -86,8 +114,11 @@ class Leaf:
     @cached_property
     def letter(self) -> str:
         """q, k or v for what is called as such a projection."""
-        found = match("projection", self.name)
-        return found[1][:1] if found else ""
+        if found := match("projection", self.name):
+            return found[1][:1]
+        rows = "latent", "fused", "fused pair", "low rank"
+        found = match("in attention", self.name) if self.weight and self.in_attention else None
+        return found[1][:1] if found and not self.says(*rows) else ""
 
     @cached_property
     def in_attention(self) -> bool:
@@ -100,15 +131,34 @@ class Leaf:
         return self.is_float and len(self.shape) > 1 and not self.is_vector
 
     @property
+    def is_nameless(self) -> bool:
+        """Whether the path holds no name at all."""
+        is_shared = self.name == "pytree" and self.keys[-2].isdecimal()  # eqx.nn.Shared
+        return self.box == "penzai" or is_shared or self.path.isdecimal()
+
+    @property
     def hides_axes(self) -> bool:
         """Whether fan_in may come first or last: haliax has both, and the flag is static."""
         return self.box == "haliax" and self.keys[-1] == "weight"
 
 
-def above(path: str) -> Iterator[str]:
-    """The modules above a path, the root first."""
-    keys = path.split("/")
-    return ("/".join(keys[:depth]) for depth in range(len(keys)))
+def _split(path: str) -> list[str]:
+    """Splits a path at slashes, at dots, and at the commas of a key that is a tuple of strings.
+
+    `flax.traverse_util.flatten_dict` keeps paths as tuples, or with a separator in one key, as
+    state dicts of PyTorch do with dots. Segments and separators take turns.
+    """
+    if found := _TUPLE.fullmatch(path):
+        return re.split(r"('?, '?)", found[2])
+    return re.split(r"(/|(?<=[\w)\]])\.(?=[A-Za-z_]|\d+(?:[./]|$)))", path)
+
+
+def above(keys: Sequence[str]) -> Iterator[str]:
+    """Gives the places of the modules above a leaf, the root first."""
+    place = ""
+    for key in keys:
+        yield place
+        place = f"{place}/{key}" if place else key
 
 
 def leaves_of(params: Any) -> list[Leaf]:
@@ -152,9 +202,9 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
     Haiku (block, block_1, block_2), so it gets an empty one.
     """
     beside: dict[str, set[str]] = {}
-    places = [[re.sub(r"_?\d+", "", module) for module in above(leaf.path)] for leaf in leaves]
+    places = [[re.sub(r"_?\d+", "", module) for module in above(leaf.segments)] for leaf in leaves]
     for leaf, modules in zip(leaves, places, strict=True):
-        for module, key in zip(modules, leaf.keys, strict=True):
+        for module, key in zip(modules, leaf.segments, strict=True):
             beside.setdefault(module, set()).add(key)
     templates: dict[tuple[str, str], set[str]] = {}
     for module, keys in beside.items():
@@ -173,7 +223,7 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
 
     known = {(module, key): split(module, key) for module in beside for key in beside[module]}
     for leaf, modules in zip(leaves, places, strict=True):
-        pairs = [known[step] for step in zip(modules, leaf.keys, strict=True)]
+        pairs = [known[step] for step in zip(modules, leaf.segments, strict=True)]
         yield tuple(name for name, _ in pairs), tuple(number for _, number in pairs)
 
 
@@ -211,11 +261,11 @@ def _scanned_modules(leaves: Sequence[Leaf]) -> dict[str, int]:
     shared: dict[str, set[tuple[int, int]]] = {}
     for leaf in leaves:
         axes = {*enumerate(leaf.shape[:2])} if len(leaf.shape) > 1 else set()
-        for module in above(leaf.path):
+        for module in above(leaf.keys):
             shared[module] = shared.get(module, axes) & axes
     inside: dict[str, list[Leaf]] = {}
     for leaf in leaves:
-        module = next((m for m in above(leaf.path) if shared[m]), None)
+        module = next((m for m in above(leaf.keys) if shared[m]), None)
         if module is not None:
             inside.setdefault(module, []).append(leaf)
     counted = {
@@ -236,11 +286,11 @@ def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
         return False
     is_numbered = any(number is not None for leaf in inside for number in leaf.numbers[:-2])
     is_called = says("layers", *around) and not is_numbered
-    weighted = {leaf.path.rpartition("/")[0] for leaf in inside if len(leaf.shape) > 2}
+    weighted = {leaf.module for leaf in inside if len(leaf.shape) > 2}
     sizes, vectors, unnamed = set(), [], {}
     for leaf in inside:
         shape = leaf.shape[:axis] + leaf.shape[axis + 1 :]
-        is_norm = len(shape) == 1 and leaf.path.rpartition("/")[0] not in weighted
+        is_norm = len(shape) == 1 and leaf.module not in weighted
         if leaf.is_vector and (is_norm or is_called):
             vectors.append(shape)
         elif not leaf.is_vector:
@@ -254,7 +304,7 @@ def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
 
 def _one_layer(leaf: Leaf, axes: dict[str, int]) -> Leaf:
     """The leaf with the shape of one layer, if a module around it is scanned along an axis."""
-    module = next((m for m in above(leaf.path) if m in axes), None)
+    module = next((m for m in above(leaf.keys) if m in axes), None)
     if module is None or not leaf.is_float:
         return leaf
     axis = axes[module]

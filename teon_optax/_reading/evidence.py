@@ -1,0 +1,664 @@
+"""What kind of leaf it is: each piece of evidence removes readings, and says why in a few words.
+
+The pieces come in the order of their strength. One that would leave no reading of a leaf is
+overruled by what came before: a name never overrules a proof.
+"""
+
+import itertools
+
+from teon_optax._reading.axes import Said, fans, fit
+from teon_optax._reading.blocks import is_end
+from teon_optax._reading.leaves import Leaf
+from teon_optax._reading.names import says
+from teon_optax._reading.network import Network
+from teon_optax._reading.readings import ENDS, FALLBACK, Reading, fan
+
+
+def only(why: str, *kinds: str) -> Said:
+    """Keeps readings of these kinds alone."""
+    return Said(lambda reading: reading.kind in kinds, why)
+
+
+def open_to(why: str, *kinds: str) -> Said:
+    """Keeps readings of these kinds, and leaves it to people to choose from them."""
+    return Said(lambda reading: reading.kind in kinds, why, True)
+
+
+def never(why: str, *kinds: str) -> Said:
+    """Removes readings of these kinds."""
+    return Said(lambda reading: reading.kind not in kinds, why)
+
+
+def no_matrix(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps biases, norms, what is no array of floats, and what is longer than 1 along one axis."""
+    if not leaf.is_float or 0 in leaf.shape:
+        return only("no array of floats" if 0 not in leaf.shape else "empty", "constant")
+    if leaf.is_vector:
+        return only("vector, by name", "vector")
+    is_narrow = leaf.is_bare and sum(size > 1 for size in leaf.shape) < 2
+    if len(leaf.shape) < 2 or (is_narrow and leaf.shape != (1, 1)):
+        return only("vector, by its shape", "vector")
+    return None
+
+
+def low_rank(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps LoRA factors, by name or because two of them multiply to what is beside them."""
+    if says("low rank", *leaf.keys):
+        is_second = any(key.lower().endswith(("b", "up")) for key in (leaf.keys[-1], leaf.name))
+        return only("low-rank factor, by name", "lora_b" if is_second else "lora_a")
+    if (is_second := _is_second_factor(leaf, net)) is not None:
+        why = "low-rank factor: two multiply to the shape of a matrix beside them"
+        return only(why, "lora_b" if is_second else "lora_a")
+    if _is_narrow(leaf, net):
+        return open_to("leads through a narrow size: a factor or an adapter", "lora_a", "hidden")
+    return never("", "lora_a", "lora_b")
+
+
+def _is_second_factor(leaf: Leaf, net: Network) -> bool | None:
+    """Tells whether it is the second of two factors of a matrix; None where it is neither."""
+    beside = net.beside(leaf)
+    above, _, module = leaf.home.rpartition("/")
+    bases = [base for base in net.matrices.get(above, []) if base.keys[base.depth] == module]
+    named = [base for base in beside if leaf.name.startswith(base.name + "_")]
+    if not (bases or named or len(beside) in (1, 2)):
+        return None
+    bases += beside if len(beside) == 2 else named
+    for other in beside:
+        for first, second in ((leaf, other), (other, leaf)):
+            rank, inner, outer = first.shape[-1], first.shape[:-1], second.shape[1:]
+            if second.shape[0] != rank or rank >= min(max(inner), max(outer)):
+                continue
+            is_base = any(base is not other and base.shape == inner + outer for base in bases)
+            names = [factor.name.lower() for factor in (first, second)]
+            order = ["b", "a"] if leaf.weight == "weight" else ["a", "b"]
+            if is_base or (len(beside) == 1 and names == order):
+                return leaf is (second if leaf.weight != "weight" else first)
+    return None
+
+
+def _is_narrow(leaf: Leaf, net: Network) -> bool:
+    """Tells whether two matrices, alone in their module, lead through a quarter of their widths.
+
+    They may be factors of one matrix, or an adapter; a bias between shows the latter. Two of which
+    each follows the other may be an MLP, too, unless a name or the stream tells which size is wide.
+    """
+    held = net.matrices[leaf.home]
+    is_pair = len(held) == 2 and all(len(each.shape) == 2 for each in held)
+    if not is_pair or leaf.home not in net.blocks or leaf.says("latent"):
+        return False
+    is_leaf = not any(home.startswith(f"{leaf.home}/") for home in net.matrices)
+    if not is_leaf or any(net.biases(each) for each in held):
+        return False
+    sizes, stream = [fans(each, net) for each in held], net.stream_of(leaf)
+    is_mlp = len(stream) != 1 and sizes[0] == sizes[1][::-1] and not says("adapter", *leaf.keys)
+    return not is_mlp and any(
+        first[1] == second[0] and 4 * first[1] <= min(first[0], second[1]) and stream != {first[1]}
+        for first, second in (sizes, sizes[::-1])
+    )
+
+
+def router(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps routers, by name or because a matrix leads to as many as there are experts beside."""
+    modules = [key for key in leaf.keys[: leaf.depth] if not key.isdecimal()]
+    module = ["", *modules][-1]
+    beside = net.beside(leaf)
+    is_gate = leaf.says("gate") and not says("shared", module)
+    is_gate &= not any(other.says("router") for other in beside)
+    has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in net.modules
+    has_experts |= is_gate and sum(counted(leaf, other) > 1 for other in beside) > 1
+    # A gate to one number, as of a shared expert.
+    is_one = 1 in leaf.shape and any(other.path in net.routers for other in beside)
+    if len(leaf.shape) != 2:
+        return never("", "router")
+    if leaf.path in net.routers:
+        return only(f"router of {min(leaf.shape)} experts", "router")
+    if says("router", *modules, leaf.name) or (is_gate and has_experts):
+        return only("router, by name", "router")
+    return only("gate of a shared expert", "router") if is_one else never("", "router")
+
+
+def experts(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps a batch of matrices for experts; nothing of an expert is Q, K or V."""
+    words = [*(key for key in leaf.keys[: leaf.depth] if not key.isdecimal()), leaf.name]
+    module = ["", *words][-2]
+    if any(says("shared", key) for key in words):
+        return None
+    is_expert = leaf.path in net.experts or says("experts", *words)
+    if not is_expert and not (says("mixture", module) and len(leaf.shape) > 2):
+        return None
+    count = net.experts.get(leaf.path)
+    why = f"one of {count} experts" if count else "expert, by name"
+    if len(leaf.shape) == 2:
+        return only(why, "hidden")
+    batches = ("b", "p") if leaf.says("gating") else ("b",)
+    return Said(lambda r: r.kind == "hidden" and r.axes[0] in batches and "l" not in r.axes, why)
+
+
+def counted(router: Leaf, leaf: Leaf) -> int:
+    """Counts the experts that a matrix may hold one after another, by a router; 0 for none."""
+    if len(router.shape) != 2 or len(leaf.shape) != 2 or router is leaf:
+        return 0
+    for count, width in (sorted(router.shape), sorted(router.shape, reverse=True)):
+        sides = [size for size in leaf.shape if size != width] or [width]
+        is_counted = width in leaf.shape and sides[0] % count == 0
+        if count not in leaf.shape and (is_counted or count * width in leaf.shape):
+            return count
+    return 0
+
+
+def packed(leaf: Leaf, net: Network) -> list[int]:
+    """Lists how many experts may lie in a matrix, one after another, as DBRX keeps them.
+
+    They may where it is called experts, or where several beside it are as well so many times as
+    long as a router or a gate counts.
+    """
+    place = next((i for i, key in enumerate(leaf.keys) if says("experts", key)), None)
+    if len(leaf.shape) != 2 or says("shared", *leaf.keys):
+        return []
+    if place is not None:
+        routers = [other for other in net.inside(leaf) if says("router", *other.keys)]
+        if any(number is not None for number in leaf.numbers[place : leaf.depth]):
+            return []
+    else:
+        beside = net.matrices[leaf.home]
+        routers = [m for m in beside if m.says("router", "gate") and m.path not in net.routers]
+        routers = [m for m in routers if sum(counted(m, other) > 1 for other in beside) > 1]
+    return sorted({count for each in routers if (count := counted(each, leaf))})[:1]
+
+
+def end(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps embeddings and heads by name, but for a module in a block that joins its widths."""
+    if not is_end(leaf):
+        return None
+    is_module = leaf.home in net.blocks and leaf.weight != "" and len(leaf.shape) == 2
+    if is_module and all(size in net.linked or is_shared(size, leaf, net) for size in leaf.shape):
+        return None
+    is_table = says("table", *leaf.keys[-2:], leaf.name)
+    return only(f"{'table' if is_table else 'head'}, by name", "table" if is_table else "head")
+
+
+def is_shared(size: int, leaf: Leaf, net: Network) -> bool:
+    """Tells whether another matrix in the block has this size too."""
+    return any(
+        size in other.shape
+        for other in net.inside(leaf)
+        if (other.names, other.shape) != (leaf.names, leaf.shape)
+    )
+
+
+def convolution(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps convolutions, by name or by an image's axes and a bias for each channel."""
+    rank = len(leaf.shape)
+    is_called = says("convolution", *(leaf.keys if rank > 2 else [leaf.name]))
+    if rank == 2:
+        if leaf.home in net.blocks and says("convolution", *leaf.keys[-2:]):
+            if all(is_shared(size, leaf, net) for size in leaf.shape):
+                return open_to("beside a convolution", "convolution", "hidden")
+            is_called = True
+        why = "convolution, by name"
+        return only(why, "convolution") if is_called else never("", "convolution")
+    if is_called:
+        return only("convolution, by name", "convolution")
+    out_first = leaf.weight == "weight"
+    spatial = leaf.shape[2:] if out_first else leaf.shape[:-2]
+    channels = leaf.shape[:2] if out_first else leaf.shape[-2:]
+    is_image = rank in (4, 5) and leaf.weight != "" and len({*spatial}) == 1
+    is_image &= max(spatial) <= max(channels)
+    if is_image and (net.biases(leaf) != [] or 1 in channels or spatial[0] % 2):
+        if not leaf.letter and not leaf.in_attention or 1 in channels:
+            return only("convolution: an image's axes, and channels", "convolution")
+    return None
+
+
+def parts_of(leaf: Leaf) -> int:
+    """Counts the parts that a name tells of: 3 for Q, K and V, 2 for two of them, else 1."""
+    if leaf.says("packed") and leaf.in_attention or leaf.says("fused"):
+        return 3
+    return 2 if leaf.says("fused pair") and not leaf.says("latent") else 1
+
+
+def projection(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps Q, K and V by name, beside each other or in attention."""
+    if not leaf.letter:
+        return None
+    beside = [leaf, *net.partners(leaf)]
+    letters = {other.letter: other for other in beside if other.letter}
+    if not leaf.weight and any(m.letter == leaf.letter and m.weight for m in beside):
+        return None
+    # Alone, `value` may be a critic's head, and an array `query` what is learned to attend with.
+    has_output = leaf.weight and any(other.says("output") and other.weight for other in beside)
+    is_alone = len(letters) + bool(has_output) < 2
+    if is_alone and not (leaf.weight and (leaf.in_attention or leaf.home in net.blocks)):
+        return None
+    # The V of a gated feed forward has no Q or K beside it, but a way back from its width.
+    goes_back = any(other.shape == leaf.shape[::-1] != leaf.shape for other in beside)
+    if {*letters} == {"v"} and not leaf.in_attention and goes_back:
+        return None
+    # RWKV's feed forward has a key (d, f) and a value (f, d): one follows the other.
+    key, value = letters.get("k"), letters.get("v")
+    if key and value and not leaf.in_attention and key.shape == value.shape[::-1] != value.shape:
+        return None
+    return Said(
+        lambda r: r.kind == "qkv" and not is_cut(r),
+        "projection, by name",
+    )
+
+
+def latent(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps the projections of latent attention, of which the second makes heads of the vector."""
+    if not leaf.says("latent"):
+        return never("", "latent")
+    if len(leaf.shape) == 2 and not leaf.says("latent up"):
+        return only("to a latent vector, by name", "hidden")
+    return only("from a latent vector, by name", "latent")
+
+
+def output(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps the output projection of attention: so called, or all that is left beside Q, K, V."""
+    beside = net.partners(leaf)
+    above, module = ["", "", *leaf.keys[: leaf.depth]][-2:]
+    rows = ("projection", "fused", "fused pair", "latent")
+    with_projections = any(other.says(*rows) for other in beside)
+    in_module = says("attention", module)
+    is_called = leaf.says("output") or (in_module and leaf.name.startswith("linear"))
+    is_below = says("attention", above) and says("output", module)
+    is_left = all(other.letter for other in beside) and (in_module or len(leaf.shape) == 3)
+    if is_below or is_called and (in_module or with_projections):
+        return only("output projection, by name", "out")
+    if with_projections and is_left:
+        return only("output projection: all that is left beside Q, K and V", "out")
+    return None
+
+
+def unnamed(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps Q, K, V or the output projection where the other matrices of a module show them.
+
+    Without such matrices it is none of them.
+    """
+    if leaf.says("output", "fused", "fused pair", "latent", "packed", "einsum"):
+        return None
+    if len(leaf.shape) > 2:
+        return _unnamed_heads(leaf, net)
+    letters = {other.letter for other in net.matrices[leaf.home]} - {""}
+    output = net.output_of(leaf)
+    if letters == {"k", "v"} and output is not None and not leaf.says("reads"):
+        if fans(output, net) == fans(leaf, net)[::-1]:
+            return open_to("beside K, V and an output projection", "qkv", "out")
+    readers, writers = _attention_shapes(leaf, net)
+    if leaf in readers:
+        return only("Q, K or V: three read one width, and the fourth goes back to it", "qkv")
+    if writers == [leaf]:
+        return only("output projection: it goes back to what three others read", "out")
+    if leaf in writers:
+        return open_to("may be Q, K, V and output", "qkv", "out")
+    return None
+
+
+def no_attention(leaf: Leaf, net: Network) -> Said | None:
+    """Removes Q, K, V and the output projection where neither a name nor a fit tells of them."""
+    if unnamed(leaf, net) is not None:
+        return None
+    kinds = "qkv", "out"
+    return Said(lambda r: r.kind not in kinds or is_cut(r), "")
+
+
+def _unnamed_heads(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps leaves (d, h, k) beside another (h, k, d): Q, K and V if there are three of them."""
+    beside = [other for other in net.matrices[leaf.home] if len(other.shape) == 3]
+    if len(leaf.shape) != 3 or leaf.hides_axes or len(beside) < 2:
+        return None
+    is_turned = leaf.weight == "weight"
+    reads = Reading("qkv", "ooi" if is_turned else "ioo")
+    writes = {2: "oi" if is_turned else "io", 3: "oii" if is_turned else "iio"}
+    named = net.output_of(leaf)
+    outputs = []
+    for output in [named] if named else beside:
+        readers = [m for m in beside if m is not output]
+        if not readers or len(output.shape) not in writes:
+            continue
+        other = Reading("out", writes[len(output.shape)])
+        if all(fit(m, reads, output, other) for m in readers):
+            outputs.append(output)
+    is_inside = leaf.home in net.blocks or leaf.in_attention
+    if len(outputs) == 1 and len(beside) == 4 and is_inside:
+        if leaf is outputs[0]:
+            return only("output projection: it reads the heads of three others", "out")
+        return only("Q, K or V: one of three whose heads the fourth reads", "qkv")
+    return open_to("may be Q, K, V and output", "qkv", "out", "hidden") if outputs else None
+
+
+def _attention_shapes(leaf: Leaf, net: Network) -> tuple[list[Leaf], list[Leaf]]:
+    """Lists what is Q, K or V in a module without names, and what may be the output projection.
+
+    Four matrices are attention if three read one width, two of these (K and V) are equal, and the
+    fourth goes back to that width, from that of the third or of all. If it comes from another, they
+    may be. In a module that is called attention, three equal ones may be too.
+    """
+    beside = net.matrices[leaf.home]
+    if not leaf.home or len(beside) not in (3, 4):
+        return [], []
+    rows = ("projection", "output", "fused", "gate", "recurrent", "reads", "writes")
+    is_named = any(says(row, key) for row in rows for m in beside for key in (m.name, *m.keys[:-1]))
+    is_named |= any(is_end(other) or len(other.shape) != 2 for other in beside)
+    if is_named:
+        return [], []
+    sizes = [fans(other, net) for other in beside]
+    is_numbered = len({other.names[other.depth] for other in beside}) == 1 and not leaf.in_attention
+    is_chain = is_numbered and all(a[1] == b[0] for a, b in itertools.pairwise(sizes))
+    writers = []
+    for place, (writer, (into, out)) in enumerate(zip(beside, sizes, strict=True)):
+        ins, outs = zip(*(sizes[:place] + sizes[place + 1 :]) or [((), ())], strict=True)
+        closes = {*ins} == {out} and len({*outs}) < 3 and outs.count(into) in (0, 1, 3)
+        if closes and len(beside) == 4 and not is_chain:
+            writers += [writer] if into in outs else beside
+    if leaf.in_attention and len(beside) == 3 and len({*sizes}) == 1:
+        return [], beside
+    return [other for other in beside if writers and other not in writers], writers
+
+
+def parts(leaf: Leaf, net: Network) -> dict[str, list[int | tuple[int, ...]]]:
+    """Lists by kind what may lie one after another in a leaf: the splits that a rule may have."""
+    found: dict[str, list[int | tuple[int, ...]]] = {"hidden": [*packed(leaf, net)]}
+    if (count := parts_of(leaf)) > 1:
+        found["qkv"] = [*_unequal(leaf, net), *([] if leaf.says("gated") else [count])]
+    elif _thirds(leaf, net):
+        found["qkv"] = [3, *_unequal(leaf, net)]
+    if is_pair(leaf, net):
+        found["qkv"] = [*found.get("qkv", ()), *_unequal(leaf, net)]
+        found["hidden"].append(2)
+    if _halves(leaf, net):
+        found["hidden"].append(2)
+    return found
+
+
+def views(leaf: Leaf, net: Network) -> list[Reading]:
+    """Lists how Q, K and V may lie in turns: by heads, or by groups of queries with a K and a V.
+
+    The length of a head shows in the output projection, or in a norm of heads.
+    """
+    if parts_of(leaf) != 3 or len(leaf.shape) > 3:
+        return []
+    found, output = [], net.output_of(leaf)
+    lengths = {output.shape[1]} if output is not None and len(output.shape) == 3 else set()
+    lengths |= net.head_lengths(leaf)
+    if len(leaf.shape) == 3:
+        d, heads, length = leaf.shape
+        if length % 3 == 0:
+            found.append(Reading("qkv", "iobo", view=(d, heads, 3, length // 3)))
+        for k in sorted(lengths):
+            queries = length // k - 2
+            if length % k == 0 and queries > 1:
+                view = (d, heads, queries + 2, k)
+                found.append(Reading("qkv", "iopo", (queries, 1, 1), view))
+        return found
+    for axis in (0, 1):
+        d, length = leaf.shape[1 - axis], leaf.shape[axis]
+        for k in sorted(lengths):
+            if length % (3 * k) == 0:
+                view = (length // (3 * k), 3, k)
+                found.append(_turned("obo", 1, view, d, axis))
+            read = {*output.shape} if output is not None and len(output.shape) == 2 else set()
+            for total in sorted(read, reverse=True):
+                groups = (length - total) // (2 * k)
+                is_even = (length - total) % (2 * k) == 0 and total % k == 0
+                if groups > 0 and is_even and (total // k) % groups == 0 and total // k > groups:
+                    queries = total // k // groups
+                    view = (groups, queries + 2, k)
+                    found.append(_turned("opo", (queries, 1, 1), view, d, axis))
+    return [*dict.fromkeys(found)]
+
+
+def _turned(
+    axes: str, split: int | tuple[int, ...], view: tuple[int, ...], d: int, axis: int
+) -> Reading:
+    """Reads the long axis of a matrix by a view, behind fan_in or before it."""
+    whole = (d, *view) if axis else (*view, d)
+    return Reading("qkv", f"i{axes}" if axis else f"{axes}i", split, whole)
+
+
+def fused(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps parts by name, or as thirds show them; without either, there are none."""
+    count = parts_of(leaf)
+    if count > 1:
+        name = {2: "K and V", 3: "Q, K and V"}[count]
+        return Said(is_part, f"{name} in one, by name", True)
+    if (thirds := _thirds(leaf, net)) == "certain":
+        why = "Q, K and V in one: three times as wide as what it is beside"
+        return Said(lambda r: r.kind == "qkv" and r.split == 3, why)
+    if thirds or is_pair(leaf, net):
+        why = "may be Q, K and V in one" + (", or gate and up" if is_pair(leaf, net) else "")
+        return Said(is_part, why, True)
+    return Said(lambda r: r.kind != "qkv" or not is_cut(r), "")
+
+
+def is_part(reading: Reading) -> bool:
+    """Tells whether a reading is several of Q, K and V in one, or one whole matrix."""
+    return reading.kind == "hidden" or reading.kind == "qkv" and is_cut(reading)
+
+
+def is_cut(reading: Reading) -> bool:
+    """Tells whether a reading has several parts."""
+    return reading.split != 1 or "p" in reading.axes or reading.view is not None
+
+
+def _beside_alike(leaf: Leaf, net: Network) -> list[tuple[int, int]]:
+    return [fans(other, net) for other in net.beside(leaf) if len(other.shape) == 2]
+
+
+def _may_be_fused(leaf: Leaf, net: Network) -> bool:
+    """Tells whether a matrix without a name of its own lies in a block or in attention."""
+    beside = net.beside(leaf)
+    rows = ("projection", "recurrent", "mlp" if len(beside) > 1 else "fused")
+    is_inside = leaf.home in net.blocks or leaf.in_attention
+    return len(leaf.shape) == 2 and not leaf.hides_axes and is_inside and not leaf.says(*rows)
+
+
+def is_pair(leaf: Leaf, net: Network) -> bool:
+    """Tells whether it may be gate and up, or Q and halves, beside a square matrix alone."""
+    if not _may_be_fused(leaf, net) or parts_of(leaf) > 1:
+        return False
+    into, out = fans(leaf, net)
+    return (out, into) == (2 * into, into) and _beside_alike(leaf, net) == [(into, into)]
+
+
+def _thirds(leaf: Leaf, net: Network) -> str:
+    """Tells whether a matrix is three times as wide as what a matrix beside it reads.
+
+    It is "certain" to be Q, K and V in attention, beside one matrix alone, "possible" elsewhere.
+    """
+    if not _may_be_fused(leaf, net):
+        return ""
+    beside, (into, out), shapes = net.beside(leaf), fans(leaf, net), _beside_alike(leaf, net)
+    if into % 3 == 0 and (into // 3, out) in shapes and len(beside) == 1 and not leaf.says("mlp"):
+        return "possible"
+    is_read = any(out in shape for shape in shapes) or any(other.letter for other in beside)
+    if is_read or (out // 3, into) not in shapes or out % 3:
+        return ""
+    return "certain" if leaf.in_attention and len(beside) == 1 else "possible"
+
+
+def _unequal(leaf: Leaf, net: Network) -> list[tuple[int, ...]]:
+    """Lists Q as wide as the output projection reads, with K and V the halves of what is left.
+
+    With a gate behind them (`qkvz`), V and the gate are as wide as that, and Q and K are halves.
+    """
+    output = net.output_of(leaf)
+    if output is None or len(leaf.shape) not in (2, 3) or len(output.shape) not in (2, 3):
+        return []
+    found = []
+    for axis in (0, 1) if len(leaf.shape) == 2 else (1,):
+        widths = {*output.shape} if len(leaf.shape) == 2 else {output.shape[0], output.shape[1]}
+        for heads in sorted(widths, reverse=True):
+            is_gated = leaf.says("gated")
+            rest = leaf.shape[axis] - heads * (2 if is_gated else 1)
+            half = rest // 2
+            if rest > 0 and rest % 2 == 0 and (half != heads or is_gated) and half <= heads:
+                found.append((half, half, heads, heads) if is_gated else (heads, half, half))
+    return [*dict.fromkeys(found)]
+
+
+def _halves(leaf: Leaf, net: Network) -> bool:
+    """Tells whether gate and up lie side by side: twice what the down projection reads."""
+    if leaf.says("packed", "recurrent", "latent", "projection") or len(leaf.shape) < 2:
+        return False
+    if leaf.says("output") and leaf.in_attention or says("writes", leaf.name, leaf.keys[-2:][0]):
+        return False
+    into, out = fans(leaf, net)
+    beside = [m for m in net.beside(leaf) if len(m.shape) == len(leaf.shape)]
+    beside = [m for m in beside if not m.letter and not (m.says("output") and leaf.in_attention)]
+    sizes, down = [fans(other, net) for other in beside], (out // 2, into)
+    is_plain = any(out in fan or (fan[1] == out // 2 and fan != down) for fan in sizes)
+    is_few = len(sizes) < 4 or leaf.says("reads")
+    stream = net.stream_of(leaf)
+    if len(stream) == 1 and into not in stream and leaf.home in net.blocks:
+        return False  # an MLP of positions, of which 2 come in
+    return out % 2 == 0 and down in sizes and not is_plain and is_few
+
+
+def halves(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps gate and up side by side where the down projection shows them."""
+    if _halves(leaf, net) and not is_pair(leaf, net):
+        return Said(lambda r: r.kind != "hidden" or r.split == 2, "gate and up in one")
+    return None
+
+
+def gating(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps gate and up along an axis of two, by name or as the down projection shows them."""
+    rank = len(leaf.shape)
+    beside = [other for other in net.beside(leaf) if len(other.shape) == rank - 1]
+    is_named = leaf.says("gating")
+    if rank < 3 or 2 not in leaf.shape or not (is_named or (leaf.is_bare and len(beside) == 1)):
+        return None
+    downs = [m.shape[-2:] for m in beside]
+
+    def keeps(reading: Reading) -> bool:
+        return reading.kind == "hidden" and "p" in reading.axes
+
+    fits = {
+        axes
+        for axes in ("pio", "poi", "bpio", "bpoi")
+        if len(axes) == rank and (fan(axes, leaf.shape, "o"), fan(axes, leaf.shape, "i")) in downs
+    }
+    if fits:
+        return Said(
+            lambda r: keeps(r) and r.axes in fits, "gate and up, which the down projection reads"
+        )
+    return Said(keeps, "gate and up, by name") if is_named else None
+
+
+def bare(leaf: Leaf, net: Network) -> Said | None:
+    """Removes matrices from what is an array of a block: a scale of heads, a state or a table."""
+    if leaf.weight or leaf.home not in net.blocks or leaf.says("mlp"):
+        return None
+    stream = net.stream_of(leaf)
+    tall = [m.shape for m in net.inside(leaf) if len(m.shape) == 3]
+    heads = [s[1:] for s in tall if any(o[2] == s[0] and o[0] % s[1] == 0 for o in tall)]
+    is_vector = leaf.shape in heads or leaf.shape[0] * leaf.shape[-1] in stream or 1 in leaf.shape
+    if len(leaf.shape) == 2 and is_vector:
+        return only("vector of each head", "vector")
+    own = [axis for axis in range(len(leaf.shape)) if not _is_linked(axis, leaf, net)]
+    is_named = leaf.says("projection", "output", "fused")
+    if len(leaf.shape) == 2 and own and not is_named:
+        return open_to("an array of a block that nothing follows", "table", "hidden")
+    return None
+
+
+def _is_linked(axis: int, leaf: Leaf, net: Network) -> bool:
+    """Tells whether a bare matrix follows another in the block, or a module there is as long."""
+    size, others = leaf.shape[axis], [m for m in net.inside(leaf) if m.names != leaf.names]
+    beside = [m for m in net.beside(leaf) if len(m.shape) == 2]
+    follows = any(size == other.shape[1 - axis] for other in beside)
+    return follows or any(other.weight and size in other.shape for other in others)
+
+
+def place(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps or removes tables, inputs and heads by the sizes that a matrix connects.
+
+    Inside of a block it is none. Outside it is hidden where both sides are widths of the network; a
+    size of its own is that of an input, an output or a table. In a list of (weight, bias), which
+    has no names, only a square matrix shows a width; nothing does in a tree with one matrix.
+    """
+    if len(leaf.shape) != 2:
+        if leaf.hides_axes:
+            return never("", *FALLBACK)
+        is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in net.blocks
+        return only("table: one for all", "table") if is_table else None
+    is_listed = all(key.isdecimal() for key in leaf.keys)
+    widths = net.widths if is_listed else net.widths | net.linked
+    if leaf.home in net.blocks or not widths or says("recurrent", *leaf.keys):
+        return never("", *FALLBACK)
+    sizes = fans(leaf, net)
+    if sizes[::-1] in net.vocabularies and not leaf.says("reads"):
+        if sizes[0] == sizes[1]:
+            return open_to("as large as a table", "head", "hidden")
+        return only("head: as wide as the vocabulary", "head")
+    is_named = not net.blocks or leaf.says("mlp", "projection", "output", "reads", "writes")
+    if net.widths.issuperset(sizes):
+        return never("", *FALLBACK) if is_named else never("", "vector", "convolution")
+    if widths.issuperset(sizes):
+        is_inside = leaf.says("mlp") and net.ends.isdisjoint(sizes)
+        return never("", *FALLBACK) if is_inside else never("", "vector", "convolution")
+    into, out = (size not in widths for size in sizes)
+    if into and out:
+        return only(f"nothing else is {sizes[0]} or {sizes[1]} wide", *ENDS)
+    if into and any(sizes[0] % width == 0 for width in net.widths - {1}) and leaf.says("mlp"):
+        return open_to(f"an input, or {sizes[0]} is several widths side by side", "input", "hidden")
+    if out and sizes[1] in net.bias_lengths:
+        return open_to(f"a head, or another makes {sizes[1]} too", "head", "hidden")
+    verb = "writes" if into else "reads"
+    kinds = ("input", "table") if into else ("head",)
+    return only(f"{kinds[0]}: nothing {verb} {sizes[0] if into else sizes[1]}", *kinds)
+
+
+def chain_end(leaf: Leaf, net: Network) -> Said | None:
+    """Keeps the first and the last of numbered modules whose size no other module has.
+
+    Only where the others of its series have other shapes: `convs/0` reads the input of a network,
+    and the last one makes its output.
+    """
+    if len(leaf.shape) != 2 or leaf.home not in net.blocks:
+        return None
+    if _starts_chain(leaf, net):
+        return open_to(f"nothing writes {fans(leaf, net)[0]}: an input?", "input", "hidden")
+    for column, number in enumerate(leaf.numbers[: leaf.depth]):
+        if number:
+            place = "/".join(leaf.keys[: column + 1])
+            numbers = net.series_numbers(leaf, column)
+            is_series = column in net.varying[leaf.names]
+            if len(numbers) < 2 or not is_series or net.repeating[leaf.names, leaf.array_shape]:
+                continue
+            into, out = fans(leaf, net)
+            if int(number) == min(numbers) and net.is_own(into, place):
+                return only(f"input: nothing writes {into}", "input")
+            if int(number) == max(numbers) and net.is_own(out, place):
+                return only(f"head: nothing reads {out}", "head")
+    return None
+
+
+def _starts_chain(leaf: Leaf, net: Network) -> bool:
+    """Tells whether it begins a numbered chain in a block, and nothing writes its fan_in."""
+    column = next((c for c in range(leaf.depth, len(leaf.keys)) if leaf.numbers[c]), None)
+    if column is None or leaf.shape[0] == leaf.shape[1]:
+        return False
+    series = [m for m in net.beside(leaf) if m.names == leaf.names]
+    into, out = fans(leaf, net)
+    is_first = all(int(leaf.numbers[column] or 0) < int(m.numbers[column] or 0) for m in series)
+    follows = any(fans(m, net)[0] == out for m in series)
+    is_several = any(into % width == 0 for width in net.stream_of(leaf) if width > 1)
+    return is_first and follows and not is_several and net.is_source(leaf, into)
+
+
+# In the order of their strength.
+EVIDENCE = (
+    no_matrix, low_rank, router, experts, end, fused, convolution, projection, latent, output,
+    unnamed, no_attention, halves, gating, bare, chain_end, place,
+)  # fmt: skip
+
+
+def nameless(leaf: Leaf, net: Network) -> Said:
+    """Keeps a matrix and a table: nothing in the path tells which it is."""
+    if leaf.box == "penzai":
+        return only("penzai keeps names out of the path (`label` has them)", "hidden", "table")
+    if leaf.path.isdecimal():
+        return only("a list keeps no names", "hidden", "table")
+    return only("an embedding or a projection, which are shared", "hidden", "table")

@@ -1,0 +1,476 @@
+"""What stands around a leaf: its module, the blocks, the widths, routers and experts."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+from teon_optax._reading.blocks import (
+    Names,
+    held_by_blocks,
+    is_end,
+    repeated_blocks,
+    stream_width,
+)
+from teon_optax._reading.leaves import Leaf, above
+from teon_optax._reading.names import match, says
+
+Shape = tuple[int, ...]
+
+
+class Network:
+    """What a tree shows of its modules, by their places; "" is the root.
+
+    Attributes:
+      matrices: By home, the matrices there.
+      groups: The same by the module called attention, for what lies in modules inside of it.
+      vectors: By module, the shapes of what is no matrix, by name.
+      unscanned: Modules with a 1-D leaf inside, so that they are not scanned.
+      blocks: By home inside a repeated block, the names on the way to it.
+      networks: Numbered modules that are no layers, but whole networks.
+      twins: Modules, the same number where all inside is the same.
+      numbered: By the module around and the name, the modules that differ in a number alone.
+      varying: By the names of a path, the segments whose number differs.
+    """
+
+    def __init__(self, leaves: Sequence[Leaf]):
+        self.leaves = leaves
+        self.floats = [leaf for leaf in leaves if leaf.is_float and 0 not in leaf.shape]
+        self.matrices: dict[str, list[Leaf]] = {}
+        self.groups: dict[str, list[Leaf]] = {}
+        self.vectors: dict[str, dict[str, Shape]] = {}
+        self.unscanned: set[str] = set()
+        self.modules: set[str] = set()
+        for leaf in self.floats:
+            self.modules.update(above(leaf.keys))
+            if leaf.is_matrix:
+                self.matrices.setdefault(leaf.home, []).append(leaf)
+                self.groups.setdefault(_attention_of(leaf), []).append(leaf)
+            else:
+                self.vectors.setdefault(leaf.module, {})[leaf.keys[-1]] = leaf.shape
+            if len(leaf.shape) == 1:
+                self.unscanned.update(above(leaf.keys))
+        self.blocks, self.networks, self.twins = repeated_blocks(self.floats)
+
+    @cached_property
+    def numbered(self) -> dict[tuple[str, str], list[str]]:
+        """Lists modules that differ in a number alone, by what is around and the name."""
+        found: dict[tuple[str, str], dict[str, None]] = {}
+        for leaf in self.leaves:
+            places = [*above(leaf.keys), leaf.place]
+            for column in range(len(leaf.keys)):
+                if leaf.numbers[column] is not None:
+                    series = places[column], leaf.names[column]
+                    found.setdefault(series, {})[places[column + 1]] = None
+        return {series: [*modules] for series, modules in found.items()}
+
+    @cached_property
+    def varying(self) -> dict[Names, set[int]]:
+        """Finds the segments whose number differs, by the names of a path."""
+        numbers: dict[Names, set[tuple[str | None, ...]]] = {}
+        for leaf in self.leaves:
+            numbers.setdefault(leaf.names, set()).add(leaf.numbers)
+        return {
+            names: {c for c, column in enumerate(zip(*held, strict=True)) if len({*column}) > 1}
+            for names, held in numbers.items()
+        }
+
+    @cached_property
+    def repeating(self) -> dict[tuple[Names, Shape], set[int]]:
+        """Finds the segments whose number differs between leaves of one shape."""
+        numbers: dict[tuple[Names, Shape], set[tuple[str | None, ...]]] = {}
+        for leaf in self.leaves:
+            numbers.setdefault((leaf.names, leaf.array_shape), set()).add(leaf.numbers)
+        return {
+            kind: {c for c, column in enumerate(zip(*held, strict=True)) if len({*column}) > 1}
+            for kind, held in numbers.items()
+        }
+
+    @cached_property
+    def held(self) -> dict[Names, list[Leaf]]:
+        """Lists what blocks of some names hold, once for all layers."""
+        return held_by_blocks(self.floats, self.blocks)
+
+    @cached_property
+    def streams(self) -> dict[Names, set[int]]:
+        """Finds the size, or the sizes, that most matrices in blocks of some names have."""
+        return {names: stream_width(inside, self.matrices) for names, inside in self.held.items()}
+
+    @cached_property
+    def outside(self) -> list[Leaf]:
+        """Lists the matrices outside of blocks."""
+        return [leaf for leaf in self.floats if leaf.is_matrix and leaf.home not in self.blocks]
+
+    @cached_property
+    def widths(self) -> set[int]:
+        """Finds the sizes that a matrix outside of blocks may connect."""
+        plain = [leaf for leaf in self.outside if len(leaf.shape) == 2 and not is_end(leaf)]
+        squares = {leaf.shape[0] for leaf in plain if leaf.shape[0] == leaf.shape[1]}
+        squares |= {min(leaf.shape) for leaf in plain if leaf.says("state")}
+        return set().union(squares, *self.streams.values())
+
+    @cached_property
+    def vocabularies(self) -> set[Shape]:
+        """Finds the shapes of embeddings, the vocabulary first."""
+        tables = (leaf for leaf in self.outside if len(leaf.shape) == 2)
+        return {leaf.shape for leaf in tables if is_vocabulary(leaf)}
+
+    @cached_property
+    def chains(self) -> tuple[set[int], set[int]]:
+        """Finds the sizes by which matrices outside of blocks follow each other, and ends of them.
+
+        Before them may be a convolution, whose channels are flattened together with the image, and
+        after them a head. In a numbered series of more than two, which may be an MLP, a matrix
+        follows those of lower numbers alone. A size may be an end where the matrices lead from it
+        back to it, as the pixels of an autoencoder do and the noise of a denoiser, unless it is the
+        width of a square matrix, lies inside a series, or between two that are called `up` and
+        `down`.
+        """
+        steps: list[tuple[Leaf, int, int]] = []
+        channels = set()
+        for leaf in self.outside:
+            first, last = leaf.shape[0], leaf.shape[-1]
+            out, into = (first, last) if leaf.keys[-1].startswith("weight") else (last, first)
+            if len(leaf.shape) > 2 and says("convolution", *leaf.keys):
+                channels.add(out)
+            elif len(leaf.shape) == 2 and (not is_end(leaf) or says("head", *leaf.keys[-2:])):
+                steps.append((leaf, into, out))
+        sources = {into for _, into, _ in steps}
+        flat = {into for into in sources if any(into % size == 0 for size in channels - {1})}
+        linked, inside = {*flat}, self.widths | flat
+        lengths = Counter((leaf.home, leaf.names) for leaf, _, _ in steps)
+        by_out: dict[int, list[Leaf]] = {}
+        by_into: dict[int, list[Leaf]] = {}
+        for leaf, into, out in steps:
+            by_out.setdefault(out, []).append(leaf)
+            by_into.setdefault(into, []).append(leaf)
+        for size in by_into.keys() & by_out.keys():
+            first, last = _numbers_of(by_out[size], min), _numbers_of(by_into[size], max)
+            follows = any(
+                lengths[series] == 2 or first[series] < last[series]
+                for series in first.keys() & last.keys()
+            )
+            ways_in = {leaf.home: leaf.shape for leaf in by_out[size] if leaf.says("reads")}
+            mlps = [
+                ways_in[leaf.home]
+                for leaf in by_into[size]
+                if leaf.says("writes") and leaf.home in ways_in
+            ]
+            if follows or len(first.keys() | last.keys()) > 1:
+                linked.add(size)
+            if follows or mlps:
+                inside.update({size}, *mlps)
+        ways: dict[int, set[int]] = {}
+        for _, into, out in steps:
+            ways.setdefault(into, set()).add(out)
+        return linked, {size for size in linked - inside if _leads_back(size, ways)}
+
+    @property
+    def linked(self) -> set[int]:
+        """Gives fan_out of one matrix outside of blocks that is fan_in of another."""
+        return self.chains[0]
+
+    @property
+    def ends(self) -> set[int]:
+        """Gives those of them that may as well be the input and the output of a network."""
+        return self.chains[1]
+
+    @property
+    def routers(self) -> set[str]:
+        """Gives the paths of routers."""
+        return self._mixtures[0]
+
+    @property
+    def mixtures(self) -> set[str]:
+        """Gives the modules that hold a router and its experts."""
+        return self._mixtures[1]
+
+    @property
+    def experts(self) -> dict[str, int]:
+        """Gives the paths of experts, and how many there are."""
+        return self._mixtures[2]
+
+    @cached_property
+    def _mixtures(self) -> tuple[set[str], set[str], dict[str, int]]:
+        """Finds paths of routers, the modules that hold one, and experts with their number.
+
+        Experts are two leaves at least of one rank, three or more, that begin with E and have the
+        router's width behind it; or numbered modules, E in all, of three matrices at most.
+        """
+        below: dict[str, list[Leaf]] = {}
+        for held in self.matrices.values():
+            for leaf in held:
+                for module in {*above(leaf.keys), leaf.home}:
+                    below.setdefault(module, []).append(leaf)
+        routers, mixtures, experts = set(), set(), {}
+        for home, held in self.matrices.items():
+            if says("attention", *home.split("/")[-1:]):
+                continue
+            for router in (leaf for leaf in held if len(leaf.shape) == 2):
+                # A router may have a module to itself, beside the experts.
+                is_alone = len(held) == 1 and home in self.blocks
+                for module in (home, *([home.rpartition("/")[0]] if is_alone else [])):
+                    if found := self._experts_of(router, module, below[module]):
+                        routers.add(router.path)
+                        mixtures.add(module)
+                        experts.update({leaf.path: min(router.shape) for leaf in found})
+                        break
+        return routers, mixtures, experts
+
+    def _experts_of(self, router: Leaf, module: str, inside: Sequence[Leaf]) -> list[Leaf]:
+        """Lists what is inside of a module as often as a matrix there has rows or columns."""
+        count, width = sorted(router.shape)
+        if count in (1, width):
+            return []
+        tall = [
+            leaf
+            for leaf in inside
+            if len(leaf.shape) > 2 and leaf.shape[0] == count and width in leaf.shape[1:]
+            and not leaf.letter and not says("attention", *leaf.keys)
+            and not says("convolution", *leaf.keys)
+        ]  # fmt: skip
+        ranks = {len(leaf.shape) for leaf in tall}
+        if len(tall) > 1 and (len(ranks) == 1 or any(leaf.says("gating") for leaf in tall)):
+            is_image = all(leaf.shape[0] == leaf.shape[1] for leaf in tall)
+            return [] if is_image else tall
+        is_inside = module in self.blocks or says("router", *router.keys)
+        if not (is_inside or says("mixture", *module.split("/")[-1:])):
+            return []
+        depth = module.count("/") + 1 if module else 0
+        numbered: dict[str, dict[str, list[Leaf]]] = {}
+        for leaf in inside:
+            if len(leaf.numbers) > depth + 1 and leaf.numbers[depth] is not None:
+                modules = numbered.setdefault(leaf.names[depth], {})
+                modules.setdefault(leaf.keys[depth], []).append(leaf)
+        for modules in numbered.values():
+            held = [leaf for leaves in modules.values() for leaf in leaves]
+            few = len(held) <= 3 * count and all(width in leaf.shape for leaf in held)
+            letters = {leaf.letter for leaf in held}
+            is_attention = {"q", "k"} <= letters or any(leaf.in_attention for leaf in held)
+            if len(modules) == count and few and not is_attention and not says("layers", *modules):
+                return held
+        return []
+
+    def stream_of(self, leaf: Leaf) -> set[int]:
+        """Gives the width of the residual stream around a leaf, or several that it may be."""
+        block = self.blocks.get(leaf.home)
+        return self.widths if block is None else self.streams[block]
+
+    def norm_widths(self, leaf: Leaf) -> set[int]:
+        """Finds how long the norms of a leaf's block are, but for those of heads.
+
+        Without norms, all matrices of the block that are no projections may share one width.
+        """
+        return self._norm_widths.get(self.blocks.get(leaf.home, ()), set())
+
+    @cached_property
+    def _norm_widths(self) -> dict[Names, set[int]]:
+        found = {}
+        for names, inside in self.held.items():
+            norms = {
+                leaf.shape[0]
+                for leaf in inside
+                if len(leaf.shape) == 1
+                and leaf.module not in self.matrices
+                and not match("in attention", leaf.keys[-2] if len(leaf.keys) > 1 else "")
+            }
+            plain = [{*leaf.shape} for leaf in inside if leaf.is_matrix and len(leaf.shape) == 2]
+            shared = set.intersection(*plain) if plain else set()
+            found[names] = norms or (shared if len(shared) == 1 else set())
+        return found
+
+    def head_lengths(self, leaf: Leaf) -> set[int]:
+        """Finds how long the norms of heads are inside a leaf's attention: its scales' lengths."""
+        home = _attention_of(leaf)
+        return {
+            shape[0]
+            for module, held in self.vectors.items()
+            if module.startswith(f"{home}/") and match("in attention", module.rpartition("/")[2])
+            for shape in held.values()
+            if len(shape) == 1
+        }
+
+    @cached_property
+    def bias_lengths(self) -> set[int]:
+        """Finds how long the biases of matrices with more than two axes are."""
+        tall = (m for held in self.matrices.values() for m in held if len(m.shape) > 2)
+        return {shape[0] for leaf in tall for shape in self.biases(leaf) if len(shape) == 1}
+
+    def series_numbers(self, leaf: Leaf, column: int) -> set[int]:
+        """Lists the numbers of the modules that differ in one number from the one around a leaf."""
+        return self._series.get((leaf.names[: column + 1], leaf.numbers[:column]), set())
+
+    @cached_property
+    def _series(self) -> dict[Any, set[int]]:
+        found: dict[Any, set[int]] = {}
+        for leaf in self.floats:
+            for column, number in enumerate(leaf.numbers):
+                if number and leaf.is_matrix:
+                    series = leaf.names[: column + 1], leaf.numbers[:column]
+                    found.setdefault(series, set()).add(int(number))
+        return found
+
+    def is_own(self, size: int, module: str) -> bool:
+        """Tells whether all matrices that have a size lie in one module, on one side of each."""
+        found = self._by_size.get(size, [])
+        return (
+            all(leaf.place.startswith(f"{module}/") for leaf in found)
+            and all(leaf.shape.count(size) == 1 and len({*leaf.shape}) > 1 for leaf in found)
+            and len({leaf.shape.index(size) for leaf in found}) == 1
+        )
+
+    def is_source(self, leaf: Leaf, size: int) -> bool:
+        """Tells whether no matrix but those of a leaf's kind has a size, and no vector either."""
+        names = leaf.names[leaf.depth - 1 :]
+        others = (other for other in self._by_size[size] if not is_end(other))
+        alike = all(other.names[other.depth - 1 :] == names for other in others)
+        return alike and size not in self._lengths
+
+    @cached_property
+    def _lengths(self) -> set[int]:
+        return {size for held in self.vectors.values() for shape in held.values() for size in shape}
+
+    @cached_property
+    def _by_size(self) -> dict[int, list[Leaf]]:
+        found: dict[int, list[Leaf]] = {}
+        for leaf in self.floats:
+            if leaf.is_matrix:
+                for size in {*leaf.shape}:
+                    found.setdefault(size, []).append(leaf)
+        return found
+
+    def repeats(self, leaf: Leaf, column: int) -> list[str]:
+        """Lists the modules that differ from the one around a leaf in one number at most."""
+        return self.numbered["/".join(leaf.keys[:column]), leaf.names[column]]
+
+    def inside(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the matrices of the block around a leaf, once for all its layers."""
+        found = self.held.get(self.blocks.get(leaf.home, ()), [])
+        return [other for other in found if other.is_matrix]
+
+    def beside(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the other matrices of a leaf's module."""
+        return [other for other in self.matrices.get(leaf.home, []) if other is not leaf]
+
+    def partners(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the other matrices of a leaf's attention, those in modules inside included."""
+        return [other for other in self.groups.get(_attention_of(leaf), []) if other is not leaf]
+
+    def biases(self, leaf: Leaf) -> list[Shape]:
+        """Lists the shapes of what is called the bias of a leaf, whatever the library."""
+        name, held = leaf.keys[-1], self.vectors.get(leaf.module, {})
+        if not leaf.is_bare and not name.isdecimal():
+            names = {"bias", "b"}
+        elif name.isdecimal():  # a list [weight, bias] has numbers for names
+            names = {key for key in held if key.isdecimal() and len(held[key]) == 1}
+        else:
+            names = {f"{name}_bias", f"{name}_b"}
+            for word, bias in (("w", "b"), ("W", "b"), ("weight", "bias"), ("kernel", "bias")):
+                names.add(re.sub(rf"(?<![a-zA-Z]){word}(?![a-zA-Z])|(?<=_){word}", bias, name))
+        return [shape for key, shape in held.items() if key in names - {name}]
+
+    def bias_axis(self, leaf: Leaf) -> int | None:
+        """Gives the axis of a matrix that is as long as the bias beside it: fan_out."""
+        if len(leaf.shape) != 2:
+            return None
+        found = {shape[0] for shape in self.biases(leaf) if len(shape) == 1}
+        axes = [axis for axis, size in enumerate(leaf.shape) if size in found]
+        return axes[0] if len(axes) == 1 else None
+
+    def _direction(self, leaf: Leaf) -> int | None:
+        """Gives the fan_out axis of a matrix whose name says that it reads or writes the stream.
+
+        Only where one side is as wide as the stream, and the other wider: `down` and `up` of an
+        adapter go the other way.
+        """
+        stream = self.stream_of(leaf)
+        axes = [axis for axis, size in enumerate(leaf.shape[-2:]) if size in stream]
+        reads, writes = leaf.says("reads"), leaf.says("writes")
+        if len(stream) != 1 or len(axes) != 1 or reads == writes or leaf.home not in self.blocks:
+            return None
+        is_wider = leaf.shape[-2:][1 - axes[0]] > leaf.shape[-2:][axes[0]]
+        is_projection = match("projection", leaf.name) or match("output", leaf.name)
+        return (1 - axes[0] if reads else axes[0]) if is_wider or is_projection else None
+
+    def votes(self, leaf: Leaf) -> list[int]:
+        """Lists the fan_out axes that matrices in a leaf's block show whose arrays are alike."""
+        found = self._votes.get(self.blocks.get(leaf.home, ()), {})
+        return found.get((len(leaf.shape), leaf.weight), [])
+
+    @cached_property
+    def _votes(self) -> dict[Names, dict[tuple[int, str], list[int]]]:
+        """Lists by the names of blocks what their matrices show, a bias twice, a name once."""
+        found: dict[Names, dict[tuple[int, str], list[int]]] = {}
+        for names, inside in self.held.items():
+            for leaf in inside:
+                if leaf.is_matrix:
+                    each = (self._direction(leaf), self.bias_axis(leaf), self.bias_axis(leaf))
+                    votes = found.setdefault(names, {}).setdefault(
+                        (len(leaf.shape), leaf.weight), []
+                    )
+                    votes += [axis for axis in each if axis is not None]
+        return found
+
+    @cached_property
+    def shown(self) -> dict[tuple[int, str], set[int]]:
+        """Finds the fan_out axes that biases show, and chains, by rank and the array's name."""
+        found: dict[tuple[int, str], set[int]] = {}
+        for held in self.matrices.values():
+            plain = [leaf for leaf in held if len(leaf.shape) == 2]
+            for leaf in plain:
+                if (axis := self.bias_axis(leaf)) is not None:
+                    found.setdefault((2, leaf.weight), set()).add(axis)
+        return found
+
+    def output_of(self, leaf: Leaf) -> Leaf | None:
+        """Finds the output projection beside Q, K and V, by its name or as all that is left."""
+        beside = self.partners(leaf)
+        named = [other for other in beside if other.says("output")]
+        unlike = [other for other in beside if not other.letter]
+        in_attention = leaf.in_attention or len(beside) - len(unlike) > 1
+        if not named and len(unlike) == 1 and in_attention:
+            named = unlike
+        return named[0] if named else None
+
+
+def _attention_of(leaf: Leaf) -> str:
+    """Gives the module called attention around a leaf, or its home where there is none.
+
+    Modules inside that are numbered may be heads, each with projections of its own.
+    """
+    depth = leaf.depth
+    while depth and leaf.numbers[depth - 1] is None:
+        if says("attention", leaf.keys[depth - 1]):
+            return "/".join(leaf.keys[:depth])
+        depth -= 1
+    return leaf.home
+
+
+def is_vocabulary(leaf: Leaf) -> bool:
+    """Tells whether it is called as an embedding, and not as one of positions."""
+    return says("table", *leaf.keys[-2:]) and not says("positions", *leaf.keys)
+
+
+def _numbers_of(
+    leaves: Iterable[Leaf], choose: Callable[[list[int], list[int]], list[int]]
+) -> dict[tuple[str, Names], list[int]]:
+    """Gives for each series the numbers of its first leaf, or of its last."""
+    found: dict[tuple[str, Names], list[int]] = {}
+    for leaf in leaves:
+        numbers = [int(number) for number in leaf.numbers if number]
+        series = leaf.home, leaf.names
+        found[series] = choose(found.get(series, numbers), numbers)
+    return found
+
+
+def _leads_back(size: int, ways: dict[int, set[int]]) -> bool:
+    """Tells whether some matrices one after another lead from a size back to it."""
+    reached, more = {size}, {size}
+    while more:
+        more = set().union(*(ways.get(each, ()) for each in more))
+        if size in more:
+            return True
+        more -= reached
+        reached |= more
+    return False
