@@ -98,7 +98,7 @@ class Reader:
         self.met: list[tuple[tuple[Any, ...], set[int]]] = []  # (what, columns that meet there)
         self.dots = 0
         self.weighing: set[int] = set()  # products of activations whose results weigh values
-        self.partners: dict[int, set[int]] = defaultdict(set)  # columns that multiply each other
+        self.partners: dict[int, set[int]] = defaultdict(set)  # columns that go on together
         self.linear: set[int] = set()  # uses with nothing but a product between them
         self.rows: dict[int, np.ndarray] = {}  # by use: the columns that its rows meet
 
@@ -122,7 +122,7 @@ class Reader:
         name, parameters = equation.primitive.name, equation.params
         shapes = [tuple(variable.aval.shape) for variable in equation.outvars]
         if name == "scan":
-            return self.scan(parameters, values)
+            return self.scan(equation, values)
         if name == "while":
             return self.loop(parameters, values)
         if name == "cond":
@@ -152,10 +152,14 @@ class Reader:
                 self.meet(("lost", name), value)
         return [_mixed(values, shape) for shape in shapes]
 
-    def scan(self, parameters: Any, values: list[Value]) -> list[Value]:
-        consts, carried = parameters["num_consts"], parameters["num_carry"]
-        head, carry, along = values[:consts], values[consts:][:carried], values[consts + carried :]
-        length, inner, rows = min(parameters["length"], LONGEST_SCAN), parameters["jaxpr"], []
+    def scan(self, equation: Any, values: list[Value]) -> list[Value]:
+        parameters, inner = equation.params, equation.params["jaxpr"]
+        # What is scanned along has one axis more outside than inside.
+        along = _longer(equation.invars, inner.jaxpr.invars)
+        carried = len(equation.outvars) - _longer(equation.outvars, inner.jaxpr.outvars)
+        places = len(values) - along - carried, len(values) - along
+        head, carry, along = values[: places[0]], values[slice(*places)], values[places[1] :]
+        length, rows = min(parameters["length"], LONGEST_SCAN), []
         # Zeros, as a cell starts from, are an activation all the same; a counter is not.
         carry = [Value(v.shape) if v.known is not None and v.shape else v for v in carry]
         steps = range(length)
@@ -224,6 +228,9 @@ class Reader:
                 continue
             if other.columns is not None and name == "mul":
                 self.gate(first, other)
+            elif other.columns is not None and name in SUMS:
+                # Products that are added, as a kernel's and that of its low-rank factors.
+                self.pair(first, other)
             elif other.last and name in SUMS:
                 # A residual connection: the sum is nobody's column.
                 return mixed
@@ -238,11 +245,7 @@ class Reader:
                 self.meet(("gate", self.dots, 0), a)
                 self.meet(("gate", self.dots, 1), b)
             return
-        pairs = np.unique(np.stack([a.columns.ravel(), b.columns.ravel()]), axis=1)
-        few = [len(np.unique(side)) for side in pairs]
-        if few[0] == few[1] == pairs.shape[1]:
-            for one, other in pairs.T.tolist():
-                self.partners[one].add(other)
+        pairs, few = self.pair(a, b)
         for value, fewer, more in ((a, *few), (b, *few[::-1])):
             if fewer < more == pairs.shape[1]:
                 self.meet(("scale",), value)
@@ -250,6 +253,16 @@ class Reader:
                 gate, each = pairs if value is a else pairs[::-1]
                 for index, one in enumerate(np.unique(gate)):
                     self.note(("scaled", self.dots, index), each[gate == one])
+
+    def pair(self, a: Value, b: Value) -> tuple[np.ndarray, list[int]]:
+        """Notes columns that go on together one by one: what one of them meets both meet."""
+        assert a.columns is not None and b.columns is not None
+        pairs = np.unique(np.stack([a.columns.ravel(), b.columns.ravel()]), axis=1)
+        few = [len(np.unique(side)) for side in pairs]
+        if few[0] == few[1] == pairs.shape[1]:
+            for one, other in pairs.T.tolist():
+                self.partners[one].add(other)
+        return pairs, few
 
     def dot(self, parameters: Any, values: list[Value], shape: tuple[int, ...]) -> Value:
         a, b = values[:2]
@@ -522,6 +535,13 @@ def _inner(equation: Any) -> tuple[Any, Sequence[Any]]:
     return None, ()
 
 
+def _longer(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+    """How many of the last variables have an axis more outside than inside."""
+    ranks = zip(reversed(outside), reversed(inside), strict=True)
+    is_longer = (len(a.aval.shape) > len(b.aval.shape) for a, b in ranks)
+    return sum(1 for _ in itertools.takewhile(bool, is_longer))
+
+
 def _fits(shape: Sequence[int], out: Sequence[int]) -> bool:
     """Whether a shape is that of the result, or of one number along some axes or all."""
     pairs = zip(shape, out, strict=False)
@@ -559,6 +579,15 @@ def _split(_: Reader, parameters: Any, values: list[Value], shapes: Any) -> list
     ends, axis = np.cumsum(parameters["sizes"])[:-1], parameters["axis"]
     return [_moved(values[0], lambda array, i=i: np.split(array, ends, axis)[i])
             for i in range(len(shapes))]  # fmt: skip
+
+
+def _stacked(_: Reader, parameters: Any, values: list[Value], shapes: Any) -> list[Value]:
+    return [_joined(values, functools.partial(np.stack, axis=parameters["axis"]))]
+
+
+def _unstacked(_: Reader, parameters: Any, values: list[Value], shapes: Any) -> list[Value]:
+    axis = parameters["axis"]
+    return [_moved(values[0], lambda a, i=i: a.take(i, axis)) for i in range(len(shapes))]
 
 
 def _padded(self: Reader, parameters: Any, values: list[Value], shapes: Any) -> list[Value]:
@@ -601,6 +630,8 @@ MOVES: dict[str, Callable[..., list[Value]]] = {
     "slice": _simple(_slice),
     "split": _split,
     "concatenate": _concatenated,
+    "stack": _stacked,  # with `unstack`, of JAX 0.12
+    "unstack": _unstacked,
     "pad": _padded,
     "gather": Reader.gather,
     "dynamic_slice": Reader.dynamic_slice,
