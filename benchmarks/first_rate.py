@@ -288,8 +288,11 @@ def page(losses: dict[Run, float], record: dict[str, Any]) -> str:
         rows = [
             [f"`{optimizer}`", *_cells(losses, name, steps, optimizer, rates)]
             for optimizer in OPTIMIZERS
+            if any(run[:3] == (name, steps, optimizer) for run in losses)
         ]
-        header = f"{name}, {steps} steps", *(f"{rate:g}" for rate in rates), "mean of three seeds"
+        header = [f"{name}, {steps} steps", *(f"{rate:g}" for rate in rates), "mean of three seeds"]
+        if not any(row[-1] for row in rows):
+            header, rows = header[:-1], [row[:-1] for row in rows]
         parts.append(results.markdown(header, rows))
     return "\n\n".join([*parts, results.caption(record)])
 
