@@ -394,9 +394,7 @@ def denoiser(params, x):
 # What the default rules read otherwise than the program uses it, by case. A leaf that is read
 # rightly again fails its test, and goes from here.
 MISREAD = {
-    "heads_everywhere": {
-        "blocks/{0..2}/attention/{q,k,v,o}_proj/kernel"
-    },  # the output is (d, h, k)
+    "heads_everywhere": {"blocks/{0..2}/attention/o_proj/kernel"},  # it writes axis 0
     "denoiser": {"time/linear_{1,2}/kernel"},  # the blocks read what the second makes
 }
 
