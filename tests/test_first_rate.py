@@ -23,7 +23,7 @@ def test_both_models_are_run_at_two_lengths_with_teon_muon_and_adamw():
     assert lengths == {(CHEAP, 100), (CHEAP, 50), ("train_gpt", 200), ("train_gpt", 100)}
     for task, steps in lengths:
         found = {run.optimizer for run in all_losses() if run[:2] == (task, steps)}
-        assert {SAME, MUON, ADAMW} < found
+        assert {SAME, MUON, ADAMW} <= found
 
 
 def test_more_seeds_are_of_the_best_rate_of_the_first():
