@@ -85,7 +85,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def made_up(d: int) -> dict[str, list[Inputs]]:
-    """Gaussian matrices, and those with singular values 1, 1/2, 1/3, ...; square and 2:1."""
+    """Makes Gaussian matrices, and those with singular values 1, 1/2, ...; square and 2:1."""
     rng = np.random.default_rng(0)
     gaussian, power_law = [], []
     for ratio in RATIOS:
@@ -98,7 +98,7 @@ def made_up(d: int) -> dict[str, list[Inputs]]:
 
 
 def read_momentum(path: Path) -> dict[str, np.ndarray]:
-    """The momentum's leaves by path, from a run's newest checkpoint or from an .npz."""
+    """Reads the momentum's leaves by path, from a run's newest checkpoint or from an .npz."""
     if path.is_file():
         with np.load(path) as file:
             return dict(file)
@@ -118,7 +118,7 @@ def read_momentum(path: Path) -> dict[str, np.ndarray]:
 
 
 def joint_matrices(momentum: Mapping[str, np.ndarray]) -> list[Inputs]:
-    """What the default rules orthogonalize jointly, by shape; all of them are of mode 1."""
+    """Joins what the default rules orthogonalize together, by shape; all of it is of mode 1."""
     by_shape: dict[tuple[int, ...], list[np.ndarray]] = {}
     for group in plan(dict(momentum)).groups:
         joint = np.concatenate([momentum[path] for path in group.members])
@@ -142,7 +142,7 @@ def describe(spectrum: Sequence[Inputs]) -> dict[str, Any]:
 def measure(
     spectra: Mapping[str, list[Inputs]], methods: Sequence[str], formats: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """A row for each method, format and restarts; figures for each spectrum."""
+    """Measures a row for each method, format and restarts, with figures for each spectrum."""
     rows = []
     for method, products in itertools.product(methods, formats):
         # Exact products tolerate any restarts; bf16, the coarsest, shows what the default is for.
@@ -157,7 +157,7 @@ def measure(
 def errors(
     spectrum: Sequence[Inputs], method: str, products: str, restarts: str
 ) -> dict[str, float]:
-    """`largest` and `kept` are the worst over all matrices, `rms` and `distance` their means."""
+    """Sums errors up: `largest` and `kept` are the worst matrix's, `rms` and `distance` means."""
     largest, kept, squares, distances = 0.0, np.inf, [], []
     for M, singular_values in spectrum:
         X = orthogonalized(M, method, products, restarts)
@@ -179,21 +179,21 @@ def errors(
 
 
 def orthogonalized(matrices: np.ndarray, method: str, products: str, restarts: str) -> np.ndarray:
-    """What the library makes of them, with its products rounded to a format."""
+    """Orthogonalizes matrices as the library does, with products rounded to a format."""
     steps = steps_of(method, matrices.shape[1:], products, restarts)
     function = polynomial(method, products, steps)
     return np.asarray(function(jnp.float32(matrices)), np.float64)
 
 
 def steps_of(method: str, shape: Sequence[int], products: str, restarts: str) -> tuple[int, ...]:
-    """The default restarts, or one of the two ends: every step direct, all in one segment."""
+    """Chooses the default restarts, or an end: every step direct, all in one segment."""
     m, n = shape
     default = Numerics(resolve(method), precision(products)).restarts(m, n)
     return {"default": default, "direct": (1,) * sum(default), "whole": (sum(default),)}[restarts]
 
 
 def precision(products: str) -> jax.lax.PrecisionLike:
-    """What the precision is where products are computed like this."""
+    """Finds the precision of products that are computed like this."""
     exact = jax.lax.Precision.HIGHEST if products == "float32" else jax.lax.Precision.DEFAULT
     return ON_DEVICE.get(products, exact)
 
@@ -202,7 +202,7 @@ def precision(products: str) -> jax.lax.PrecisionLike:
 def polynomial(
     method: str, products: str, restarts: tuple[int, ...]
 ) -> Callable[[jax.Array], jax.Array]:
-    """The library's own function of a batch of matrices, compiled once for each shape."""
+    """Compiles the library's own function of a batch of matrices, once for each shape."""
 
     def run(batch: jax.Array) -> jax.Array:
         numerics = Numerics(resolve(method), precision(products))
@@ -213,7 +213,7 @@ def polynomial(
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row for each method, format and restarts: largest / smallest kept / RMS of |sigma - 1|."""
+    """Shows for each method, format and restarts: largest / smallest kept / RMS of |sigma - 1|."""
     names = list(record["spectra"])
     rows = []
     for row in record["rows"]:
@@ -234,7 +234,7 @@ def table(record: dict[str, Any]) -> str:
 def plot(
     spectra: Mapping[str, list[Inputs]], methods: Sequence[str], formats: Sequence[str]
 ) -> Figure:
-    """Singular values before and after, by method, in float32 and bf16 or else all formats."""
+    """Draws singular values before and after, by method, in float32 and bf16 or all formats."""
     figure = Figure(figsize=(5 * len(spectra), 4), layout="constrained")
     panels = figure.subplots(1, len(spectra), sharey=True, squeeze=False)[0]
     shown = [products for products in ("float32", "bf16") if products in formats] or formats

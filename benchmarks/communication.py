@@ -102,7 +102,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def start(model: str) -> dict[str, Any]:
-    """The record before anything is compiled: the kernels, and one device's products."""
+    """Begins the record, before anything is compiled: kernels, and one device's products."""
     shapes = kernels(model)
     single = {}
     for name, optimizer in optimizers(shapes, None).items():
@@ -123,7 +123,7 @@ def start(model: str) -> dict[str, Any]:
 def measured(
     options: argparse.Namespace, count: int, known: dict[str, Any]
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(layout, peer, figures) of what is not known, from a process with so many devices."""
+    """Yields (layout, peer, figures) of what is missing, from a process with so many devices."""
     asked = [(layout, peer) for layout in options.layouts for peer in options.peers]
     wanted = [(layout, peer) for layout, peer in asked if peer not in known.get(layout, {})]
     if not wanted:
@@ -148,7 +148,7 @@ def measured(
 
 
 def print_figures(options: argparse.Namespace) -> None:
-    """For each pair of a layout and a peer a line of JSON."""
+    """Prints a line of JSON for each pair of a layout and a peer."""
     (count,), shapes = options.devices, kernels(options.model)
     for layout, peer in zip(options.layouts, options.peers, strict=True):
         chosen = (LAYOUTS | EXPLICIT)[layout]
@@ -163,7 +163,7 @@ def print_figures(options: argparse.Namespace) -> None:
 
 
 def kernels(model: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """What TEON and Muon take of a model, by path: nothing is allocated."""
+    """Lists by path what TEON and Muon take of a model: nothing is allocated."""
     shapes = update_cost.parameter_shapes(model, "float32")
     taken = {path for group in plan(shapes, update_cost.RULES).groups for path in group.members}
     by_path = {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(shapes)}
@@ -177,7 +177,7 @@ def path_of(keys: Any) -> str:
 def optimizers(
     shapes: dict[str, jax.ShapeDtypeStruct], shardings: Any
 ) -> dict[str, optax.GradientTransformation]:
-    """Each of them takes all kernels."""
+    """Makes the peers, each of which takes all kernels."""
     rate = update_cost.LEARNING_RATE
     return {
         TEON: teon(rate, update_cost.RULES, shardings=shardings),
@@ -189,7 +189,7 @@ def optimizers(
 def placed(
     shapes: dict[str, jax.ShapeDtypeStruct], layout: Layout, count: int
 ) -> dict[str, NamedSharding]:
-    """Where kernels lie; an axis of the mesh that does not divide its axis goes along the other."""
+    """Places kernels; an axis of the mesh that does not divide its axis goes along the other."""
     free = count // math.prod(size for size in layout.axes.values() if size)
     sizes = {name: size or free for name, size in layout.axes.items()}
     mesh = jax.make_mesh(
@@ -217,7 +217,7 @@ def figures(
     shapes: dict[str, jax.ShapeDtypeStruct],
     shardings: dict[str, NamedSharding],
 ) -> dict[str, float]:
-    """Of the compiled update, for one device; moments lie as their parameters do."""
+    """Measures the compiled update of one device; moments lie as their parameters do."""
     params = {
         path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[path])
         for path, leaf in shapes.items()
@@ -243,7 +243,7 @@ def figures(
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row for each layout and count of devices; in parentheses the ratio to Muon."""
+    """Shows a row for each layout and count of devices; in parentheses the ratio to Muon."""
     rows = []
     for layout in LAYOUTS:
         for count, found in sorted(record["rows"].items(), key=lambda item: int(item[0])):
@@ -267,7 +267,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def alone_rows(record: dict[str, Any]) -> list[list[str]]:
-    """A row for each layout, type of axes and count of devices, from 8 on, measured with K = 1."""
+    """Makes a row for each layout, type of axes and count of devices from 8 on, with K = 1."""
     rows = []
     for name in EXPLICIT:
         base = name.removesuffix(" Explicit")
@@ -290,7 +290,7 @@ def alone_cells(ours: dict[str, Any], muon: dict[str, Any]) -> list[str]:
 
 
 def collectives(found: dict[str, Any]) -> str:
-    """How many of each kind run, or the error that there was instead."""
+    """Tells how many of each kind run, or the error that there was instead."""
     if "error" in found:
         return found["error"].partition(":")[0]
     counts = [f"{found[kind]:g} {kind}" for kind in COLLECTIVES if kind in found]
@@ -317,7 +317,7 @@ def shown(value: float, unit: float) -> str:
 
 
 def plot(record: dict[str, Any]) -> Figure:
-    """Bytes and FLOPs of a device against the number of devices."""
+    """Draws bytes and FLOPs of a device against the number of devices."""
     figure = Figure(figsize=(13, 5), layout="constrained")
     counts = sorted(map(int, record["rows"]))
     titles = {

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def grown(before: dict[str, Any], after: dict[str, Any], share: float) -> list[str]:
-    """A line for each gated figure of TEON that grew by more than this share, or is gone."""
+    """Writes a line for each gated figure of TEON that grew by more than this share, or is gone."""
     lines = []
     for name, old in before["optimizers"].items():
         new = after["optimizers"].get(name, {})
@@ -55,7 +55,7 @@ def grown(before: dict[str, Any], after: dict[str, Any], share: float) -> list[s
 
 
 def ratios(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """A row for each optimizer that both files have."""
+    """Shows a row for each optimizer that both files have."""
     olds, news = before["optimizers"], after["optimizers"]
     both = [name for name in olds if name in news]
     shown = [f for f in FIGURES if any(f in olds[name] and f in news[name] for name in both)]

@@ -66,7 +66,7 @@ def transformer(
 
 
 def cost(groups: Groups, n: int, steps: int = 5, exact: bool = True, replicas: int = 1) -> Cost:
-    """By the formulas of docs/at_scale.md.
+    """Computes the cost by the formulas of docs/at_scale.md.
 
     Args:
       groups: What is orthogonalized.
@@ -91,7 +91,7 @@ def cost(groups: Groups, n: int, steps: int = 5, exact: bool = True, replicas: i
 
 
 def segments(d: int, columns: float, steps: int, exact: bool) -> int:
-    """k, how often Gram matrices are formed."""
+    """Counts k, how often Gram matrices are formed."""
     if columns < 1.5 * d:
         return steps
     if exact:
@@ -112,7 +112,7 @@ def products(d: int, columns: float, steps: int, exact: bool) -> float:
 
 @functools.cache
 def deal(d: int, lengths: tuple[int, ...], n: int, steps: int, exact: bool) -> list[Row]:
-    """The rows, from the longest groups to the shortest, that have the fewest FLOPs."""
+    """Deals groups, from the longest to the shortest, into the rows that have the fewest FLOPs."""
     best: list[tuple[float, list[Row]]] = [(0.0, [])]
     for left in range(1, len(lengths) + 1):  # the last `left` groups
         rest = lengths[len(lengths) - left :]

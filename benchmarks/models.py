@@ -68,7 +68,7 @@ def _names(text: str) -> list[str]:
 
 
 def figures(name: str) -> dict[str, Any]:
-    """Everything about one model: where it is from, and what each optimizer multiplies."""
+    """Measures one model: where it is from, and what each optimizer multiplies."""
     architecture = ARCHITECTURES[name]
     shapes = architecture.shapes()
     rules = default_rules(shapes, first=WRITTEN_RULES.get(name, ()))
@@ -87,12 +87,12 @@ def figures(name: str) -> dict[str, Any]:
 
 
 def in_mode_2(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The same rules, with layers joined over fan_in."""
+    """Rewrites rules so that layers are joined over fan_in."""
     return tuple(dataclasses.replace(r, mode=2) if r.stack > 1 else r for r in rules)
 
 
 def muon(shapes: Tree, rules: Sequence[Rule]) -> optax.GradientTransformation:
-    """`optax.contrib.muon` of the leaves that TEON takes, each read along the same axes.
+    """Makes `optax.contrib.muon` of the leaves that TEON takes, each read along the same axes.
 
     A leaf that holds several matrices side by side (a fused projection) is one matrix to it.
     """
@@ -115,7 +115,7 @@ def muon(shapes: Tree, rules: Sequence[Rule]) -> optax.GradientTransformation:
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:
-    """A model's columns: figures of TEON over those of `optax.contrib.muon`."""
+    """Divides a model's figures of TEON by those of `optax.contrib.muon`."""
     base = row["optimizers"][BASE]
     found = {
         column: row["optimizers"][peer][figure] / base[figure]
@@ -125,7 +125,7 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row for each model, and the two that gain most and least."""
+    """Shows a row for each model, and the two that gain most and least."""
     rows, of_models = [], {name: ratios(row) for name, row in record["models"].items()}
     for name, row in record["models"].items():
         sizes = row["parameters"]

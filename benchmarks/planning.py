@@ -39,7 +39,7 @@ FIGURES = {
 
 
 def parameters(depth: int, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """A GPT of so many blocks."""
+    """Makes the parameters of a GPT of so many blocks."""
     square, up = jnp.ones((WIDTH, WIDTH), dtype), jnp.ones((WIDTH, 4 * WIDTH), dtype)
 
     def block() -> dict[str, Any]:
@@ -56,7 +56,7 @@ def parameters(depth: int, dtype: Any = jnp.float32) -> dict[str, Any]:
 
 
 def measured(depth: int, repetitions: int, with_muon: bool) -> dict[str, float]:
-    """Seconds by figure. Every figure that says "again", and the eager one, is a minimum."""
+    """Measures seconds by figure; each that says "again", and the eager one, is a minimum."""
     params = parameters(depth)
     optimizer = teon_optax.teon(0.02)
     rule_per_leaf = [
@@ -99,7 +99,7 @@ def measured(depth: int, repetitions: int, with_muon: bool) -> dict[str, float]:
 
 
 def table(record: dict[str, Any], before: dict[str, Any] | None) -> str:
-    """A row for each depth and version: milliseconds."""
+    """Shows milliseconds, a row for each depth and version."""
     versions = {"after": record} if before is None else {"before": before, "after": record}
     rows = []
     for depth in record["depths"]:
@@ -121,7 +121,7 @@ def _milliseconds(seconds: float | None) -> str:
 
 
 def plot(record: dict[str, Any], before: dict[str, Any] | None) -> Figure:
-    """Time of the second trace and of an eager update by depth."""
+    """Draws the time of the second trace and of an eager update by depth."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for version, style, when in ((before, ":", ", before"), (record, "-", "")):

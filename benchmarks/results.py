@@ -21,7 +21,7 @@ PACKAGES = ("jax", "jaxlib", "optax", "numpy", "torch")
 
 
 def environment(folder: str = ".") -> dict[str, Any]:
-    """The last commit that changed a folder; machine, device and versions of this process."""
+    """Finds the last commit that changed a folder, and this process' machine and versions."""
     commit = _git("log", "-1", "--format=%H", "--", folder)
     changed = _git("status", "--porcelain", "--", "teon_optax", "benchmarks/*.py")
     return {
@@ -38,7 +38,7 @@ def environment(folder: str = ".") -> dict[str, Any]:
 
 
 def caption(record: dict[str, Any]) -> str:
-    """One line under a table: where and with what it was measured."""
+    """Says in a line under a table where and with what it was measured."""
     where = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     return (
@@ -89,7 +89,7 @@ def publish(
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are figures."""
+    """Writes a table, whose first column is text and the others figures."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 

@@ -48,7 +48,7 @@ class Network(NamedTuple):
 
 
 def mlp(*widths: int) -> Network:
-    """Layers of these widths, on 64 Gaussian inputs."""
+    """Makes layers of these widths, on 64 Gaussian inputs."""
     keys = jax.random.split(jax.random.key(0), len(widths) + 1)
     params = {
         f"layer_{i}": {
@@ -71,7 +71,7 @@ def mlp(*widths: int) -> Network:
 
 
 def gpt(width: int, depth: int) -> Network:
-    """A GPT of 1,024 tokens, on 2 sequences of 32; query, key and value in pairs of layers."""
+    """Makes a GPT of 1,024 tokens, on 2 sequences of 32; Q, K and V are in pairs of layers."""
     model = gpts.GPT(small_gpt(width, depth))
     tokens = jax.random.randint(jax.random.key(0), (2, 33), 0, 1024)
     params = model.init(jax.random.key(1), tokens[:, :-1])["params"]
@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def shapes_of(shapes: Sequence[tuple[int, int]]) -> Tree:
-    """A tree with a kernel of each shape."""
+    """Makes a tree with a kernel of each shape."""
     return {
         f"layer_{i}": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}
         for i, shape in enumerate(shapes)
@@ -140,7 +140,7 @@ def shapes_like(params: Tree) -> Tree:
 
 
 def optimizers(shapes: Tree, rules: Sequence[Rule]) -> dict[str, optax.GradientTransformation]:
-    """The peers; what TEON leaves to AdamW, so does Muon."""
+    """Makes the peers; what TEON leaves to AdamW, so does Muon."""
     return {
         BASE: measuring.muon(plan(shapes, rules), RATE),
         "teon": teon(RATE, rules),
@@ -149,7 +149,7 @@ def optimizers(shapes: Tree, rules: Sequence[Rule]) -> dict[str, optax.GradientT
 
 
 def steps_a_second(network: Network, seconds: float) -> dict[str, dict[str, float]]:
-    """Of whole training steps (gradient, update, new parameters), in turns for so many seconds."""
+    """Times whole training steps (gradient, update, new parameters), in turns, for seconds."""
     found = optimizers(shapes_like(network.params), network.rules)
     peers = {name: training(network, optimizer) for name, optimizer in found.items()}
     taken = measuring.time_in_turns(peers, FEWEST_TURNS, seconds)
@@ -164,7 +164,7 @@ def steps_a_second(network: Network, seconds: float) -> dict[str, dict[str, floa
 
 
 def training(network: Network, optimizer: optax.GradientTransformation) -> Callable[[], Any]:
-    """A call trains some steps further."""
+    """Makes a function each call of which trains some steps further."""
 
     @jax.jit
     def step(params: Tree, state: Any) -> tuple[Tree, Any]:
@@ -184,7 +184,7 @@ def training(network: Network, optimizer: optax.GradientTransformation) -> Calla
 
 
 def table(record: dict[str, Any]) -> str:
-    """Two tables, a row for each network or tree; in parentheses ratios to Muon."""
+    """Shows two tables, a row for each network or tree; in parentheses ratios to Muon."""
     pages = []
     if record["steps"]:
         names = list(next(iter(record["steps"].values())))
@@ -223,7 +223,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def plot(record: dict[str, Any]) -> Figure:
-    """Ratios to Muon: compile and trace together, and the time of a whole step."""
+    """Draws ratios to Muon: compile and trace together, and the time of a whole step."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     both = figure.subplots(1, 2)
     panels = (

@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
     @property
     def constants(self) -> dict[str, float]:
-        """L of both norms."""
+        """Computes L of both norms."""
         return {
             "muon": float(self.curvature.sum()),
             "teon": float(self.curvature.max(axis=0).sum()),
@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
     @property
     def gradient(self) -> np.ndarray:
-        """Of the start."""
+        """Computes the gradient at the start."""
         return self.curvature.T[:, None, :] * self.start
 
 
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def problems(count: int, size: int = SIZE) -> dict[str, Problem]:
-    """Both ends of the inequality; at K, three ways in which layers may be alike."""
+    """Makes both ends of the inequality; at K, three ways in which layers may be alike."""
     curvature = np.geomspace(1, 1 / CONDITION, size)
     alike = np.broadcast_to(curvature, (count, size))
     owner = np.arange(size) % count == np.arange(count)[:, None]
@@ -134,18 +134,18 @@ METHODS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def dual_norm(name: str, gradient: Any) -> float:
-    """The nuclear norm: of every layer, or of the joint matrix."""
+    """Computes the nuclear norm of every layer, or of the joint matrix."""
     gradient = jnp.asarray(gradient, jnp.float32)
     return float(jnp.sum(METHODS[name](gradient) * gradient))
 
 
 def sharp_steps(problem: Problem, name: str) -> int:
-    """Steepest descent until the gradient is small."""
+    """Descends most steeply until the gradient is small, and counts steps."""
     return _run(problem, name, 0.0, MOST_STEPS)
 
 
 def fixed_steps(problem: Problem, name: str) -> int:
-    """The smallest T, to 2 %, whose own step length makes the gradient small within T steps."""
+    """Finds the smallest T, to 2 %, whose step length makes the gradient small in T steps."""
     first = 0.5 * float(np.sum(problem.gradient * problem.start))
 
     def enough(total: int) -> bool:
@@ -218,7 +218,7 @@ def _found(steps: tuple[int, int]) -> tuple[str, str]:
 
 
 def plot(outcomes: Mapping[tuple[str, int], Outcome]) -> Figure:
-    """Found against predicted."""
+    """Draws what was found against what was predicted."""
     figure = Figure(figsize=(9, 4.5), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, prediction in zip(panels, ("constants", "bound"), strict=True):

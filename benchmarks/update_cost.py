@@ -32,7 +32,7 @@ from tests.counting import ProductCount, count_products
 
 
 def small_gpt(width: int, depth: int) -> gpts.ModelConfig:
-    """A GPT whose embeddings weigh as little as they do in a large one."""
+    """Makes a GPT whose embeddings weigh as little as they do in a large one."""
     return dataclasses.replace(gpts.gpt(width, depth, 4, 128), vocab_size=1024)
 
 
@@ -97,7 +97,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parameter_shapes(model: str, dtype: str, depth: int | None = None) -> Tree:
-    """A model's parameters as shapes: nothing is allocated."""
+    """Lists a model's parameters as shapes: nothing is allocated."""
     if model == EXPERTS:
         return expert_shapes(dtype, depth or 4)
     config = MODELS[model]
@@ -108,7 +108,7 @@ def parameter_shapes(model: str, dtype: str, depth: int | None = None) -> Tree:
 
 
 def expert_shapes(dtype: str, depth: int) -> Tree:
-    """Blocks of 256 experts, each with an MLP of its own."""
+    """Lists shapes of blocks of 256 experts, each with an MLP of its own."""
     width, hidden, experts = 512, 256, 256
     attention = {name: {"kernel": (width, width)} for name in ("query", "key", "value", "out")}
     mlps = {"up": (experts, width, hidden), "down": (experts, hidden, width)}
@@ -120,7 +120,7 @@ def expert_shapes(dtype: str, depth: int) -> Tree:
 
 
 def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
-    """The peers. Muon orthogonalizes the leaves that TEON does, and both leave the rest to Adam."""
+    """Makes the peers: Muon takes the leaves that TEON does, and both leave the rest to Adam."""
     ours = {"teon polar_express": {}, "teon schatten": {"method": "schatten"}}
     if jax.default_backend() == "gpu":  # whose default for float32 operands is TF32
         bf16 = {"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32}
@@ -137,7 +137,7 @@ def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
 
 
 def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Every figure of every peer."""
+    """Measures every figure of every peer."""
     found = optimizers(plan(shapes, RULES))
     figures: dict[str, dict[str, float]] = {name: products(o, shapes) for name, o in found.items()}
     repetitions = max(1, options.compilations)
@@ -164,7 +164,7 @@ def measure(shapes: Tree, options: argparse.Namespace) -> dict[str, dict[str, fl
 
 
 def products(optimizer: optax.GradientTransformation, shapes: Tree) -> dict[str, float]:
-    """What the update multiplies, here and where the policy sees a TPU."""
+    """Counts what the update multiplies, here and where the policy sees a TPU."""
     state = jax.eval_shape(optimizer.init, shapes)
 
     def count() -> ProductCount:
@@ -178,7 +178,7 @@ def products(optimizer: optax.GradientTransformation, shapes: Tree) -> dict[str,
 
 
 def depth_figures(model: str, depth: int, dtype: str) -> dict[str, dict[str, float]]:
-    """The program's size at another depth of the model."""
+    """Measures the program at another depth of the model."""
     shapes = parameter_shapes(model, dtype, depth)
     found = optimizers(plan(shapes, RULES)).items()
     return {name: measuring.compile_update(optimizer, shapes)[1] for name, optimizer in found}
@@ -190,7 +190,7 @@ def jax_update(
     gradients: Tree,
     params: Tree,
 ) -> Peer:
-    """A call of the compiled update, with the state after its first step."""
+    """Makes a call of the compiled update, with the state after its first step."""
     _, state = compiled(gradients, optimizer.init(params), params)
     return lambda: jax.block_until_ready(compiled(gradients, state, params))
 
@@ -206,14 +206,14 @@ def gaussian(shapes: Tree, seed: int) -> Tree:
 
 
 def kind_of(name: str, dtype: str) -> str:
-    """What a peer multiplies: arrays of the tree's dtype, or, TEON, always those of float32."""
+    """Names what a peer multiplies: the tree's dtype, but float32 always for TEON."""
     if not name.startswith("teon"):
         return dtype
     return "float32, bf16" if name.endswith("bf16") else "float32"
 
 
 def roofline(options: argparse.Namespace, kind: str) -> tuple[Peer, int]:
-    """A batched matmul of that kind, and its FLOPs: the rate that a peer's products can have.
+    """Makes a batched matmul of a kind, and its FLOPs: the rate that products can have.
 
     An accelerator finishes one matmul in no more time than its launch takes, so there it is a
     hundred, one after another.
@@ -239,7 +239,7 @@ def roofline(options: argparse.Namespace, kind: str) -> tuple[Peer, int]:
 
 
 def torch_step(torch: types.ModuleType, shapes: Tree) -> Peer:
-    """`torch.optim.Muon` (bfloat16 products) and AdamW, which also change the parameters."""
+    """Makes a step of `torch.optim.Muon` (bfloat16 products) and AdamW, parameters included."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     taken = {path for group in plan(shapes, RULES).groups for path in group.members}
     matrices, others = [], []
@@ -268,7 +268,7 @@ def torch_step(torch: types.ModuleType, shapes: Tree) -> Peer:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A row per peer; in parentheses the ratio to `optax.contrib.muon`."""
+    """Shows a row per peer; in parentheses the ratio to `optax.contrib.muon`."""
     peers = {n: row for n, row in record["optimizers"].items() if not n.startswith(MATMUL)}
     shown = [figure for figure in FIGURES if any(figure in row for row in peers.values())]
     rows = [[name, *(cell(record, name, figure) for figure in shown)] for name in peers]
@@ -306,7 +306,7 @@ def cell(record: dict[str, Any], name: str, figure: str) -> str:
 
 
 def share_of_roofline(record: dict[str, Any], name: str) -> str:
-    """Time that the products alone would take, over the time that the update took."""
+    """Divides the time that the products alone would take by that of the update."""
     row = record["optimizers"][name]
     if not row.get("flops"):
         return "-"
@@ -316,7 +316,7 @@ def share_of_roofline(record: dict[str, Any], name: str) -> str:
 
 
 def plot(record: dict[str, Any]) -> Figure:
-    """Ratios to Muon as bars; HLO lines against depth, where they were measured."""
+    """Draws ratios to Muon as bars, and HLO lines against depth where they were measured."""
     figure = Figure(figsize=(11 if record["depths"] else 7, 4), layout="constrained")
     axes = figure.subplots(1, 2 if record["depths"] else 1, squeeze=False)[0]
     optimizers = record["optimizers"]

@@ -52,24 +52,24 @@ class Program:
                 current[found[1]] = Instruction(found[2], found[3], found[4])
 
     def flops(self) -> float:
-        """Multiplications and additions of all products."""
+        """Sums multiplications and additions of all products."""
         return self._total(self._flops)
 
     def bytes_out(self, kind: str | None = None) -> float:
-        """Bytes that come out of collectives, or of those of one kind."""
+        """Sums bytes that come out of collectives, or of those of one kind."""
         kinds = COLLECTIVES if kind is None else (kind,)
         return self._total(lambda _, own: _size(own.shape) if own.operation in kinds else 0)
 
     def wire_bytes(self) -> float:
-        """Bytes that one device sends, where every collective goes round a ring."""
+        """Sums bytes that one device sends, where every collective goes round a ring."""
         return self._total(self._wire)
 
     def count(self, kind: str) -> float:
-        """How many collectives of a kind run."""
+        """Counts the collectives of a kind that run."""
         return self._total(lambda _, own: own.operation == kind)
 
     def largest_gather(self) -> int:
-        """Bytes of the largest array that an all-gather makes."""
+        """Finds the bytes of the largest array that an all-gather makes."""
         everything = (own for names in self._computations.values() for own in names.values())
         return max(
             (_size(own.shape) for own in everything if own.operation == "all-gather"), default=0
@@ -116,7 +116,7 @@ class Program:
 
 
 def _lengths(shape: str) -> list[list[int]]:
-    """Of the axes of each array of a shape, which may be a tuple."""
+    """Reads the lengths of the axes of each array of a shape, which may be a tuple."""
     return [
         [int(length) for length in found.split(",") if length] for _, found in _SHAPE.findall(shape)
     ]

@@ -62,7 +62,7 @@ def count_products(function: Callable[..., Any], *args: Any) -> ProductCount:
 
 
 def passes(eqn: Any) -> int:
-    """How many passes a TPU takes for one `dot_general`: 1, 3 or 6.
+    """Tells how many passes a TPU takes for one `dot_general`: 1, 3 or 6.
 
     Raises:
       ValueError: If its precision is another `jax.lax.DotAlgorithmPreset` than BF16_BF16_F32.
@@ -77,7 +77,7 @@ def passes(eqn: Any) -> int:
 
 
 def _trip_count(eqn: core.JaxprEqn, known: Mapping[core.Var, Any]) -> int:
-    """How often a `while` runs that counts to a constant bound, as that of a `fori_loop` does."""
+    """Tells how often a `while` runs that counts to a constant bound, as in a `fori_loop`."""
     start, bound, step = (
         known.get(atom) if isinstance(atom, core.Var) else getattr(atom, "val", None)
         for atom in _counter(eqn) or (None, None, None)
@@ -91,7 +91,7 @@ def _trip_count(eqn: core.JaxprEqn, known: Mapping[core.Var, Any]) -> int:
 
 
 def _counter(eqn: core.JaxprEqn) -> tuple[Any, Any, Any] | None:
-    """Start, bound and step of a `while` that adds a step while it is below a bound, else None."""
+    """Finds start, bound and step of a `while` that adds steps while below a bound, or None."""
     condition, body = eqn.params["cond_jaxpr"].jaxpr, eqn.params["body_jaxpr"].jaxpr
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     before = [*eqn.invars[:n_cond], *eqn.invars[n_cond + n_body :]]
@@ -148,7 +148,7 @@ def _count_one(eqn: core.JaxprEqn, known: Mapping[core.Var, Any]) -> ProductCoun
 
 
 def _known_inside(jaxpr: core.Jaxpr, eqn: core.JaxprEqn, known: Mapping) -> Mapping:
-    """Constants that a call hands to its jaxpr; loops and branches start with none."""
+    """Finds constants that a call hands to its jaxpr; loops and branches start with none."""
     if eqn.primitive not in CALLED_ONCE:
         return {}
     constants = {}

@@ -16,7 +16,7 @@ FORMATS = {"bf16": (8, 7), "tf32": (8, 10), "fp16": (5, 10)}
 
 
 def with_products_in(one_pass: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` with the operands of every `dot_general` rounded as its precision says.
+    """Rounds the operands of every `dot_general` of a function as its precision says.
 
     | operands       | DEFAULT        | HIGH                       | HIGHEST  |
     |----------------|----------------|----------------------------|----------|
@@ -44,7 +44,7 @@ def with_products_in(one_pass: str, function: Callable[..., Any]) -> Callable[..
 
 @functools.partial(jax.jit, static_argnames="bits")
 def rounded_to(x: jax.Array, bits: tuple[int, int]) -> jax.Array:
-    """float32 `x` in a format of so many bits of exponent and mantissa, subnormals included.
+    """Rounds float32 `x` to so many bits of exponent and mantissa, subnormals included.
 
     A pair of conversions would not do: XLA simplifies it away.
     """
@@ -75,7 +75,7 @@ def _rounded_product(bits: tuple[int, int], eqn: core.JaxprEqn, operands: Sequen
 
 
 def _parts(operand: jax.Array, bits: tuple[int, int], count: int) -> list[jax.Array]:
-    """Numbers of the format whose sum is nearly the operand."""
+    """Splits an operand into numbers of the format whose sum is nearly it."""
     if operand.dtype != jnp.float32:
         return [operand]
     parts = []
@@ -115,7 +115,7 @@ def _evaluate_one(eqn: core.JaxprEqn, operands: Sequence, round_product: Callabl
 
 
 def _rounded_param(param: Any, round_product: Callable) -> Any:
-    """A parameter of a loop or a branch, with the products rounded in the jaxprs that it holds."""
+    """Rounds the products in the jaxprs that a parameter of a loop or a branch holds."""
     if isinstance(param, tuple) and any(map(_is_jaxpr, param)):
         return tuple(_rounded_param(item, round_product) for item in param)
     if not _is_jaxpr(param):
