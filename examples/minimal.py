@@ -20,7 +20,7 @@ class Block(nnx.Module):
         self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x):
-        """(batch, time, width) to the same."""
+        """Maps (batch, time, width) to the same."""
         x = x + self.attn(self.attn_norm(x), mask=nnx.make_causal_mask(x[..., 0]))
         return x + self.down(nnx.gelu(self.up(self.mlp_norm(x))))
 
@@ -33,7 +33,7 @@ class GPT(nnx.Module):
         self.blocks = nnx.Sequential(*[Block(rngs) for _ in range(4)])
 
     def loss(self, tokens):
-        """Of each byte, given those before it."""
+        """Averages the loss of each byte, given those before it."""
         logits = self.head(self.blocks(self.embed(tokens[:, :-1])))
         return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
