@@ -16,21 +16,27 @@ _REMEDY = (
 
 
 def on_device(leaf: jax.typing.ArrayLike) -> Any:
-    """The leaf in the memory of its device: accelerators compute with nothing else."""
-    return _in_memory(leaf, jax.memory.Space.Device)
+    """Moves a leaf to the memory of its device: accelerators compute with nothing else."""
+    device = jax.memory.Space.Device
+    return leaf if jax.typeof(leaf).memory_space == device else jax.device_put(leaf, device)
 
 
 def kept_beside(leaf: jax.Array, other: jax.typing.ArrayLike) -> jax.Array:
-    """The leaf in the memory that another one is kept in."""
-    return _in_memory(leaf, jax.typeof(other).memory_space)
-
-
-def _in_memory(leaf: Any, space: Any) -> Any:
+    """Moves a leaf to the memory that another one is kept in."""
+    space = jax.typeof(other).memory_space
     return leaf if jax.typeof(leaf).memory_space == space else jax.device_put(leaf, space)
 
 
+def as_given(leaf: jax.Array, given: Any) -> jax.Array:
+    """Casts a leaf to the dtype of the one that it is in place of, and moves it to its memory.
+
+    `jax.lax.scan` wants states to be so.
+    """
+    return kept_beside(leaf.astype(given.dtype) if hasattr(given, "dtype") else leaf, given)
+
+
 def with_stable_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The optimizer, with a state that keeps its dtypes and may be kept in the memory of the host.
+    """Wraps an optimizer so that its state keeps its dtypes and may be in the memory of the host.
 
     Optax's first moment takes the dtype of the gradients at the first update, where params have
     another; `jax.lax.scan` and `optax.apply_if_finite` then raise. Leaves of float16 are computed
@@ -50,7 +56,8 @@ def with_stable_state(optimizer: optax.GradientTransformation) -> optax.Gradient
         new_updates, new_state = optimizer.update(wide, old_state, wide_params)
         _check_shapes((updates, state), (new_updates, new_state))
         new_updates = jax.tree.map(_narrowed, new_updates, given)
-        return jax.tree.map(kept_beside, new_updates, updates), kept_as(state, new_state)
+        new_updates = jax.tree.map(kept_beside, new_updates, updates)
+        return new_updates, jax.tree.map(as_given, new_state, state)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
@@ -67,40 +74,43 @@ def _narrowed(leaf: jax.Array, given: jax.Array) -> jax.Array:
 
 def check_restored(state: Any, updates: Any) -> None:
     """Raises if a state with `count` and `mu`, perhaps restored, is not of such updates."""
-    if problem := _problem(state, leaf_paths(state.mu), leaf_paths(updates)):
+    check_typed(state, ("count", "mu"))
+    if problem := _problem(state, updates):
         raise ValueError(f"{problem}{_REMEDY}")
 
 
-def _problem(
-    state: Any, kept: Sequence[tuple[str, Any]], updates: Sequence[tuple[str, Any]]
-) -> str | None:
-    """What tells that a state is not of these updates, if anything does."""
+def check_typed(state: Any, fields: Sequence[str]) -> None:
+    """Raises if a state has lost its types, as a checkpoint that is restored without a target."""
+    if not all(hasattr(state, field) for field in fields):
+        raise ValueError(
+            f"The state is a {type(state).__name__}, without {' and '.join(map(repr, fields))}: "
+            "perhaps a checkpoint that was restored without its types. Restore it into the tree of "
+            "`optimizer.init(params)`, as with Orbax's `StandardRestore(optimizer.init(params))` "
+            "or `flax.serialization.from_bytes(optimizer.init(params), ...)`."
+        )
+
+
+def _problem(state: Any, updates: Any) -> str | None:
+    """Says what tells that a state is not of these updates, if anything does."""
     if jnp.ndim(state.count):
         return f"The state's `count` has shape {jnp.shape(state.count)}, and should be one number"
-    if len(kept) != len(updates):
-        odd = sorted({path for path, _ in kept} ^ {path for path, _ in updates})
-        return (
-            f"The momentum `mu` has {len(kept)} leaves, and updates {len(updates)}; see {odd[:4]}"
-        )
-    for (path, update), (_, mu) in zip(updates, kept, strict=True):
+    kept, new = jax.tree.leaves(state.mu), jax.tree.leaves(updates)
+    if len(kept) != len(new):
+        odd = sorted({path for path, _ in leaf_paths(state.mu)} ^ {*dict(leaf_paths(updates))})
+        return f"The momentum `mu` has {len(kept)} leaves, and updates {len(new)}; see {odd[:4]}"
+    for index, (mu, update) in enumerate(zip(kept, new, strict=True)):
         if jnp.shape(mu) != jnp.shape(update):
             return (
-                f"The momentum `mu` of {path!r} has shape {jnp.shape(mu)}, and its update "
-                f"{jnp.shape(update)}"
+                f"The momentum `mu` of {leaf_paths(updates)[index][0]!r} has shape {jnp.shape(mu)},"
+                f" and its update {jnp.shape(update)}"
             )
-        dtype = jnp.result_type(mu)
-        if _is_floating(jnp.result_type(update)) and not _is_floating(dtype):
-            return f"The momentum `mu` of {path!r} has dtype {dtype}, which is not real floating"
+        dtype, of_update = jnp.result_type(mu), jnp.result_type(update)
+        if jnp.issubdtype(of_update, jnp.floating) and not jnp.issubdtype(dtype, jnp.floating):
+            return (
+                f"The momentum `mu` of {leaf_paths(updates)[index][0]!r} has dtype {dtype}, which "
+                "is not real floating"
+            )
     return None
-
-
-def _is_floating(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def kept_as(old: Any, new: Any) -> Any:
-    """A new tree in the dtypes and memory of the old one, as `jax.lax.scan` wants a state to be."""
-    return jax.tree.map(kept_beside, optax.tree.cast_like(new, old), old)
 
 
 def _check_shapes(old: Any, new: Any) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 
 from teon_optax._arguments import check_flag, check_number, checked_mu_dtype
-from teon_optax._memory import check_restored, kept_as, kept_beside, on_device
-from teon_optax._orthogonalize import orthogonalize
+from teon_optax._memory import as_given, check_restored, kept_beside, on_device
+from teon_optax._mesh.placement import as_shardings
+from teon_optax._orthogonalize import orthogonalizer
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rule import Rule, takes_rules
 from teon_optax._scaling import ScaleLike
@@ -52,6 +53,7 @@ def scale_by_teon(
     mu_dtype: jax.typing.DTypeLike | None = None,
     method: MethodLike = "polar_express",
     scale: ScaleLike = "spectral",
+    eps: jax.typing.ArrayLike = 1e-8,
     shardings: Any = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformation:
@@ -90,15 +92,14 @@ def scale_by_teon(
       >>> updates["block_0"]["query"]["kernel"].round(2).tolist()[0]
       [0.7099999785423279, 0.0]
     """
-    transform = orthogonalize(
-        rules, method=method, scale=scale, shardings=shardings, precision=precision
-    )
+    placement = as_shardings(shardings)
+    check, orthogonalized = orthogonalizer(rules, method, scale, eps, placement, precision)
     check_number("beta", beta, end=1)
     check_flag("nesterov", nesterov)
     mu_dtype = checked_mu_dtype(mu_dtype)
 
     def init_fn(params: optax.Params) -> TeonState:
-        transform.init(params)  # for its checks
+        check(params)
         zeros = jax.tree.map(functools.partial(_zero_momentum, mu_dtype=mu_dtype), params)
         mu = jax.tree.map(kept_beside, zeros, params)
         return TeonState(jnp.zeros([], jnp.int32), mu)
@@ -107,25 +108,35 @@ def scale_by_teon(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, TeonState]:
         check_restored(state, updates)
+        given, structure = jax.tree.flatten(updates)
+        kept = structure.flatten_up_to(state.mu)
         count = optax.safe_increment(on_device(state.count))
         decay = _decay(beta)
-        wide, mu = (jax.tree.map(_computable, tree) for tree in (updates, state.mu))
+        wide: list[Any] = [_computable(leaf) for leaf in given]
+        mu: list[Any] = [_computable(leaf) for leaf in kept]
         # As `optax.tree.update_moment`, in fewer operations per leaf.
         mu = optax.tree.add_scale(mu, 1 - decay, optax.tree.sub(wide, mu))
         if nesterov:
             # As `optax.tree.bias_correction` of both, as two scalars that all leaves share.
             of_mu = decay / _correction(decay, optax.safe_increment(count))
             of_updates = (1 - decay) / _correction(decay, count)
-            momentum = optax.tree.add_scale(optax.tree.scale(of_mu, mu), of_updates, wide)
+            momentum: list[Any] = optax.tree.add_scale(
+                optax.tree.scale(of_mu, mu), of_updates, wide
+            )
         else:
             momentum = optax.tree.scale(1 / _correction(decay, count), mu)
         # Layers are coupled by the dtypes of params, which the plan shows. The momentum has them
         # unless `mu_dtype` is another.
         if params is None:
             params = updates if mu_dtype else state.mu
-        mu = jax.tree.map(_saturated, mu, state.mu)
-        orthogonalized, _ = transform.update(momentum, optax.EmptyState(), params)
-        return kept_as(updates, orthogonalized), kept_as(state, TeonState(count, mu))
+        done, located = orthogonalized(structure, momentum, params)
+        new: list[Any] = [done.get(index, leaf) for index, leaf in enumerate(momentum)]
+        mu = [_saturated(leaf, old) for leaf, old in zip(mu, kept, strict=True)]
+        if located is not None:
+            new, mu = ([located.kept(*each) for each in enumerate(leaves)] for leaves in (new, mu))
+        new, mu = (list(map(as_given, *pair)) for pair in ((new, given), (mu, kept)))
+        state = TeonState(as_given(jnp.asarray(count), state.count), structure.unflatten(mu))
+        return structure.unflatten(new), state
 
     return optax.GradientTransformation(init_fn, update_fn)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -25,10 +25,22 @@ class LeafType(NamedTuple):
 
 
 def tree_types(tree: Any) -> tuple[Any, tuple[LeafType, ...]]:
-    """The structure of a tree, and the types of its leaves."""
+    """Finds the structure of a tree, and the types of its leaves."""
     leaves, structure = jax.tree.flatten(tree)
-    types = (LeafType(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves)
-    return structure, tuple(types)
+    return structure, leaf_types(leaves)
+
+
+def leaf_types(leaves: Sequence[Any]) -> tuple[LeafType, ...]:
+    """Finds the types of leaves."""
+    types = [LeafType(np.shape(leaf), getattr(leaf, "dtype", None)) for leaf in leaves]
+    if not {type(size) for shape, _ in types for size in shape} <= {int}:
+        types = [LeafType(_plain(shape), dtype) for shape, dtype in types]
+    return tuple(types)
+
+
+def _plain(shape: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Makes Python's integers of NumPy's, which are equal to them and no JSON."""
+    return tuple(int(size) if isinstance(size, np.integer) else size for size in shape)
 
 
 def cached(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from teon_optax._paths import LeafType, paths_of, tree_types
-from teon_optax._plan.plan import Plan, plan_of
+from teon_optax._paths import LeafType, leaf_types, paths_of, tree_types
+from teon_optax._plan.plan import Plan, is_taken, plan_of, rules_by_leaf
 from teon_optax._reading.default import default_rules
 from teon_optax._rule import Rule, checked_rules
 
@@ -44,32 +45,49 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
     return plan_of(*tree_types(params), rules_of(params, rules))
 
 
-def plan_of_updates(updates: Any, params: Any, rules: Iterable[Rule] | None = None) -> Plan:
+def plan_of_updates(
+    structure: Any, leaves: Sequence[Any], params: Any, rules: Iterable[Rule] | None = None
+) -> Plan:
     """Plans updates by the dtypes of `params`, as `plan(params, rules)` shows it.
 
     Args:
-      updates: Gradients or momenta, which may have other dtypes.
+      structure: The structure of the updates, gradients or momenta.
+      leaves: Their leaves, which may have other dtypes.
       params: The tree that the user sees the plan of; None where `update` was not given it.
       rules: As for `plan`.
     """
-    structure, types = tree_types(updates)
-    tree_rules = rules_of(updates, rules)
+    types = leaf_types(leaves)
+    tree_rules = rules_of(structure.unflatten(leaves), rules) if rules is None else tuple(rules)
     if params is not None:
-        dtypes = _dtypes_of_params(paths_of(structure), types, params)
-        pairs = zip(types, dtypes, strict=True)
-        types = tuple(LeafType(of_update.shape, dtype) for of_update, dtype in pairs)
+        types = _typed_as(params, structure, types)
     return plan_of(structure, types, tree_rules)
 
 
-def _dtypes_of_params(paths: Sequence[str], types: Sequence[LeafType], params: Any) -> list[Any]:
-    """Looks up the dtype of each update's parameter; an update without one keeps its own."""
-    structure, of_params = tree_types(params)
-    names = paths_of(structure)
+def _typed_as(params: Any, structure: Any, types: tuple[LeafType, ...]) -> tuple[LeafType, ...]:
+    """Gives updates the dtypes of their parameters; one without a parameter keeps its own."""
+    own_structure, of_params = tree_types(params)
+    if of_params == types and own_structure == structure:
+        return types
+    paths, names = paths_of(structure), paths_of(own_structure)
     if names == paths:  # Two leaves of one path may have different dtypes.
-        return [dtype for _, dtype in of_params]
+        pairs = zip(types, of_params, strict=True)
+        return tuple([LeafType(shape, dtype) for (shape, _), (_, dtype) in pairs])
     # Models of Equinox hold functions too.
     dtypes = {path: dtype for path, (_, dtype) in zip(names, of_params, strict=True)}
-    return [dtypes.get(path, own.dtype) for path, own in zip(paths, types, strict=True)]
+    pairs = zip(paths, types, strict=True)
+    return tuple([LeafType(shape, dtypes.get(path, dtype)) for path, (shape, dtype) in pairs])
+
+
+def taken_as(tree: Any, rules: tuple[Rule, ...]) -> Any:
+    """Labels leaves with "teon" where rules take them, else with "fallback", in their tree.
+
+    Unlike `labels` it does not check that rules fit the leaves.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    taking = zip(rules_by_leaf(structure, rules), leaves, strict=True)
+    return structure.unflatten(
+        ["teon" if is_taken(rule, np.shape(leaf)) else _FALLBACK for rule, leaf in taking]
+    )
 
 
 def labels(

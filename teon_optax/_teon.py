@@ -1,5 +1,6 @@
 """`teon`, the optimizer that users switch to."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -7,13 +8,15 @@ import jax
 import optax
 
 from teon_optax._arguments import check_mask, check_rate, checked_mu_dtype
-from teon_optax._memory import with_stable_state
+from teon_optax._memory import check_typed, with_stable_state
 from teon_optax._mesh.placement import as_shardings
 from teon_optax._momentum import scale_by_teon
-from teon_optax._planning import plan_of_updates, rules_of
+from teon_optax._planning import rules_of, taken_as
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rule import Rule, checked_rules, takes_rules
 from teon_optax._scaling import ScaleLike
+
+_CACHE_SIZE = 8
 
 
 @takes_rules
@@ -25,6 +28,7 @@ def teon(
     nesterov: bool = True,
     method: MethodLike = "polar_express",
     scale: ScaleLike = "spectral",
+    eps: jax.typing.ArrayLike = 1e-8,
     weight_decay: optax.ScalarOrSchedule = 0.0,
     weight_decay_mask: Any | Callable[[optax.Params], Any] | None = None,
     mu_dtype: jax.typing.DTypeLike | None = None,
@@ -109,8 +113,10 @@ def teon(
 
     placement = as_shardings(shardings)
 
-    def transform(tree_rules: tuple[Rule, ...] | None) -> optax.GradientTransformation:
-        return optax.chain(
+    # Kept: default rules are as few as there are trees, and given ones are one set.
+    @functools.lru_cache(_CACHE_SIZE)
+    def partitioned(tree_rules: tuple[Rule, ...]) -> optax.GradientTransformationExtraArgs:
+        matrices = optax.chain(
             scale_by_teon(
                 tree_rules,
                 beta=beta,
@@ -118,38 +124,34 @@ def teon(
                 mu_dtype=mu_dtype,
                 method=method,
                 scale=scale,
+                eps=eps,
                 shardings=placement,
                 precision=precision,
             ),
             decay,
             optax.scale_by_learning_rate(learning_rate),
         )
-
-    transform(rules)  # for its checks of the arguments, before any tree is seen
-
-    def partitioned(tree: Any, params: Any) -> optax.GradientTransformationExtraArgs:
-        # Default rules need the whole tree: what is an embedding tells what is a head.
-        tree_rules = rules_of(tree, rules)
-        taken = plan_of_updates(tree, params, tree_rules).taken
-        leaves, structure = jax.tree.flatten(tree)
-        labels = ["teon" if index in taken else "fallback" for index in range(len(leaves))]
         # A function: Optax would call labels that are callable, as Equinox's models are.
         return optax.partition(
-            {"teon": transform(tree_rules), "fallback": fallback},
-            lambda _: structure.unflatten(labels),
+            {"teon": matrices, "fallback": fallback}, lambda tree: taken_as(tree, tree_rules)
         )
 
+    partitioned(rules or ())  # for its checks of the arguments, before any tree is seen
+
+    # Default rules need the whole tree: what is an embedding tells what is a head.
     def init_fn(params: optax.Params) -> optax.OptState:
-        return partitioned(params, params).init(params)
+        return partitioned(rules_of(params, rules)).init(params)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[optax.Updates, optax.OptState]:
-        return partitioned(updates, params).update(updates, state, params, **extra_args)
+        check_typed(state, ("inner_states",))
+        partition = partitioned(rules_of(updates, rules))
+        return partition.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _is_zero(weight_decay: Any) -> bool:
-    """Whether it is the number 0, and no array or schedule that may become another."""
+    """Says whether it is the number 0, and no array or schedule that may become another."""
     return isinstance(weight_decay, (int, float)) and weight_decay == 0

@@ -59,9 +59,9 @@ def test_every_number_is_in_one_matrix_of_the_right_shape(example):
     leaf, rule = example
     read = layout_of(leaf.shape, rule)
     parts = matrices(leaf, rule)
-    rest = read.length(read.fan_out[1:])
+    rest = read.size(read.fan_out[1:])
     equal = 1 if len(set(read.sizes)) > 1 else len(read.sizes)
-    layers, alone, fan_in = (read.length(a) for a in (read.layer, read.batch, read.fan_in))
+    layers, alone, fan_in = (read.size(a) for a in (read.layer, read.batch, read.fan_in))
     assert [part.shape for part in parts] == [
         (layers, alone * equal, fan_in, size * rest) for size in read.sizes[::equal]
     ]

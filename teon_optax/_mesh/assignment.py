@@ -1,5 +1,6 @@
 """Decides how leaves enter the exchange, and which device is assigned which groups."""
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,8 @@ from teon_optax._plan.layout import Layout
 CostFunction = Callable[[int, int, int], float]
 
 
-class Entry(NamedTuple):
-    """How a leaf enters the exchange: cut along every axis of the mesh.
+class Cut(NamedTuple):
+    """How the mesh cuts a leaf in the exchange: along every one of its axes.
 
     Attributes:
       spec: How the leaf is cut.
@@ -30,7 +31,7 @@ class Entry(NamedTuple):
     axes: MeshAxes
 
 
-class Block(NamedTuple):
+class Slab(NamedTuple):
     """Groups of one shape d x N, d <= N, of which every device holds equal pieces.
 
     The pieces on one device are an array [count, d / .., N / ..]. `axes` are the axes of the mesh
@@ -50,8 +51,8 @@ class Round(NamedTuple):
       d: The d of every group in the round.
       width: N of its widest group, rounded up so that every group's columns divide evenly.
       devices_per_group: How many devices share a group; each has `width` over this many columns.
-      matrices_per_device: How many matrices a device gets; more than one only of a single block.
-      members: (block, start, stop): groups start to stop of the block, in the order of devices.
+      matrices_per_device: How many matrices a device gets; more than one only of a single slab.
+      members: (slab, start, stop): groups start to stop of the slab, in the order of devices.
     """
 
     d: int
@@ -66,12 +67,12 @@ class ExchangePlan(NamedTuple):
 
     Attributes:
       sizes: Names and sizes of the axes of the mesh that take part, in the mesh's order.
-      blocks: What the devices hold.
+      slabs: What the devices hold.
       rounds: What the devices are assigned.
     """
 
     sizes: tuple[tuple[str, int], ...]
-    blocks: tuple[Block, ...]
+    slabs: tuple[Slab, ...]
     rounds: tuple[Round, ...]
 
     @property
@@ -85,10 +86,10 @@ class ExchangePlan(NamedTuple):
         return math.prod(size for _, size in self.sizes)
 
     def held(self, index: int) -> tuple[int, int]:
-        """(d, N) of what one device holds of a group of this block."""
-        block, sizes = self.blocks[index], dict(self.sizes)
-        return block.d // devices_along(block.axes[0], sizes), block.N // devices_along(
-            block.axes[1], sizes
+        """(d, N) of what one device holds of a group of this slab."""
+        slab, sizes = self.slabs[index], dict(self.sizes)
+        return slab.d // devices_along(slab.axes[0], sizes), slab.N // devices_along(
+            slab.axes[1], sizes
         )
 
 
@@ -97,10 +98,10 @@ def devices_along(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
     return math.prod(sizes[name] for name in axes)
 
 
-def entry(
+def cut_along_mesh(
     layout: Layout, stack: int, given: Sequence[tuple[str, ...]], sizes: Mapping[str, int]
-) -> Entry | None:
-    """How a leaf enters the exchange, or None if it cannot.
+) -> Cut | None:
+    """Cuts a leaf along every axis of the mesh, as it enters the exchange; None if that cannot be.
 
     An axis of the mesh stays on the leaf's axis that it cuts now, if groups stay whole there or
     are cut evenly. Every other axis of the mesh cuts the first axis of the leaf that it divides:
@@ -139,8 +140,8 @@ def entry(
     )
     parts = layout.sizes if len(layout.sizes) > 1 else (shape[layout.fan_out[0]],)
     spec = PartitionSpec(*(names or None for names in cuts))
-    of_shard = layout._replace(shape=shape, sizes=parts, stored=None)
-    return Entry(spec, of_shard, (fan_in, fan_out))
+    of_shard = dataclasses.replace(layout, shape=shape, sizes=parts, stored=None)
+    return Cut(spec, of_shard, (fan_in, fan_out))
 
 
 def _divides(
@@ -154,26 +155,26 @@ def _divides(
 
 
 def plan_exchange(
-    blocks: Sequence[Block], sizes: Mapping[str, int], cost: CostFunction
+    slabs: Sequence[Slab], sizes: Mapping[str, int], cost: CostFunction
 ) -> ExchangePlan:
     """Assigns groups to devices in rounds, those of equal d by their width, at the least cost.
 
     Args:
-      blocks: What the devices hold.
-      sizes: Sizes of the axes of the mesh; every block is cut along all of them.
+      slabs: What the devices hold.
+      sizes: Sizes of the axes of the mesh; every slab is cut along all of them.
       cost: What a group costs each of its devices.
     """
-    by_width = sorted(range(len(blocks)), key=lambda index: (blocks[index].d, -blocks[index].N))
+    by_width = sorted(range(len(slabs)), key=lambda index: (slabs[index].d, -slabs[index].N))
     devices, rounds = math.prod(sizes.values()), []
-    for d, indices in itertools.groupby(by_width, key=lambda index: blocks[index].d):
-        groups = [(index, number) for index in indices for number in range(blocks[index].count)]
-        widths, start = [blocks[index].N for index, _ in groups], 0
-        pieces = [devices_along(blocks[index].axes[1], sizes) for index, _ in groups]
+    for d, indices in itertools.groupby(by_width, key=lambda index: slabs[index].d):
+        groups = [(index, number) for index in indices for number in range(slabs[index].count)]
+        widths, start = [slabs[index].N for index, _ in groups], 0
+        pieces = [devices_along(slabs[index].axes[1], sizes) for index, _ in groups]
         for devices_per_group, taken in _cheapest(widths, pieces, devices, partial(cost, d)):
             assigned = groups[start : start + taken]
-            rounds.append(_round(assigned, blocks, devices_per_group, sizes))
+            rounds.append(_round(assigned, slabs, devices_per_group, sizes))
             start += taken
-    return ExchangePlan(tuple(sizes.items()), tuple(blocks), tuple(_merged(rounds)))
+    return ExchangePlan(tuple(sizes.items()), tuple(slabs), tuple(_merged(rounds)))
 
 
 def _cheapest(
@@ -217,17 +218,17 @@ def _cheapest(
 
 def _round(
     groups: Sequence[tuple[int, int]],
-    blocks: Sequence[Block],
+    slabs: Sequence[Slab],
     devices_per_group: int,
     sizes: Mapping[str, int],
 ) -> Round:
-    """One round of groups, each given by its block and its number in the block."""
+    """One round of groups, each given by its slab and its number in the slab."""
     members = []
     for index, run in itertools.groupby(groups, key=lambda group: group[0]):
         numbers = [number for _, number in run]
         members.append((index, numbers[0], numbers[-1] + 1))
-    pieces = (devices_along(blocks[index].axes[1], sizes) for index, _, _ in members)
-    unit, widest = devices_per_group * math.lcm(*pieces), blocks[members[0][0]]
+    pieces = (devices_along(slabs[index].axes[1], sizes) for index, _, _ in members)
+    unit, widest = devices_per_group * math.lcm(*pieces), slabs[members[0][0]]
     width = _rounded_up(widest.N, unit)
     return Round(widest.d, width, devices_per_group, 1, tuple(members))
 
@@ -238,11 +239,11 @@ def _rounded_up(width: int, unit: int) -> int:
 
 
 def _merged(rounds: Sequence[Round]) -> list[Round]:
-    """Rounds, where consecutive ones of whole groups of the same single block become one."""
+    """Rounds, where consecutive ones of whole groups of the same single slab become one."""
     merged: list[Round] = []
     for later in rounds:
         earlier = merged[-1] if merged else None
-        if earlier and _only_block(earlier) == _only_block(later) is not None:
+        if earlier and _only_slab(earlier) == _only_slab(later) is not None:
             (index, start, _), (_, _, stop) = earlier.members[0], later.members[0]
             merged[-1] = earlier._replace(
                 matrices_per_device=earlier.matrices_per_device + 1,
@@ -253,7 +254,7 @@ def _merged(rounds: Sequence[Round]) -> list[Round]:
     return merged
 
 
-def _only_block(assigned: Round) -> int | None:
-    """The block of a round of whole groups of one block, else None."""
+def _only_slab(assigned: Round) -> int | None:
+    """The slab of a round of whole groups of one slab, else None."""
     is_single = len(assigned.members) == assigned.devices_per_group == 1
     return assigned.members[0][0] if is_single else None

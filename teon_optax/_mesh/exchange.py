@@ -24,7 +24,7 @@ def to_owners(plan: ExchangePlan, arrays: Sequence[jax.Array]) -> list[jax.Array
 
     Args:
       plan: Which device is assigned which groups.
-      arrays: For each block of the plan, what this device holds: [count, d / .., N / ..], all of
+      arrays: For each slab of the plan, what this device holds: [count, d / .., N / ..], all of
         one dtype.
 
     Returns:
@@ -51,7 +51,7 @@ def from_owners(plan: ExchangePlan, matrices: Sequence[jax.Array]) -> list[jax.A
     It is the transpose too, since `to_owners` only moves numbers and adds zeros.
     """
     dtype = matrices[0].dtype
-    shapes = [(block.count, *plan.held(index)) for index, block in enumerate(plan.blocks)]
+    shapes = [(slab.count, *plan.held(index)) for index, slab in enumerate(plan.slabs)]
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     (returned,) = jax.linear_transpose(functools.partial(to_owners, plan), arrays)(list(matrices))
     return returned
@@ -76,7 +76,7 @@ def _pack(plan: ExchangePlan, assigned: Round, pieces: Sequence[jax.Array]) -> j
     """
     by_receiver = []
     for (index, _, _), groups in zip(assigned.members, pieces, strict=True):
-        width = assigned.width // devices_along(plan.blocks[index].axes[1], dict(plan.sizes))
+        width = assigned.width // devices_along(plan.slabs[index].axes[1], dict(plan.sizes))
         padded = jnp.pad(groups, ((0, 0), (0, 0), (0, width - groups.shape[2])))
         columns = padded.reshape(*groups.shape[:2], assigned.devices_per_group, -1)
         receivers = len(groups) * assigned.devices_per_group
@@ -92,10 +92,10 @@ def _pack(plan: ExchangePlan, assigned: Round, pieces: Sequence[jax.Array]) -> j
 def _unpack(plan: ExchangePlan, assigned: Round, received: jax.Array) -> jax.Array:
     """This device's matrices from the pieces that all devices sent: [devices, ...].
 
-    How pieces lie in a matrix depends on the axes of the mesh that cut its block. Where a round has
-    blocks that are cut differently, each device takes the branch of its own.
+    How pieces lie in a matrix depends on the axes of the mesh that cut its slab. Where a round has
+    slabs that are cut differently, each device takes the branch of its own.
     """
-    axes = [plan.blocks[index].axes for index, _, _ in assigned.members]
+    axes = [plan.slabs[index].axes for index, _, _ in assigned.members]
     distinct = sorted(set(axes))
     branches = [functools.partial(_assembled, plan, assigned, cut) for cut in distinct]
     if len(branches) == 1:

@@ -1,4 +1,4 @@
-"""Where leaves lie on the mesh: what the argument `shardings` and types say."""
+"""Finds where leaves lie on the mesh, by the argument `shardings` and by types."""
 
 import math
 import warnings
@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from teon_optax._paths import leaf_paths
+from teon_optax._paths import leaf_paths, paths_of
 
 _UNKNOWN = PartitionSpec(PartitionSpec.UNCONSTRAINED)
 _OF_PARAMS = "shardings=jax.tree.map(lambda leaf: leaf.sharding, params)"
@@ -21,7 +21,8 @@ class Located(NamedTuple):
     """Where leaves lie."""
 
     mesh: Mesh | AbstractMesh
-    specs: Mapping[int, PartitionSpec | None]  # by position in the tree; None is not known
+    # By position in the tree, at least of the taken leaves; None is not known.
+    specs: Mapping[int, PartitionSpec | None]
     typed: bool  # whether the leaves' types say so (explicit meshes), which operations respect
 
     @property
@@ -42,6 +43,14 @@ class Located(NamedTuple):
         restricted = self.typed and cutting_axes(self.specs[index] or ())
         return self._placed(leaf, PartitionSpec()) if restricted else leaf
 
+    def settled(self, index: int, leaf: jax.Array) -> jax.Array:
+        """Holds a leaf where it lies until it is cut for the exchange, if types do not.
+
+        The compiler would else compute it, and what it is made of, such as a momentum, as the
+        exchange wants it cut, and leave states there.
+        """
+        return leaf if self.typed else self._placed(leaf, self.specs[index])
+
     def entered(self, leaf: jax.Array, spec: PartitionSpec) -> jax.Array:
         """Cuts a leaf as it enters the exchange, if typed; else `jax.shard_map` cuts it."""
         return self._placed(leaf, spec) if self.typed else leaf
@@ -49,6 +58,10 @@ class Located(NamedTuple):
     def returned(self, index: int, leaf: jax.Array) -> jax.Array:
         """Puts an update where its leaf lay."""
         return self._placed(leaf, self.specs[index])
+
+    def kept(self, index: int, leaf: jax.Array) -> jax.Array:
+        """Puts what is kept of a leaf, such as its momentum, where the leaf lies."""
+        return leaf if self.typed else self._placed(leaf, self.specs[index])
 
     def everywhere(self, count: int) -> "Located":
         """Locates `count` other arrays on this mesh, each whole on every device."""
@@ -100,30 +113,37 @@ class Shardings:
 
     def check(self, params: Any, taken: Collection[int]) -> None:
         """Raises what can be known before an update, and notices the absence of shardings."""
-        leaves = leaf_paths(params)
+        leaves, structure = jax.tree.flatten(params)
         if self._given is None:
-            self._notice(leaves, taken)
+            self._notice(structure, leaves, taken)
         else:
-            self._specs(leaves, taken, _mesh_of([leaves[index][1] for index in taken]))
+            self._specs(structure, leaves, taken, _mesh_of([leaves[index] for index in taken]))
 
-    def locate(self, updates: Any, taken: Collection[int]) -> Located | None:
-        """Where the taken leaves lie; None if nothing is known.
+    def locate(
+        self, structure: Any, leaves: Sequence[Any], taken: Collection[int]
+    ) -> Located | None:
+        """Finds where the leaves of a tree lie; None if nothing is known.
+
+        Args:
+          structure: The structure of the tree.
+          leaves: Its leaves.
+          taken: Positions of those that are orthogonalized.
 
         Raises:
-          ValueError: If shardings do not fit the leaves, or leaves are shards of a `shard_map`.
+          ValueError: If shardings do not fit the taken leaves, or these are shards of a
+            `shard_map`.
         """
-        leaves = leaf_paths(updates)
-        mesh = _mesh_of([leaves[index][1] for index in taken])
+        mesh = _mesh_of([leaves[index] for index in taken])
         if AxisType.Manual in mesh.axis_types:
-            self._refuse_shards([leaves[index] for index in taken], mesh)
+            self._refuse_shards(structure, leaves, taken, mesh)
             return None
         if AxisType.Explicit in mesh.axis_types:
-            specs = {index: jax.typeof(leaves[index][1]).sharding.spec for index in taken}
+            specs = {index: jax.typeof(leaves[index]).sharding.spec for index in taken}
             return Located(mesh, specs, typed=True)
         if self._given is None:
-            self._notice(leaves, taken)
+            self._notice(structure, leaves, taken)
             return None
-        located = self._specs(leaves, taken, mesh)
+        located = self._specs(structure, leaves, taken, mesh)
         bare = [own for own in self._given.values() if isinstance(own, PartitionSpec)]
         if located is None and any(map(cutting_axes, bare)):
             raise ValueError(
@@ -133,8 +153,14 @@ class Shardings:
             )
         return located
 
-    def _refuse_shards(self, leaves: Sequence[tuple[str, Any]], mesh: Mesh | AbstractMesh) -> None:
-        """Raises, in a `shard_map`, unless all leaves are known to be whole on every device."""
+    def _refuse_shards(
+        self,
+        structure: Any,
+        leaves: Sequence[Any],
+        taken: Collection[int],
+        mesh: Mesh | AbstractMesh,
+    ) -> None:
+        """Raises, in a `shard_map`, unless every device is known to have all of each leaf."""
         axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
         manual = [name for name, axis_type in axes if axis_type == AxisType.Manual]
 
@@ -142,9 +168,9 @@ class Shardings:
             return bool(jax.typeof(value).manual_axis_type.varying)
 
         unchecked = not varies(jax.lax.axis_index(manual[0]))
-        shards = [leaf for leaf in leaves if unchecked or self._given or varies(leaf[1])]
+        shards = [i for i in sorted(taken) if unchecked or self._given or varies(leaves[i])]
         if shards:
-            path, leaf = shards[0]
+            path, leaf = paths_of(structure)[shards[0]], leaves[shards[0]]
             raise ValueError(
                 f"This is inside a `jax.shard_map` over {tuple(manual)} (or `jax.pmap`), where "
                 f"{path!r}, shape {np.shape(leaf)}, may be a device's own shard of a leaf, which "
@@ -153,18 +179,23 @@ class Shardings:
             )
 
     def _specs(
-        self, leaves: Sequence[Any], taken: Collection[int], mesh: Mesh | AbstractMesh
+        self,
+        structure: Any,
+        leaves: Sequence[Any],
+        taken: Collection[int],
+        mesh: Mesh | AbstractMesh,
     ) -> Located | None:
-        """Shardings of the taken leaves, on their mesh; None if there is none."""
-        found = {index: self._lookup(leaves[index][0]) for index in taken}
-        named = [own for own in found.values() if isinstance(own, NamedSharding)]
+        """Finds the shardings of leaves on the mesh of the taken ones; None if there is none."""
+        paths = paths_of(structure)
+        found = [self._lookup(path) for path in paths]
+        named = [found[i] for i in taken if isinstance(found[i], NamedSharding)]
         # One that has devices can be used also where arguments of `jax.jit` lie on none.
         if named and (mesh.empty or named[0].mesh.shape_tuple == mesh.shape_tuple):
             mesh = named[0].mesh
+        shapes = [np.shape(leaf) for leaf in leaves]
+        wrong = [_problem(shape, own, mesh) for shape, own in zip(shapes, found, strict=True)]
         problems = [
-            f"{path!r}, shape {np.shape(leaf)}: {problem}"
-            for (path, leaf), own in ((leaves[index], own) for index, own in found.items())
-            if (problem := _problem(np.shape(leaf), own, mesh))
+            f"{paths[i]!r}, shape {shapes[i]}: {wrong[i]}" for i in sorted(taken) if wrong[i]
         ]
         if problems:
             raise ValueError(
@@ -174,7 +205,10 @@ class Shardings:
             )
         if mesh.empty:
             return None
-        specs = {i: _even_spec(np.shape(leaves[i][1]), own, mesh) for i, own in found.items()}
+        specs = {
+            i: None if wrong[i] else _even_spec(shape, found[i], mesh)
+            for i, shape in enumerate(shapes)
+        }
         return Located(mesh, specs, typed=False)
 
     def _lookup(self, path: str) -> Any:
@@ -184,12 +218,14 @@ class Shardings:
             path = path.rpartition("/")[0]
         return self._given.get(path)
 
-    def _notice(self, leaves: Sequence[Any], taken: Collection[int]) -> None:
+    def _notice(self, structure: Any, leaves: Sequence[Any], taken: Collection[int]) -> None:
         """Warns once of leaves that are cut in a way that a compiled update cannot see."""
-        hidden = [leaves[index] for index in taken if _is_hidden(leaves[index][1])]
-        if hidden and not self._noticed:
+        if self._noticed:
+            return
+        hidden = [index for index in sorted(taken) if _is_hidden(leaves[index])]
+        if hidden:
             self._noticed = True
-            path, leaf = hidden[0]
+            path, leaf = paths_of(structure)[hidden[0]], leaves[hidden[0]]
             warnings.warn(
                 f"{len(hidden)} leaves are cut along axes of a mesh that are of type Auto, which a "
                 f"compiled update cannot see: {path!r}, shape {leaf.shape}, {leaf.sharding.spec}, "

@@ -1,4 +1,4 @@
-"""Updates of leaves on a mesh: each group is orthogonalized once, on the devices that own it."""
+"""Orthogonalizes leaves on a mesh: each group once, on the devices that own it."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from teon_optax._mesh.assignment import Block, Entry, ExchangePlan, entry, plan_exchange
+from teon_optax._mesh.assignment import Cut, ExchangePlan, Slab, cut_along_mesh, plan_exchange
 from teon_optax._mesh.exchange import (
     from_owners,
     largest_of_group,
@@ -18,169 +18,197 @@ from teon_optax._mesh.exchange import (
 )
 from teon_optax._mesh.placement import Located
 from teon_optax._mesh.views import cuts_of_view, enter_view, leave_view
-from teon_optax._plan.batches import BatchKey, in_batches, pieces_by_batch, scaled_polar_factors
-from teon_optax._plan.plan import Series
-from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
+from teon_optax._plan.batches import Batch, batches_of, map_joint_matrices, scaled_polar_factors
+from teon_optax._plan.plan import Plan, Series
+from teon_optax._polar.newton_schulz import nonzero, orthogonalize_batches, orthogonalize_columns
 from teon_optax._polar.numerics import Numerics
 from teon_optax._scaling import ScaleFunction
+
+# The axes of the mesh that cut each axis of the leaves of a series; None where that is not known.
+_Given = tuple[tuple[str, ...], ...] | None
+_CACHE_SIZE = 64
 
 
 def orthogonalize_sharded(
     leaves: Mapping[int, jax.Array],
-    all_series: Sequence[Series],
+    plan: Plan,
     located: Located,
     numerics: Numerics,
     scale: ScaleFunction,
+    eps: jax.typing.ArrayLike,
 ) -> dict[int, jax.Array]:
-    """Orthogonalized updates of leaves on a mesh, which lie where the leaves did.
+    """Orthogonalizes leaves on a mesh, and puts the updates where the leaves lay.
 
     Leaves that cannot enter the exchange, since the mesh does not cut them evenly or where they lie
     is not known, are orthogonalized on every device.
 
     Args:
       leaves: By position in the tree.
-      all_series: Which matrices the leaves hold.
+      plan: Which matrices the leaves hold.
       located: Where the leaves lie.
       numerics: By which polynomial and in which precision.
       scale: Factor for a group, as for `scaled_polar_factors`.
+      eps: As for `scaled_polar_factors`.
     """
-    entries = _entries(all_series, located)
-    entering = [series for series in all_series if series.leaves[0] in entries]
-    staying = [series for series in all_series if series.leaves[0] not in entries]
-    local = functools.partial(scaled_polar_factors, numerics=numerics, scale=scale)
-    whole = {i: located.gathered(i, leaves[i]) for series in staying for i in series.leaves}
-    done = in_batches(whole, staying, local) if staying else {}
-    if entering:
-        done |= _exchanged_updates(leaves, entering, entries, located, numerics, scale)
+    given = tuple(_given(series, located) for series in plan.series)
+    cuts, batches, staying = _divided(plan.series, given, tuple(located.sizes.items()))
+    layouts, done = plan.layouts, {}
+    if staying:
+        local = functools.partial(scaled_polar_factors, numerics=numerics, scale=scale, eps=eps)
+        left = {leaf: layout for leaf, layout in layouts.items() if leaf not in cuts}
+        gathered = {leaf: located.gathered(leaf, leaves[leaf]) for leaf in left}
+        done = map_joint_matrices(gathered, left, staying, local)
+    if cuts:
+        entered = {
+            leaf: located.entered(enter_view(leaves[leaf], layouts[leaf]), cut.spec)
+            for leaf, cut in cuts.items()
+        }
+        scales = [batch.uncut(located.sizes).scaled(scale) for batch in batches]
+        exchanged = _exchanged(
+            entered,
+            # Operands, since a scale may be traced.
+            [jnp.asarray(value) for value in scales],
+            nonzero(eps),
+            batches=batches,
+            cuts=tuple(cuts.items()),
+            mesh=located.mesh,
+            sizes=tuple(located.sizes.items()),
+            numerics=numerics,
+        )
+        for leaf, update in exchanged.items():
+            done[leaf] = leave_view(update, layouts[leaf], leaves[leaf])
     return {leaf: located.returned(leaf, update) for leaf, update in done.items()}
 
 
-def _entries(all_series: Sequence[Series], located: Located) -> dict[int, Entry]:
-    """How each leaf that can enters the exchange; all leaves of a series enter alike."""
-    entries: dict[int, Entry] = {}
-    for series in all_series:
-        layout, stored = series.layout, series.layout.stored
-        cuts = located.cuts(series.leaves[0], len(stored.shape if stored else layout.shape))
-        if cuts is not None and located.sizes:
-            if stored:
-                _, cuts = cuts_of_view(layout, stored, cuts, located.sizes)
-            found = entry(layout, series.rule.stack, cuts, located.sizes)
-            entries |= dict.fromkeys(series.leaves, found) if found else {}
-    return entries
+def _given(series: Series, located: Located) -> _Given:
+    """Finds along which axes of the mesh the leaves of a series are cut, in their rule's view."""
+    layout, stored = series.layout, series.layout.stored
+    cuts = located.cuts(series.leaves[0], len(stored.shape if stored else layout.shape))
+    if cuts is not None and stored:
+        _, cuts = cuts_of_view(layout, stored, cuts, located.sizes)
+    return None if cuts is None else tuple(cuts)
 
 
-def _exchanged_updates(
-    leaves: Mapping[int, jax.Array],
-    all_series: Sequence[Series],
-    entries: Mapping[int, Entry],
-    located: Located,
-    numerics: Numerics,
-    scale: ScaleFunction,
-) -> dict[int, jax.Array]:
-    """Orthogonalized updates of the leaves that enter the exchange."""
-    of_shards = tuple(
-        series._replace(layout=entries[series.leaves[0]].layout) for series in all_series
-    )
-    layouts = {leaf: series.layout for series in all_series for leaf in series.leaves}
-    entered = {
-        leaf: located.entered(enter_view(leaves[leaf], layouts[leaf]), own.spec)
-        for leaf, own in entries.items()
-    }
-    axes = {leaf: own.axes for leaf, own in entries.items()}
-    groups = [key.whole(located.sizes) for key in pieces_by_batch(of_shards, entered, axes)]
-    # Operands, since a scale may be traced; in the order in which the shards form their batches.
-    scales = [key.scaled(scale) for key in groups]
-    done = _exchanged(
-        entered,
-        [jnp.asarray(value) for value in scales],
-        all_series=of_shards,
-        entries=tuple(entries.items()),
-        mesh=located.mesh,
-        sizes=tuple(located.sizes.items()),
-        numerics=numerics,
-    )
-    return {leaf: leave_view(update, layouts[leaf], leaves[leaf]) for leaf, update in done.items()}
+@functools.lru_cache(_CACHE_SIZE)
+def _divided(
+    all_series: tuple[Series, ...], given: tuple[_Given, ...], sizes: tuple[tuple[str, int], ...]
+) -> tuple[dict[int, Cut], tuple[Batch, ...], tuple[Batch, ...]]:
+    """Decides which leaves enter the exchange; all leaves of a series enter alike.
+
+    Args:
+      all_series: Which matrices the leaves hold.
+      given: How the leaves of each series are cut.
+      sizes: Names and sizes of the axes of the mesh.
+
+    Returns:
+      How each leaf that enters is cut, the batches of its shards, and those of leaves that stay.
+    """
+    cuts: dict[int, Cut] = {}
+    entering: list[Series] = []
+    staying: list[Series] = []
+    for series, known in zip(all_series, given, strict=True):
+        cut = None
+        if known is not None and sizes:
+            cut = cut_along_mesh(series.layout, series.rule.stack, known, dict(sizes))
+        if cut is None:
+            staying.append(series)
+        else:
+            entering.append(series._replace(layout=cut.layout))
+            cuts |= dict.fromkeys(series.leaves, cut)
+    axes = tuple(cuts[series.leaves[0]].axes for series in entering)
+    return cuts, batches_of(tuple(entering), axes), batches_of(tuple(staying))
 
 
 # Compiled as one, also where `update` is not: an exchange of single operations would be slow.
-@functools.partial(jax.jit, static_argnames=("all_series", "entries", "mesh", "sizes", "numerics"))
+@functools.partial(jax.jit, static_argnames=("batches", "cuts", "mesh", "sizes", "numerics"))
 def _exchanged(
     leaves: dict[int, jax.Array],
     scales: list[jax.Array],
+    eps: jax.typing.ArrayLike | None,
     *,
-    all_series: tuple[Series, ...],
-    entries: tuple[tuple[int, Entry], ...],
+    batches: tuple[Batch, ...],
+    cuts: tuple[tuple[int, Cut], ...],
     mesh: Mesh | AbstractMesh,
     sizes: tuple[tuple[str, int], ...],
     numerics: Numerics,
 ) -> dict[int, jax.Array]:
-    """Scaled polar factors of leaves that are cut as their entries say, and stay so."""
-    specs = {leaf: own.spec for leaf, own in entries}
-    axes = {leaf: own.axes for leaf, own in entries}
+    """Makes scaled polar factors of leaves that are cut as `cuts` says, and stay so."""
+    specs = {leaf: cut.spec for leaf, cut in cuts}
+    layouts = {leaf: cut.layout for leaf, cut in cuts}
 
     def on_each_device(
-        shards: dict[int, jax.Array], scales: list[jax.Array]
+        shards: dict[int, jax.Array],
+        scales: list[jax.Array],
+        eps: jax.typing.ArrayLike | None,
     ) -> dict[int, jax.Array]:
-        owners = functools.partial(_by_owners, scales=scales, sizes=dict(sizes), numerics=numerics)
-        return in_batches(shards, all_series, owners, axes)
+        owners = functools.partial(
+            _by_owners, scales=scales, eps=eps, sizes=dict(sizes), numerics=numerics
+        )
+        return map_joint_matrices(shards, layouts, batches, owners)
 
     # Without the check, which does not know sums over a part of an axis.
     mapped = jax.shard_map(
         on_each_device,
         mesh=mesh,
-        in_specs=(specs, PartitionSpec()),
+        in_specs=(specs, PartitionSpec(), PartitionSpec()),
         out_specs=specs,
         check_vma=False,
     )
-    return mapped(leaves, scales)
+    return mapped(leaves, scales, eps)
 
 
 def _by_owners(
-    joint: Mapping[BatchKey, jax.Array],
+    batches: Sequence[Batch],
+    joint: Sequence[jax.Array],
     scales: Sequence[jax.Array],
+    eps: jax.typing.ArrayLike | None,
     sizes: Mapping[str, int],
     numerics: Numerics,
-) -> dict[BatchKey, jax.Array]:
-    """Scaled polar factors of joint matrices, of which this device holds the pieces [B, m, n].
+) -> list[jax.Array]:
+    """Makes scaled polar factors of joint matrices, of which this device has pieces [B, m, n].
 
-    There is one exchange for each set of axes of the mesh that cut matrices, and each dtype.
+    There is one exchange for each set of axes of the mesh that cut matrices, dtype, and precision.
     """
-    scale_of = dict(zip(joint, scales, strict=True))
-    exchanges: dict[tuple[frozenset[str], Any], list[BatchKey]] = {}
-    for key in joint:
-        exchanges.setdefault((frozenset(sum(key.axes, ())), key.dtype), []).append(key)
-    done: dict[BatchKey, jax.Array] = {}
-    for (names, dtype), keys in exchanges.items():
-        blocks = [_block(key, len(joint[key]), sizes) for key in keys]
-        pieces = [joint[key].mT if _is_tall(key, sizes) else joint[key] for key in keys]
+    exchanges: dict[tuple[Any, ...], list[int]] = {}
+    for index, (batch, array) in enumerate(zip(batches, joint, strict=True)):
+        kind = frozenset(sum(batch.axes, ())), array.dtype, numerics.of(batch.dtype)
+        exchanges.setdefault(kind, []).append(index)
+    done: dict[int, jax.Array] = {}
+    for (names, dtype, used), indices in exchanges.items():
+        tall = [_is_tall(batches[index], sizes) for index in indices]
+        slabs = [_slab(batches[index], len(joint[index]), sizes) for index in indices]
+        pieces = [
+            joint[index].mT if turn else joint[index]
+            for index, turn in zip(indices, tall, strict=True)
+        ]
         cutting = {name: size for name, size in sizes.items() if name in names}
-        used = numerics.of(dtype)
-        plan = plan_exchange(blocks, cutting, functools.partial(_cost, used))
-        owned = _of_owner(plan, to_owners(plan, pieces), [scale_of[key] for key in keys], used)
+        plan = plan_exchange(slabs, cutting, functools.partial(_cost, used))
+        factors = [scales[index] for index in indices]
+        owned = _of_owner(plan, to_owners(plan, pieces), factors, eps, used)
         back = from_owners(plan, [array.astype(dtype) for array in owned])
-        for key, array in zip(keys, back, strict=True):
-            done[key] = array.mT if _is_tall(key, sizes) else array
-    return done
+        for index, turn, array in zip(indices, tall, back, strict=True):
+            done[index] = array.mT if turn else array
+    return [done[index] for index in range(len(joint))]
 
 
-def _is_tall(key: BatchKey, sizes: Mapping[str, int]) -> bool:
-    """Whether joint matrices have more rows than columns: the exchange sees these transposed."""
-    m, n = key.whole(sizes).joint
+def _is_tall(batch: Batch, sizes: Mapping[str, int]) -> bool:
+    """Says whether joint matrices are higher than wide: the exchange sees these transposed."""
+    m, n = batch.uncut(sizes).joint
     return m > n
 
 
-def _block(key: BatchKey, count: int, sizes: Mapping[str, int]) -> Block:
-    """A batch as the exchange sees it."""
-    m, n = key.whole(sizes).joint
-    rows, columns = key.axes
-    if key.mode == 3:
+def _slab(batch: Batch, count: int, sizes: Mapping[str, int]) -> Slab:
+    """Describes a batch to the exchange."""
+    m, n = batch.uncut(sizes).joint
+    rows, columns = batch.axes
+    if batch.mode == 3:
         rows, columns = (), tuple(name for name in sizes if name in rows + columns)
-    is_tall = _is_tall(key, sizes)
-    return Block(count, n, m, (columns, rows)) if is_tall else Block(count, m, n, (rows, columns))
+    is_tall = _is_tall(batch, sizes)
+    return Slab(count, n, m, (columns, rows)) if is_tall else Slab(count, m, n, (rows, columns))
 
 
 def _cost(numerics: Numerics, d: int, N: int, devices_per_group: int) -> float:
-    """What a d x N group costs each of its devices, in products of d x d matrices.
+    """Prices a d x N group for each of its devices, in products of d x d matrices.
 
     Devices cannot share an SVD.
     """
@@ -194,9 +222,10 @@ def _of_owner(
     plan: ExchangePlan,
     owned: Sequence[jax.Array],
     scales: Sequence[jax.Array],
+    eps: jax.typing.ArrayLike | None,
     numerics: Numerics,
 ) -> list[jax.Array]:
-    """Scaled polar factors of what this device owns in each round.
+    """Makes scaled polar factors of what this device owns in each round.
 
     Devices run one program, so a round has the restarts of its widest group. Where those run on
     Gram matrices alone, square groups in the round lose up to 1e-4 of accuracy in float32.
@@ -204,11 +233,12 @@ def _of_owner(
     Args:
       plan: Which device is assigned which groups.
       owned: For each round, [matrices_per_device, d, width / devices_per_group].
-      scales: For each block, the factor of its groups.
+      scales: For each slab, the factor of its groups.
+      eps: As for `orthogonalize_batches`.
       numerics: By which polynomial and in which precision.
     """
     factors = [
-        of_this_device(plan, each, [scales[block] for block, _, _ in each.members])
+        of_this_device(plan, each, [scales[slab] for slab, _, _ in each.members])
         for each in plan.rounds
     ]
     done: dict[int, jax.Array] = {}
@@ -222,10 +252,10 @@ def _of_owner(
                 for reduction in (total_of_group, largest_of_group)
             )
             (matrix,) = owned[index]
-            columns = orthogonalize_columns(matrix, factors[index], total, largest, numerics)
+            columns = orthogonalize_columns(matrix, factors[index], total, largest, numerics, eps)
             done[index] = columns[None]
     results = orthogonalize_batches(
-        [owned[index] for index in whole], [factors[index] for index in whole], numerics
+        [owned[index] for index in whole], [factors[index] for index in whole], numerics, eps
     )
     done |= zip(whole, results, strict=True)
     return [done[index] for index in range(len(owned))]

@@ -1,6 +1,7 @@
-"""A leaf and its matrices (fan_in, fan_out): a bijection."""
+"""Takes leaves apart into matrices (fan_in, fan_out), and puts them together: a bijection."""
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -29,8 +30,9 @@ class Stored(NamedTuple):
         return (*first, *(axis for axis in range(len(self.shape)) if axis not in first))
 
 
-class Layout(NamedTuple):
-    """Where a leaf's matrices are: what each of its axes is for, and the sizes of its fused parts.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Says what each axis of a leaf is for, and which sizes its fused parts have.
 
     Attributes:
       shape: Shape of the leaf, or the one that it is seen in.
@@ -38,7 +40,7 @@ class Layout(NamedTuple):
       batch: Axes along which matrices are orthogonalized each on its own.
       fan_in: Axes that are summed over.
       fan_out: Axes of the result.
-      sizes: Lengths of the fused parts along the first fan_out axis.
+      sizes: Sizes of the fused parts along the first fan_out axis.
       heads: Axes along which a rule couples matrices.
       joins_parts: Whether the rule couples the parts, which then have one size.
       stored: How the leaf itself lies, if its rule has a view.
@@ -54,40 +56,40 @@ class Layout(NamedTuple):
     joins_parts: bool = False
     stored: Stored | None = None
 
-    def length(self, axes: tuple[int, ...]) -> int:
-        """Product of the lengths of some axes."""
+    def size(self, axes: tuple[int, ...]) -> int:
+        """Multiplies the sizes of some axes."""
         return math.prod(self.shape[axis] for axis in axes)
 
-    @property
+    @functools.cached_property
     def bounds(self) -> list[int]:
-        """Where one fused part ends and the next begins, along the first fan_out axis."""
+        """Lists where one fused part ends and the next begins, along the first fan_out axis."""
         return np.cumsum(self.sizes)[:-1].tolist()
 
-    @property
+    @functools.cached_property
     def arrays(self) -> tuple[int, ...]:
-        """Lengths of the parts that are arrays of their own: unequal ones, or one of all."""
+        """Lists the sizes of parts that are arrays of their own: unequal ones, or one of all."""
         return self.sizes if len(set(self.sizes)) > 1 else self.sizes[:1]
 
-    @property
+    @functools.cached_property
     def equal_parts(self) -> int:
-        """How many parts one array holds."""
+        """Counts the parts that one array holds."""
         return len(self.sizes) // len(self.arrays)
 
-    @property
+    @functools.cached_property
     def coupled(self) -> int:
-        """How many matrices of each layer in this leaf the rule couples."""
-        return (self.equal_parts if self.joins_parts else 1) * self.length(self.heads)
+        """Counts the matrices of each layer in this leaf that the rule couples."""
+        return (self.equal_parts if self.joins_parts else 1) * self.size(self.heads)
 
-    @property
+    @functools.cached_property
     def alone(self) -> int:
-        """How many matrices each layer holds beside those that are coupled: experts and parts."""
-        return (1 if self.joins_parts else self.equal_parts) * self.length(self.batch)
+        """Counts the matrices of each layer beside those that are coupled: experts and parts."""
+        return (1 if self.joins_parts else self.equal_parts) * self.size(self.batch)
 
-    @property
-    def roles(self) -> tuple[tuple[int, ...], ...]:
-        """Axes that count coupled matrices, and others, and those of fan_in and of fan_out.
+    @functools.cached_property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """Sorts axes: those that count coupled matrices, and others, those of fan_in, of fan_out.
 
-        They are those of an array that has an axis for its equal parts, right before fan_out's
+        They are the axes of an array with one more for its equal parts, right before fan_out's
         first.
         """
         parts = self.fan_out[0]
@@ -98,9 +100,45 @@ class Layout(NamedTuple):
         coupled, alone = ((parts,), ()) if self.joins_parts else ((), (parts,))
         return (*layer, *coupled, *heads), (*alone, *batch), fan_in, fan_out
 
+    @functools.cached_property
+    def order(self) -> tuple[int, ...]:
+        """Orders axes so that those of a kind follow each other, as `axes` sorts them."""
+        return tuple(axis for axes in self.axes for axis in axes)
+
+    @functools.cached_property
+    def order_back(self) -> tuple[int, ...]:
+        """Inverts `order`."""
+        return tuple(np.argsort(self.order).tolist())
+
+    @functools.cached_property
+    def apart(self) -> tuple[int, ...]:
+        """Gives the shape of an array of parts with an axis that counts equal ones; -1 is a part.
+
+        That axis is right before fan_out's first.
+        """
+        first = self.fan_out[0]
+        return (*self.shape[:first], self.equal_parts, -1, *self.shape[first + 1 :])
+
+    @functools.cached_property
+    def turned(self) -> tuple[int, ...]:
+        """Gives that shape with its axes in `order`."""
+        return tuple(self.apart[axis] for axis in self.order)
+
+    @functools.cached_property
+    def flat(self) -> tuple[int, ...]:
+        """Gives the shape of its matrices: [layers x coupled, alone, fan_in, -1]."""
+        layers = self.size(self.layer)
+        return layers * self.coupled, self.alone, self.size(self.fan_in), -1
+
+    @functools.cached_property
+    def joined(self) -> tuple[int, ...]:
+        """Gives the shape of an array of parts as it lies in the leaf; -1 is all its parts."""
+        first = self.fan_out[0]
+        return (*self.shape[:first], -1, *self.shape[first + 1 :])
+
 
 def layout_of(shape: tuple[int, ...], rule: Rule) -> Layout:
-    """How `rule` reads a leaf of this shape.
+    """Reads a leaf of this shape as `rule` says.
 
     Raises:
       ValueError: With the reason and the remedy, if the rule does not fit the shape.
@@ -147,11 +185,12 @@ def _viewed(
     own = layout_of(view, dataclasses.replace(rule, stack=1, layer_axis=None, view=None))
     stored = Stored(shape, layer[0] if layer else None)
     if not layer:
-        return own._replace(stored=stored)
+        return dataclasses.replace(own, stored=stored)
     batch, fan_in, fan_out, heads = (
         tuple(axis + 1 for axis in axes) for axes in (own.batch, own.fan_in, own.fan_out, own.heads)
     )
-    return own._replace(
+    return dataclasses.replace(
+        own,
         shape=(shape[layer[0]], *view),
         layer=(0,),
         batch=batch,
@@ -188,7 +227,7 @@ def _normalized(axes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...
 
 
 def _part_sizes(split: int | tuple[int, ...], length: int) -> tuple[int, ...]:
-    """The sizes of fused parts along an axis of this length, or an error if they do not fit."""
+    """Lists the sizes of fused parts along an axis, or raises if they do not fit its length."""
     # Tested first: as many sizes as a mistyped number says may not fit into the memory.
     fits = length % split == 0 if isinstance(split, int) else sum(split) == length
     if not fits:
@@ -200,45 +239,31 @@ def _part_sizes(split: int | tuple[int, ...], length: int) -> tuple[int, ...]:
 
 
 def to_matrices(leaf: jax.Array, layout: Layout) -> list[jax.Array]:
-    """The matrices of a leaf, an array [layers x coupled, alone, fan_in, fan_out] for each part.
+    """Takes a leaf apart into its matrices, an array [layers x coupled, alone, fan_in, fan_out].
 
-    Equal parts are one array, so that a program does not grow with their number. Several axes of
-    one role are flattened in the order that the rule writes.
+    Parts of unequal sizes are an array each. Equal parts are one, so that a program does not grow
+    with their number. Several axes of a kind are flattened in the order that the rule writes.
     """
-    roles = layout.roles
-    unfused = [seen(leaf, layout)]
+    parts = [seen(leaf, layout)]
     if len(layout.arrays) > 1:
-        unfused = jnp.split(unfused[0], layout.bounds, axis=layout.fan_out[0])
-    matrices = []
-    for part, size in zip(unfused, layout.arrays, strict=True):
-        axes = part.reshape(_shape_with_parts(layout, size)).transpose(sum(roles, ()))
-        lengths = layout.length(layout.layer) * layout.coupled, layout.alone
-        matrices.append(axes.reshape(*lengths, layout.length(layout.fan_in), -1))
-    return matrices
+        parts = jnp.split(parts[0], layout.bounds, axis=layout.fan_out[0])
+    return [
+        part.reshape(layout.apart).transpose(layout.order).reshape(layout.flat) for part in parts
+    ]
 
 
 def to_leaf(matrices: list[jax.Array], layout: Layout) -> jax.Array:
-    """Inverse of `to_matrices`."""
-    order = sum(layout.roles, ())
-    parts = []
-    for part, size in zip(matrices, layout.arrays, strict=True):
-        shape = _shape_with_parts(layout, size)
-        axes = part.reshape([shape[axis] for axis in order]).transpose(np.argsort(order))
-        whole = list(layout.shape)
-        whole[layout.fan_out[0]] = size * layout.equal_parts
-        parts.append(axes.reshape(whole))
+    """Puts the matrices of `to_matrices` together to the leaf again."""
+    parts = [
+        part.reshape(layout.turned).transpose(layout.order_back).reshape(layout.joined)
+        for part in matrices
+    ]
     whole_leaf = parts[0] if len(parts) == 1 else jnp.concatenate(parts, layout.fan_out[0])
     return unseen(whole_leaf, layout)
 
 
-def _shape_with_parts(layout: Layout, size: int) -> tuple[int, ...]:
-    """The shape of an array of equal parts of this size, with an axis before fan_out for them."""
-    first = layout.fan_out[0]
-    return (*layout.shape[:first], layout.equal_parts, size, *layout.shape[first + 1 :])
-
-
 def joint_shape(K: int, fan_in: int, fan_out: int, mode: int) -> tuple[int, int]:
-    """Shape of the mode's unfolding of K matrices (fan_in, fan_out), up to a transposition.
+    """Gives the shape of the mode's unfolding of K matrices, up to a transposition.
 
     The paper's W is (fan_out, fan_in), so its mode 1, which shares fan_out, joins kernels along
     fan_in.

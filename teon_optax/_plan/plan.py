@@ -1,8 +1,8 @@
-"""Which matrices are orthogonalized together: params and rules become a Plan."""
+"""Decides which matrices are orthogonalized together: types and rules become a Plan."""
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,24 +12,12 @@ from teon_optax._plan.layout import Layout, joint_shape, layout_of
 from teon_optax._plan.report import as_dict, table
 from teon_optax._rule import Rule
 
-
-class SeriesKey(NamedTuple):
-    """What the leaves of a series agree in.
-
-    Attributes:
-      path: Path of the leaves, without the layer's number and the sibling's name.
-      rule: The rule that took them.
-      layout: How each leaf holds its matrices.
-      dtype: Dtype of the leaves.
-    """
-
-    path: str
-    rule: Rule
-    layout: Layout
-    dtype: Any
+# What the leaves of a series agree in: their path without the layer's number and the sibling's
+# name, the rule that took them, how each holds its matrices, and their dtype.
+_Kind = tuple[str, Rule, Layout, Any]
 
 
-class LeafMatch(NamedTuple):
+class Match(NamedTuple):
     """What a rule's pattern says of one leaf. Sorted, leaves of a layer come sibling by sibling.
 
     Attributes:
@@ -51,6 +39,7 @@ class Series(NamedTuple):
     Attributes:
       rule: The rule that took the leaves.
       layout: How each leaf holds its matrices.
+      dtype: Dtype of the leaves, in the tree that the plan is of.
       part: Which of the arrays of `to_matrices`.
       siblings: How many leaves hold a layer.
       leaves: Positions of the leaves in the tree, by layer number, then by sibling.
@@ -58,40 +47,41 @@ class Series(NamedTuple):
 
     rule: Rule
     layout: Layout
+    dtype: Any
     part: int
     siblings: int
     leaves: tuple[int, ...]
 
     @property
     def layers_per_leaf(self) -> int:
-        """How many layers one leaf holds."""
-        return self.layout.length(self.layout.layer)
+        """Counts the layers that one leaf holds."""
+        return self.layout.size(self.layout.layer)
 
     @property
     def depth(self) -> int:
-        """How many layers there are."""
+        """Counts the layers."""
         return len(self.leaves) // self.siblings * self.layers_per_leaf
 
     @property
     def coupled(self) -> int:
-        """How many matrices of each layer are coupled."""
+        """Counts the matrices of each layer that are coupled."""
         return self.siblings * self.layout.coupled
 
     @property
     def alone(self) -> int:
-        """How many matrices each layer holds beside those that are coupled."""
+        """Counts the matrices of each layer beside those that are coupled."""
         return self.layout.alone
 
     @property
     def experts(self) -> int:
-        """How many matrices the batch axes hold."""
-        return self.layout.length(self.layout.batch)
+        """Counts the matrices that the batch axes hold."""
+        return self.layout.size(self.layout.batch)
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(fan_in, fan_out) of one matrix."""
-        rest = self.layout.length(self.layout.fan_out[1:])
-        return self.layout.length(self.layout.fan_in), self.layout.arrays[self.part] * rest
+        """Gives (fan_in, fan_out) of one matrix."""
+        rest = self.layout.size(self.layout.fan_out[1:])
+        return self.layout.size(self.layout.fan_in), self.layout.arrays[self.part] * rest
 
 
 class Group(NamedTuple):
@@ -102,9 +92,10 @@ class Group(NamedTuple):
         scanned leaf, `path#2` a joined head.
       rule: The rule that took them.
       layers: Numbers of their layers.
-      fan_in: Length of one layer's fan_in.
-      fan_out: Length of one layer's fan_out.
+      fan_in: Size of one layer's fan_in.
+      fan_out: Size of one layer's fan_out.
       batch: How many such groups the batch axes hold (experts).
+      dtype: Dtype of the matrices.
     """
 
     members: tuple[str, ...]
@@ -113,10 +104,11 @@ class Group(NamedTuple):
     fan_in: int
     fan_out: int
     batch: int
+    dtype: Any
 
     @property
     def joint(self) -> tuple[int, int]:
-        """Shape of the joint matrix; the Gram matrix has its smaller side."""
+        """Gives the shape of the joint matrix; the Gram matrix has its smaller side."""
         return joint_shape(len(self.members), self.fan_in, self.fan_out, self.rule.mode)
 
 
@@ -145,20 +137,25 @@ class Plan(NamedTuple):
 
     @property
     def taken(self) -> set[int]:
-        """Positions in the tree of the leaves that are not in the fallback."""
+        """Lists the positions in the tree of the leaves that are not in the fallback."""
         return {leaf for series in self.series for leaf in series.leaves}
 
     @property
+    def layouts(self) -> dict[int, Layout]:
+        """Says how each of these leaves holds its matrices."""
+        return {leaf: series.layout for series in self.series for leaf in series.leaves}
+
+    @property
     def fallback(self) -> tuple[str, ...]:
-        """Paths of the leaves that go to the fallback optimizer."""
+        """Lists the paths of the leaves that go to the fallback optimizer."""
         return tuple(leaf.path for leaf in self.untouched)
 
     def __str__(self) -> str:
-        """A table of series and fallback leaves, equal rows collapsed."""
+        """Writes a table of series and fallback leaves, equal rows collapsed."""
         return table(self.groups, self.untouched, self.unused)
 
     def as_dict(self) -> dict[str, Any]:
-        """The plan in full, as a dict of what JSON can hold.
+        """Writes the plan in full, as a dict of what JSON can hold.
 
         Its keys are `groups`, `fallback` and `unused`, and for totals `parameters` (by treatment)
         and `flops` (of an update's matrix products, the plan's and Muon's).
@@ -169,45 +166,57 @@ class Plan(NamedTuple):
 @cached
 def plan_of(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]) -> Plan:
     """Plans a tree of this structure, whose leaves have these types, by these rules."""
-    found: dict[SeriesKey, list[LeafMatch]] = {}
+    found: dict[_Kind, list[Match]] = {}
     untouched: list[Untouched] = []
     wrong: list[str] = []
-    used: set[Rule | None] = set()
-    for index, (path, (shape, dtype)) in enumerate(zip(paths_of(structure), types, strict=True)):
-        rule = next((rule for rule in rules if rule.search(path)), None)
-        used.add(rule)
-        if rule is None or rule.stack == 0 or len(shape) < 2:
+    paths, taking = paths_of(structure), rules_by_leaf(structure, rules)
+    for index, (path, rule, (shape, dtype)) in enumerate(zip(paths, taking, types, strict=True)):
+        if not is_taken(rule, shape):
             untouched.append(Untouched(path, shape, _reason(rule, shape)))
             continue
+        assert rule is not None
         try:
             series_path, match = _match_leaf(path, index, rule)
-            key = SeriesKey(series_path, rule, _checked_layout(shape, dtype, rule), dtype)
-            found.setdefault(key, []).append(match)
+            kind = series_path, rule, _checked_layout(shape, dtype, rule), dtype
+            found.setdefault(kind, []).append(match)
         except ValueError as error:
             wrong.append(f"{path!r}, shape {shape}, taken by `{rule}`: {error}.")
-    found = {key: sorted(matches) for key, matches in found.items()}
+    found = {kind: sorted(matches) for kind, matches in found.items()}
     if wrong := [*wrong, *_problems(found)]:
         raise ValueError("Rules do not fit the leaves that they take:\n  " + "\n  ".join(wrong))
     series: list[Series] = []
     groups: list[Group] = []
-    for (_, rule, layout, _), matches in found.items():
+    for (_, rule, layout, dtype), matches in found.items():
         siblings, leaves = len({match.sibling for match in matches}), [m.leaf for m in matches]
         for part in range(len(layout.arrays)):
-            series.append(Series(rule, layout, part, siblings, tuple(leaves)))
+            series.append(Series(rule, layout, dtype, part, siblings, tuple(leaves)))
             groups += _groups(series[-1], matches)
-    unused = tuple(rule for rule in rules if rule not in used)
+    unused = tuple(rule for rule in rules if rule not in {*taking})
     return Plan(tuple(groups), tuple(series), tuple(untouched), unused)
 
 
+@cached
+def rules_by_leaf(structure: Any, rules: tuple[Rule, ...]) -> list[Rule | None]:
+    """Finds the rule of each leaf of a tree: the first whose pattern is found in its path."""
+    return [
+        next((rule for rule in rules if rule.search(path)), None) for path in paths_of(structure)
+    ]
+
+
+def is_taken(rule: Rule | None, shape: Collection[int]) -> bool:
+    """Says whether a leaf of this shape, whose rule this is, is orthogonalized."""
+    return rule is not None and rule.stack > 0 and len(shape) > 1
+
+
 def _reason(rule: Rule | None, shape: tuple[int, ...]) -> str:
-    """Why a leaf goes to the fallback."""
+    """Says why a leaf goes to the fallback."""
     if rule is None:
         return "no rule"
     return "stack=0" if rule.stack == 0 else f"{len(shape)}-D: no matrix"
 
 
 def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
-    """The layout of a leaf, or an error if its dtype or its shape does not fit the rule."""
+    """Reads a leaf as its rule says, or raises if its dtype or its shape does not fit."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"its dtype is {dtype}, and only real floating leaves have a polar factor here: put "
@@ -216,8 +225,8 @@ def _checked_layout(shape: tuple[int, ...], dtype: Any, rule: Rule) -> Layout:
     return layout_of(shape, rule)
 
 
-def _match_leaf(path: str, leaf: int, rule: Rule) -> tuple[str, LeafMatch]:
-    """The path of the leaf's series, and which layer and sibling of it the leaf is.
+def _match_leaf(path: str, leaf: int, rule: Rule) -> tuple[str, Match]:
+    """Finds the path of the leaf's series, and which layer and sibling of it the leaf is.
 
     The path of the series is that of the leaf without the number of the layer (and without a `_`
     right before it), and without the name of the sibling.
@@ -240,11 +249,11 @@ def _match_leaf(path: str, leaf: int, rule: Rule) -> tuple[str, LeafMatch]:
         above = path[:start].removesuffix("_") if group == "layer" else path[:start]
         series_path = above + series_path[end:]
     sibling = (0, "") if name is None else (_position(name, rule), name)
-    return series_path, LeafMatch(int(number or 0), sibling, leaf, path)
+    return series_path, Match(int(number or 0), sibling, leaf, path)
 
 
 def _position(name: str, rule: Rule) -> int:
-    """Which alternative of the group `slice` a name is.
+    """Finds which alternative of the group `slice` a name is.
 
     Where the alternatives are no words of their own, all names get 0, and are sorted as text.
     """
@@ -257,35 +266,35 @@ def _position(name: str, rule: Rule) -> int:
     return next((index for index, fit in enumerate(fits) if fit), 0)
 
 
-def _problems(found: Mapping[SeriesKey, Sequence[LeafMatch]]) -> Iterator[str]:
-    """What is wrong with series: two leaves for one sibling of a layer, or a sibling missing.
+def _problems(found: Mapping[_Kind, Sequence[Match]]) -> Iterator[str]:
+    """Says what is wrong with series: two leaves for one sibling of a layer, or a sibling missing.
 
     Args:
       found: Sorted matches of each series.
     """
     siblings: dict[tuple[str, Rule], set[tuple[int, str]]] = {}
-    for key, matches in found.items():
-        siblings.setdefault(key[:2], set()).update(match.sibling for match in matches)
-    for key, matches in found.items():
-        taken = f"shape {key.layout.shape}, taken by `{key.rule}`"
+    for (path, rule, _, _), matches in found.items():
+        siblings.setdefault((path, rule), set()).update(match.sibling for match in matches)
+    for (path, rule, layout, dtype), matches in found.items():
+        taken = f"shape {layout.shape}, taken by `{rule}`"
         for number, of_layer in itertools.groupby(matches, key=lambda match: match.number):
             layer = list(of_layer)
             for one, other in itertools.pairwise(layer):
                 if one.sibling == other.sibling:
                     yield _one_too_many(one, other, taken)
-            missing = siblings[key[:2]] - {match.sibling for match in layer}
+            missing = siblings[path, rule] - {match.sibling for match in layer}
             if missing:
                 names = ", ".join(repr(name) for _, name in sorted(missing))
                 yield (
                     f"{layer[0].path!r}, {taken}: its layer {number} has no {names} of its shape "
-                    f"and dtype ({key.dtype}) to couple it with: write a rule for each shape, "
+                    f"and dtype ({dtype}) to couple it with: write a rule for each shape, "
                     "such as one with `(?P<slice>key|value)` and one for queries, or one without "
                     "`slice`."
                 )
 
 
-def _one_too_many(one: LeafMatch, other: LeafMatch, taken: str) -> str:
-    """What is wrong with two leaves that are the same sibling of the same layer."""
+def _one_too_many(one: Match, other: Match, taken: str) -> str:
+    """Says what is wrong with two leaves that are the same sibling of the same layer."""
     if one.path == other.path:
         return (
             f"{one.path!r}, {taken}: two leaves of the tree have this path, so that no pattern can "
@@ -297,8 +306,8 @@ def _one_too_many(one: LeafMatch, other: LeafMatch, taken: str) -> str:
     )
 
 
-def _groups(series: Series, matches: Sequence[LeafMatch]) -> Iterator[Group]:
-    """The groups of a series: runs of `stack` layers, of which the last may be shorter.
+def _groups(series: Series, matches: Sequence[Match]) -> Iterator[Group]:
+    """Forms the groups of a series: runs of `stack` layers, of which the last may be shorter.
 
     Each of the parts that are not coupled has groups of its own.
     """
@@ -308,13 +317,13 @@ def _groups(series: Series, matches: Sequence[LeafMatch]) -> Iterator[Group]:
         K = series.rule.stack * series.siblings * len(names) * len(_head_names(series))
         for start in range(0, len(members), K):
             paths, layers = zip(*members[start : start + K], strict=True)
-            yield Group(paths, series.rule, layers, *series.matrix, series.experts)
+            yield Group(paths, series.rule, layers, *series.matrix, series.experts, series.dtype)
 
 
 def _members(
-    series: Series, matches: Sequence[LeafMatch], parts: Sequence[str]
+    series: Series, matches: Sequence[Match], parts: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Name and layer of every matrix in these parts, those of one layer together."""
+    """Lists name and layer of every matrix in these parts, those of one layer together."""
     named = "layer" in series.rule.compiled.groupindex
     indices = range(series.layers_per_leaf) if series.layout.layer else [None]
     for start, index in itertools.product(range(0, len(matches), series.siblings), indices):
@@ -326,7 +335,7 @@ def _members(
 
 
 def _part_names(series: Series) -> list[str]:
-    """What is added to a path for each part that this series holds: `:0`, `:1`, .."""
+    """Lists what is added to a path for each part that this series holds: `:0`, `:1`, .."""
     if len(series.layout.sizes) == 1:
         return [""]
     if len(series.layout.arrays) > 1:
@@ -335,6 +344,6 @@ def _part_names(series: Series) -> list[str]:
 
 
 def _head_names(series: Series) -> list[str]:
-    """What is added to a path for each head that the rule couples: `#0`, `#1`, .."""
+    """Lists what is added to a path for each head that the rule couples: `#0`, `#1`, .."""
     heads = series.layout.heads
-    return [f"#{head}" for head in range(series.layout.length(heads))] if heads else [""]
+    return [f"#{head}" for head in range(series.layout.size(heads))] if heads else [""]

@@ -23,12 +23,14 @@ _STEPS = 5  # of the paper's method, and of Muon
 
 
 def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]) -> str:
-    """A plan's table; rows that differ in the numbers of their paths alone are one row."""
-    taken: dict[tuple[str, ...], list[Any]] = {}
+    """Writes a plan's table; series that differ in the numbers of their paths alone are one row."""
+    taken: dict[tuple[Any, ...], list[Any]] = {}
     for group in groups:
         K, shape = len(group.members), f"{group.fan_in} x {group.fan_out}"
         cells = shape, str(K), str(group.rule.mode), str(min(group.joint))
-        taken.setdefault((_NUMBER.sub("*", group.members[0]), *cells), []).append(group)
+        # Layers of another dtype are coupled among themselves, so they are a row of their own.
+        row = _NUMBER.sub("*", group.members[0]), group.dtype, *cells
+        taken.setdefault(row, []).append(group)
     left: dict[tuple[str, ...], list[str]] = {}
     for leaf in untouched:
         cells = " x ".join(map(str, leaf.shape)), leaf.reason
@@ -38,7 +40,7 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
     lines = columns(
         [("orthogonalized", "layers", "fan_in x fan_out", "K", "mode", "Gram", "groups")]
         + [
-            (taken_names[row], _layers(alike), *row[1:], str(sum(group.batch for group in alike)))
+            (taken_names[row], _layers(alike), *row[2:], str(sum(group.batch for group in alike)))
             for row, alike in taken.items()
         ],
         notes=["", *(_note(alike[0]) for alike in taken.values())],
@@ -58,18 +60,18 @@ def _note(group: Any) -> str:
 
 
 def _layers(groups: Sequence[Any]) -> str:
-    """The layers of a row's groups, if its rule counts any."""
+    """Lists the layers of a row's groups, if its rule counts any."""
     return spans(n for group in groups if group.rule.counts_layers for n in group.layers)
 
 
 def as_dict(
     groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
 ) -> dict[str, Any]:
-    """A plan in lists, dicts, strings and integers."""
+    """Writes a plan in lists, dicts, strings and integers."""
     flops, muon = _flops(groups)
     return {
         "groups": [
-            group._asdict()
+            {key: value for key, value in group._asdict().items() if key != "dtype"}
             | {
                 "members": list(group.members),
                 "layers": [list(n) if isinstance(n, tuple) else n for n in group.layers],

@@ -286,6 +286,7 @@ def orthogonalize_batches(
     scales: Sequence[jax.typing.ArrayLike],
     numerics: Numerics,
     eps: jax.typing.ArrayLike | None = None,
+    dtypes: Sequence[Any] | None = None,
 ) -> list[jax.Array]:
     """Makes scaled polar factors of batches of matrices.
 
@@ -299,13 +300,16 @@ def orthogonalize_batches(
       eps: What bounds tiny matrices: the factor of a matrix is multiplied by n / (n + eps), n being
         the norm that the method divides it by, Frobenius or Schatten-4; Frobenius too for the SVD.
         None or 0 takes every magnitude alike.
+      dtypes: Dtypes of the parameters that batches are updates of, which decide on the precision of
+        products where none is given; None is the batches' own. A momentum is in float32 at least.
 
     Returns:
       Arrays of the same shapes, in the dtype of the batch or in float32 at least.
     """
     # The backend decides on precisions and memory, and is no part of what a jit is cached by.
     whole, chunk = byte_limits(jax.default_backend())
-    chosen = tuple(numerics.of(batch.dtype) for batch in batches)
+    dtypes = [batch.dtype for batch in batches] if dtypes is None else dtypes
+    chosen = tuple(numerics.of(dtype) for dtype in dtypes)
     return _by_restarts(batches, scales, nonzero(eps), chosen, whole, chunk)
 
 

@@ -79,7 +79,7 @@ def each_matrix(
         index = positions[position]
         leaf, last = leaves[index], inputs[-1][index]
         given = [_wide(each[index], layout) for each in inputs]
-        _, _, fan_in, fan_out = layout.roles
+        _, _, fan_in, fan_out = layout.axes
         parts = zip(*(to_parts(each, layout) for each in given), strict=True)
         results = zip(*(function(*part, fan_in, fan_out) for part in parts), strict=True)
         new, *rest = (from_parts(result, layout) for result in results)

@@ -1,7 +1,7 @@
 """`orthogonalize_slices`: transforms along the stacks of coupled matrices."""
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax._memory import kept_beside, on_device
+from teon_optax._memory import as_given, on_device
 from teon_optax._mesh.placement import Located, as_shardings
-from teon_optax._orthogonalize import orthogonalize_updates
-from teon_optax._plan.batches import BatchKey, in_batches
+from teon_optax._orthogonalize import orthogonalize_leaves
+from teon_optax._plan.batches import Batch, batches_of, map_joint_matrices
 from teon_optax._planning import plan, plan_of_updates
 from teon_optax._polar.coefficients import Method, MethodLike, of_quotient, resolve
 from teon_optax._polar.newton_schulz import weighted_sums
@@ -90,12 +90,13 @@ def orthogonalize_slices(
     def update_fn(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
-        planned = plan_of_updates(updates, params, rules)
         leaves, structure = jax.tree.flatten(updates)
+        planned = plan_of_updates(structure, leaves, params, rules)
         taken = {index: on_device(leaves[index]) for index in planned.taken}
-        located = placement.locate(updates, taken)
+        located = placement.locate(structure, leaves, planned.taken)
         if located is not None:
-            taken = {index: located.gathered(index, leaf) for index, leaf in taken.items()}
+            settled = {index: located.settled(index, leaf) for index, leaf in taken.items()}
+            taken = {index: located.gathered(index, leaf) for index, leaf in settled.items()}
         function = functools.partial(
             _transformed,
             transform=transform,
@@ -103,9 +104,11 @@ def orthogonalize_slices(
             scale=scale_function,
             located=located,
         )
-        for index, update in in_batches(taken, planned.series, function).items():
+        batches = batches_of(planned.series)
+        done = map_joint_matrices(taken, planned.layouts, batches, function)
+        for index, update in done.items():
             placed = update if located is None else located.returned(index, update)
-            leaves[index] = kept_beside(placed, leaves[index])
+            leaves[index] = as_given(placed, leaves[index])
         return structure.unflatten(leaves), state
 
     return optax.GradientTransformation(init_fn, update_fn)
@@ -125,43 +128,44 @@ def _check_modes(rules: Iterable[Rule]) -> None:
 
 
 def _transformed(
-    joint: Mapping[BatchKey, jax.Array],
+    batches: Sequence[Batch],
+    joint: Sequence[jax.Array],
     transform: str,
     numerics: Numerics,
     scale: ScaleFunction,
     located: Located | None,
-) -> dict[BatchKey, jax.Array]:
-    """Mixes the groups of joint matrices, orthogonalizes slice by slice, and mixes back."""
-    done: dict[BatchKey, Any] = dict.fromkeys(joint, 0)
+) -> list[jax.Array]:
+    """Mixes the groups of joint matrices, orthogonalizes them slice by slice, and mixes back."""
+    done: list[Any] = [0] * len(joint)
     for blocks in (1, 2):
         weights = {
-            key: found[blocks]
-            for key in joint
-            if blocks in (found := real_weights(transform, key.K))
+            index: found[blocks]
+            for index, batch in enumerate(batches)
+            if blocks in (found := real_weights(transform, batch.K))
         }
-        mixed = [_mixed(weights[key], key, joint[key]) for key in weights]
-        for key, factors in zip(
-            weights, _polar_factors(mixed, blocks, numerics, located), strict=True
-        ):
-            m, n = _matrix(key)
-            length = scale(key.fan_in, key.fan_out, 1, min(m, n))
-            done[key] += jnp.asarray(length, factors.dtype) * _unmixed(weights[key], factors)
-    return {key: done[key].reshape(matrices.shape) for key, matrices in joint.items()}
+        mixed = [_mixed(weights[index], batches[index], joint[index]) for index in weights]
+        dtypes = [batches[index].dtype for index in weights]
+        all_factors = _polar_factors(mixed, dtypes, blocks, numerics, located)
+        for index, factors in zip(weights, all_factors, strict=True):
+            batch = batches[index]
+            size = scale(batch.fan_in, batch.fan_out, 1, min(_matrix(batch)))
+            done[index] += jnp.asarray(size, factors.dtype) * _unmixed(weights[index], factors)
+    return [sums.reshape(array.shape) for sums, array in zip(done, joint, strict=True)]
 
 
-def _matrix(key: BatchKey) -> tuple[int, int]:
+def _matrix(batch: Batch) -> tuple[int, int]:
     """Gives the shape of one matrix of a group; mode 3 flattens a matrix that is alone."""
-    return (key.fan_in, key.fan_out) if key.K > 1 else key.joint
+    return (batch.fan_in, batch.fan_out) if batch.K > 1 else batch.joint
 
 
-def _mixed(weights: np.ndarray, key: BatchKey, joint: jax.Array) -> jax.Array:
+def _mixed(weights: np.ndarray, batch: Batch, joint: jax.Array) -> jax.Array:
     """Mixes joint matrices [groups, K x m, n] to slices [groups, slices, blocks x m, blocks x n].
 
     They are in float32 at least. One matrix alone is not mixed.
     """
-    m, n = _matrix(key)
-    stacks = joint.reshape(-1, key.K, m, n).astype(np.promote_types(joint.dtype, np.float32))
-    if key.K == 1:
+    m, n = _matrix(batch)
+    stacks = joint.reshape(-1, batch.K, m, n).astype(np.promote_types(joint.dtype, np.float32))
+    if batch.K == 1:
         return stacks
     slices, blocks, _, K = weights.shape
     sums = weighted_sums(weights.reshape(-1, K), stacks)
@@ -170,24 +174,40 @@ def _mixed(weights: np.ndarray, key: BatchKey, joint: jax.Array) -> jax.Array:
 
 
 def _unmixed(weights: np.ndarray, slices: jax.Array) -> jax.Array:
-    """Sums up what slices add to the matrices of each group, by the transposed weights."""
+    """Adds up what slices give to the matrices of each group, by the transposed weights."""
     count, blocks, _, K = weights.shape
     if K == 1:
         return slices
-    m, n = (length // blocks for length in slices.shape[2:])
+    m, n = (size // blocks for size in slices.shape[2:])
     grid = slices.reshape(-1, count, blocks, m, blocks, n).transpose(0, 1, 2, 4, 3, 5)
     return weighted_sums(weights.reshape(-1, K).T, grid.reshape(-1, count * blocks**2, m, n))
 
 
 def _polar_factors(
-    slices: list[jax.Array], blocks: int, numerics: Numerics, located: Located | None
+    slices: Sequence[jax.Array],
+    dtypes: Sequence[Any],
+    blocks: int,
+    numerics: Numerics,
+    located: Located | None,
 ) -> list[jax.Array]:
-    """Computes the polar factors of slices, of which a mesh gives each device some."""
+    """Takes polar factors of slices, of which a mesh gives each device some.
+
+    Args:
+      slices: Arrays [groups, slices, blocks x m, blocks x n].
+      dtypes: The dtypes of the leaves that each array is made of.
+      blocks: 1, or 2 of complex slices.
+      numerics: By which polynomial and in which precision.
+      located: Where the leaves lie on a mesh, if that is known.
+    """
     if numerics.method and blocks == 2:
         numerics = numerics._replace(method=_of_doubled(numerics.method))
-    planned = plan(slices, [Rule("", dims=MuonDimensionNumbers(-2, -1))])
+    pairs = zip(slices, dtypes, strict=True)
+    types = [jax.ShapeDtypeStruct(array.shape, dtype) for array, dtype in pairs]
+    planned = plan(types, [Rule("", dims=MuonDimensionNumbers(-2, -1))])
     everywhere = located and located.everywhere(len(slices))
-    return orthogonalize_updates(slices, planned, numerics, lambda *_: 1.0, everywhere)
+    given = dict(enumerate(slices))
+    done = orthogonalize_leaves(given, planned, numerics, lambda *_: 1.0, 0.0, everywhere)
+    return [done[index] for index in range(len(slices))]
 
 
 def _of_doubled(method: Method) -> Method:
