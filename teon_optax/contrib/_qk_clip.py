@@ -144,12 +144,12 @@ class _Projection(NamedTuple):
     def width(self) -> int:
         """Counts the features of one layer, of all parts together."""
         layout = self.layout
-        return math.prod(layout.shape) // layout.length(layout.layer + layout.fan_in)
+        return math.prod(layout.shape) // layout.size(layout.layer + layout.fan_in)
 
     def features(self, letter: str) -> int:
         """Counts the features of one layer of Q, of K or of V."""
         if len(self.layout.arrays) > 1:
-            rest = self.layout.length(self.layout.fan_out[1:])
+            rest = self.layout.size(self.layout.fan_out[1:])
             return self.layout.arrays[self.holds.index(letter)] * rest
         return self.width // len(self.holds)
 
@@ -199,7 +199,7 @@ def _stacks(
         if set(holds) <= {"v"}:
             continue
         number, name = _numbered(paths[index], module, rule)
-        for layer in range(layout.length(layout.layer)):
+        for layer in range(layout.size(layout.layer)):
             found.setdefault(name, {}).setdefault((number, layer), []).append((index, layer))
     if not found:
         raise ValueError(
@@ -408,10 +408,10 @@ def _as_leaf(vectors: Sequence[jax.Array], layout: Layout) -> jax.Array:
       vectors: [layers, features] of the whole leaf, or of each of its parts.
       layout: How the leaf holds its kernels.
     """
-    counts = layout.length(layout.layer) * layout.coupled, layout.alone
+    counts = layout.size(layout.layer) * layout.coupled, layout.alone
     if len(layout.arrays) == 1:
         vectors = [jnp.stack(vectors, axis=1)]
-    fan_in = layout.length(layout.fan_in)
+    fan_in = layout.size(layout.fan_in)
     rows = [vector.reshape(*counts, 1, -1) for vector in vectors]
     matrices = [jnp.broadcast_to(row, (*counts, fan_in, row.shape[-1])) for row in rows]
     return to_leaf(matrices, layout)
