@@ -30,6 +30,13 @@ def matrices(keeps: Callable[[Reading], bool], why: str) -> Said:
 
 
 def orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
+    """Finds the fan_out axis of a matrix, once for each leaf."""
+    if leaf.path not in net.orientations:
+        net.orientations[leaf.path] = _orientation(leaf, net)
+    return net.orientations[leaf.path]
+
+
+def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
     """Finds the fan_out axis of a matrix (0 or 1 of the last two), and why; None if it is unknown.
 
     The bias beside it proves it. Otherwise all matrices in a block whose arrays have the same name
@@ -114,7 +121,7 @@ def by_stream(leaf: Leaf, net: Network, left: Left) -> Said | None:
         shape = reading.view or leaf.shape
         return letters is None or fan(reading.axes, shape, letters) in stream
 
-    return matrices(keeps, f"the stream is {min(stream)} wide")
+    return matrices(keeps, f"the stream is {' or '.join(map(str, sorted(stream)))} wide")
 
 
 def einsum(leaf: Leaf, net: Network, left: Left) -> Said | None:

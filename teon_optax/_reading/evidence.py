@@ -5,6 +5,7 @@ overruled by what came before: a name never overrules a proof.
 """
 
 import itertools
+from collections import Counter
 
 from teon_optax._reading.axes import Said, fans, fit
 from teon_optax._reading.blocks import is_end
@@ -56,12 +57,13 @@ def low_rank(leaf: Leaf, net: Network) -> Said | None:
 
 def _is_second_factor(leaf: Leaf, net: Network) -> bool | None:
     """Tells whether it is the second of two factors of a matrix; None where it is neither."""
-    beside = net.beside(leaf)
+    count = len(net.matrices[leaf.home]) - 1
     above, _, module = leaf.home.rpartition("/")
     bases = [base for base in net.matrices.get(above, []) if base.keys[base.depth] == module]
-    named = [base for base in beside if leaf.name.startswith(base.name + "_")]
-    if not (bases or named or len(beside) in (1, 2)):
+    named = net.named_before(leaf)
+    if not (bases or named or count in (1, 2)):
         return None
+    beside = net.beside(leaf)
     bases += beside if len(beside) == 2 else named
     for other in beside:
         for first, second in ((leaf, other), (other, leaf)):
@@ -101,15 +103,15 @@ def router(leaf: Leaf, net: Network) -> Said | None:
     """Keeps routers, by name or because a matrix leads to as many as there are experts beside."""
     modules = [key for key in leaf.keys[: leaf.depth] if not key.isdecimal()]
     module = ["", *modules][-1]
-    beside = net.beside(leaf)
-    is_gate = leaf.says("gate") and not says("shared", module)
-    is_gate &= not any(other.says("router") for other in beside)
-    has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in net.modules
-    has_experts |= is_gate and sum(counted(leaf, other) > 1 for other in beside) > 1
-    # A gate to one number, as of a shared expert.
-    is_one = 1 in leaf.shape and any(other.path in net.routers for other in beside)
     if len(leaf.shape) != 2:
         return never("", "router")
+    is_gate = leaf.says("gate") and not says("shared", module)
+    is_gate = is_gate and not any(other.says("router") for other in net.beside(leaf))
+    has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in net.modules
+    if is_gate and not has_experts:
+        has_experts = sum(counted(leaf, other) > 1 for other in net.beside(leaf)) > 1
+    # A gate to one number, as of a shared expert.
+    is_one = 1 in leaf.shape and any(other.path in net.routers for other in net.beside(leaf))
     if leaf.path in net.routers:
         return only(f"router of {min(leaf.shape)} experts", "router")
     if says("router", *modules, leaf.name) or (is_gate and has_experts):
@@ -160,10 +162,18 @@ def packed(leaf: Leaf, net: Network) -> list[int]:
         if any(number is not None for number in leaf.numbers[place : leaf.depth]):
             return []
     else:
-        beside = net.matrices[leaf.home]
-        routers = [m for m in beside if m.says("router", "gate") and m.path not in net.routers]
-        routers = [m for m in routers if sum(counted(m, other) > 1 for other in beside) > 1]
+        routers = _packing(leaf.home, net)
     return sorted({count for each in routers if (count := counted(each, leaf))})[:1]
+
+
+def _packing(home: str, net: Network) -> list[Leaf]:
+    """Lists what may count experts that lie one after another in two matrices of a module."""
+    if home not in net.packing:
+        held = net.matrices[home]
+        routers = (m for m in held if m.says("router", "gate") and m.path not in net.routers)
+        found = [m for m in routers if sum(counted(m, other) > 1 for other in held) > 1]
+        net.packing[home] = found
+    return net.packing[home]
 
 
 def end(leaf: Leaf, net: Network) -> Said | None:
@@ -221,19 +231,19 @@ def projection(leaf: Leaf, net: Network) -> Said | None:
     """Keeps Q, K and V by name, beside each other or in attention."""
     if not leaf.letter:
         return None
-    beside = [leaf, *net.partners(leaf)]
-    letters = {other.letter: other for other in beside if other.letter}
-    if not leaf.weight and any(m.letter == leaf.letter and m.weight for m in beside):
+    letters = net.letters(leaf)
+    if not leaf.weight and letters[leaf.letter].weight:
         return None
     # Alone, `value` may be a critic's head, and an array `query` what is learned to attend with.
-    has_output = leaf.weight and any(other.says("output") and other.weight for other in beside)
+    output = net.output_of(leaf)
+    has_output = leaf.weight and output is not None and output.weight and output.says("output")
     is_alone = len(letters) + bool(has_output) < 2
     if is_alone and not (leaf.weight and (leaf.in_attention or leaf.home in net.blocks)):
         return None
     # The V of a gated feed forward has no Q or K beside it, but a way back from its width.
-    goes_back = any(other.shape == leaf.shape[::-1] != leaf.shape for other in beside)
-    if {*letters} == {"v"} and not leaf.in_attention and goes_back:
-        return None
+    if {*letters} == {"v"} and not leaf.in_attention:
+        if any(other.shape == leaf.shape[::-1] != leaf.shape for other in net.partners(leaf)):
+            return None
     # RWKV's feed forward has a key (d, f) and a value (f, d): one follows the other.
     key, value = letters.get("k"), letters.get("v")
     if key and value and not leaf.in_attention and key.shape == value.shape[::-1] != value.shape:
@@ -255,14 +265,13 @@ def latent(leaf: Leaf, net: Network) -> Said | None:
 
 def output(leaf: Leaf, net: Network) -> Said | None:
     """Keeps the output projection of attention: so called, or all that is left beside Q, K, V."""
-    beside = net.partners(leaf)
     above, module = ["", "", *leaf.keys[: leaf.depth]][-2:]
     rows = ("projection", "fused", "fused pair", "latent")
-    with_projections = any(other.says(*rows) for other in beside)
+    with_projections = net.is_called_beside(leaf, *rows)
     in_module = says("attention", module)
     is_called = leaf.says("output") or (in_module and leaf.name.startswith("linear"))
     is_below = says("attention", above) and says("output", module)
-    is_left = all(other.letter for other in beside) and (in_module or len(leaf.shape) == 3)
+    is_left = not net.unlike(leaf) and (in_module or len(leaf.shape) == 3)
     if is_below or is_called and (in_module or with_projections):
         return only("output projection, by name", "out")
     if with_projections and is_left:
@@ -279,9 +288,8 @@ def unnamed(leaf: Leaf, net: Network) -> Said | None:
         return None
     if len(leaf.shape) > 2:
         return _unnamed_heads(leaf, net)
-    letters = {other.letter for other in net.matrices[leaf.home]} - {""}
     output = net.output_of(leaf)
-    if letters == {"k", "v"} and output is not None and not leaf.says("reads"):
+    if {*net.letters(leaf)} == {"k", "v"} and output is not None and not leaf.says("reads"):
         if fans(output, net) == fans(leaf, net)[::-1]:
             return open_to("beside K, V and an output projection", "qkv", "out")
     readers, writers = _attention_shapes(leaf, net)
@@ -304,9 +312,11 @@ def no_attention(leaf: Leaf, net: Network) -> Said | None:
 
 def _unnamed_heads(leaf: Leaf, net: Network) -> Said | None:
     """Keeps leaves (d, h, k) beside another (h, k, d): Q, K and V if there are three of them."""
-    beside = [other for other in net.matrices[leaf.home] if len(other.shape) == 3]
-    if len(leaf.shape) != 3 or leaf.hides_axes or len(beside) < 2:
+    if len(leaf.shape) != 3 or leaf.hides_axes or not 1 < len(net.matrices[leaf.home]) < 9:
+        return None  # attention has few matrices: a gate and norms beside the four
+    if {"q", "k"} <= net.letters(leaf).keys():
         return None
+    beside = [other for other in net.matrices[leaf.home] if len(other.shape) == 3]
     is_turned = leaf.weight == "weight"
     reads = Reading("qkv", "ooi" if is_turned else "ioo")
     writes = {2: "oi" if is_turned else "io", 3: "oii" if is_turned else "iio"}
@@ -447,8 +457,7 @@ def _beside_alike(leaf: Leaf, net: Network) -> list[tuple[int, int]]:
 
 def _may_be_fused(leaf: Leaf, net: Network) -> bool:
     """Tells whether a matrix without a name of its own lies in a block or in attention."""
-    beside = net.beside(leaf)
-    rows = ("projection", "recurrent", "mlp" if len(beside) > 1 else "fused")
+    rows = "projection", "recurrent", "mlp" if len(net.matrices[leaf.home]) > 2 else "fused"
     is_inside = leaf.home in net.blocks or leaf.in_attention
     return len(leaf.shape) == 2 and not leaf.hides_axes and is_inside and not leaf.says(*rows)
 
@@ -501,18 +510,42 @@ def _halves(leaf: Leaf, net: Network) -> bool:
     """Tells whether gate and up lie side by side: twice what the down projection reads."""
     if leaf.says("packed", "recurrent", "latent", "projection") or len(leaf.shape) < 2:
         return False
-    if leaf.says("output") and leaf.in_attention or says("writes", leaf.name, leaf.keys[-2:][0]):
+    if _is_output(leaf) or says("writes", leaf.name, leaf.keys[-2:][0]):
         return False
     into, out = fans(leaf, net)
-    beside = [m for m in net.beside(leaf) if len(m.shape) == len(leaf.shape)]
-    beside = [m for m in beside if not m.letter and not (m.says("output") and leaf.in_attention)]
-    sizes, down = [fans(other, net) for other in beside], (out // 2, into)
-    is_plain = any(out in fan or (fan[1] == out // 2 and fan != down) for fan in sizes)
-    is_few = len(sizes) < 4 or leaf.says("reads")
+    if out % 2:
+        return False
+    pairs, ins, outs = _fans_at(leaf.home, len(leaf.shape), net)
+    down, is_own = (out // 2, into), not leaf.letter and not _is_output(leaf)
+    if not pairs[down] or ins[out] - (into == out) * is_own or outs[out] - is_own:
+        return False
+    is_plain = outs[out // 2] > (pairs[down] if into == out // 2 else 0)
+    if is_plain or not (sum(outs.values()) - is_own < 4 or leaf.says("reads")):
+        return False
     stream = net.stream_of(leaf)
     if len(stream) == 1 and into not in stream and leaf.home in net.blocks:
         return False  # an MLP of positions, of which 2 come in
-    return out % 2 == 0 and down in sizes and not is_plain and is_few
+    return True
+
+
+def _is_output(leaf: Leaf) -> bool:
+    return leaf.says("output") and leaf.in_attention
+
+
+def _fans_at(
+    home: str, rank: int, net: Network
+) -> tuple[Counter[tuple[int, int]], Counter[int], Counter[int]]:
+    """Counts (fan_in, fan_out) of a module's matrices of a rank, but for projections, and each."""
+    if (home, rank) not in net.fans:
+        held = (m for m in net.matrices[home] if len(m.shape) == rank)
+        pairs = Counter(fans(m, net) for m in held if not m.letter and not _is_output(m))
+        ins: Counter[int] = Counter()
+        outs: Counter[int] = Counter()
+        for (into, out), count in pairs.items():
+            ins[into] += count
+            outs[out] += count
+        net.fans[home, rank] = pairs, ins, outs
+    return net.fans[home, rank]
 
 
 def halves(leaf: Leaf, net: Network) -> Said | None:
@@ -524,10 +557,11 @@ def halves(leaf: Leaf, net: Network) -> Said | None:
 
 def gating(leaf: Leaf, net: Network) -> Said | None:
     """Keeps gate and up along an axis of two, by name or as the down projection shows them."""
-    rank = len(leaf.shape)
+    rank, is_named = len(leaf.shape), leaf.says("gating")
+    if rank < 3 or 2 not in leaf.shape or not (is_named or leaf.is_bare):
+        return None
     beside = [other for other in net.beside(leaf) if len(other.shape) == rank - 1]
-    is_named = leaf.says("gating")
-    if rank < 3 or 2 not in leaf.shape or not (is_named or (leaf.is_bare and len(beside) == 1)):
+    if not is_named and len(beside) != 1:
         return None
     downs = [m.shape[-2:] for m in beside]
 
@@ -601,7 +635,9 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     into, out = (size not in widths for size in sizes)
     if into and out:
         return only(f"nothing else is {sizes[0]} or {sizes[1]} wide", *ENDS)
-    if into and any(sizes[0] % width == 0 for width in net.widths - {1}) and leaf.says("mlp"):
+    is_image = says("convolution", *leaf.keys)  # patches
+    is_several = any(sizes[0] % width == 0 for width in net.widths - {1})
+    if into and is_several and leaf.says("mlp") and not is_image:
         return open_to(f"an input, or {sizes[0]} is several widths side by side", "input", "hidden")
     if out and sizes[1] in net.bias_lengths:
         return open_to(f"a head, or another makes {sizes[1]} too", "head", "hidden")
@@ -618,8 +654,6 @@ def chain_end(leaf: Leaf, net: Network) -> Said | None:
     """
     if len(leaf.shape) != 2 or leaf.home not in net.blocks:
         return None
-    if _starts_chain(leaf, net):
-        return open_to(f"nothing writes {fans(leaf, net)[0]}: an input?", "input", "hidden")
     for column, number in enumerate(leaf.numbers[: leaf.depth]):
         if number:
             place = "/".join(leaf.keys[: column + 1])
@@ -632,6 +666,8 @@ def chain_end(leaf: Leaf, net: Network) -> Said | None:
                 return only(f"input: nothing writes {into}", "input")
             if int(number) == max(numbers) and net.is_own(out, place):
                 return only(f"head: nothing reads {out}", "head")
+    if _starts_chain(leaf, net):
+        return open_to(f"nothing writes {fans(leaf, net)[0]}: an input?", "input", "hidden")
     return None
 
 

@@ -47,6 +47,7 @@ NAMES = {
     + "|(?:up|gate|q|query)_.*",
     "writes": _last("down|wo|fc_out|c_proj|o|out|output|out_proj|o_proj|output_proj|down_proj"),
     "mlp": _any("up|down|gate|fc|wi|wo|mlp|ffn?|feed|hidden|dense|linear|proj|projector|layers?|w")
+    + "|" + _any("projection|transition|resblock[a-z]*")
     + "|pre_logits",
     "experts": _any("experts?"),
     "mixture": _any("moe|mo_e|mixture"),

@@ -52,6 +52,14 @@ class Network:
             if len(leaf.shape) == 1:
                 self.unscanned.update(above(leaf.keys))
         self.blocks, self.networks, self.twins = repeated_blocks(self.floats)
+        self._called: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._letters: dict[str, dict[str, Leaf]] = {}
+        self._unlike: dict[str, list[Leaf]] = {}
+        self._outputs: dict[str, list[Leaf]] = {}
+        self._lettered: dict[str, int] = {}
+        self.fans: dict[tuple[str, int], tuple[Counter[Any], Counter[int], Counter[int]]] = {}
+        self.packing: dict[str, list[Leaf]] = {}
+        self.orientations: dict[str, tuple[int | None, str]] = {}
 
     @cached_property
     def numbered(self) -> dict[tuple[str, str], list[str]]:
@@ -198,59 +206,38 @@ class Network:
         Experts are two leaves at least of one rank, three or more, that begin with E and have the
         router's width behind it; or numbered modules, E in all, of three matrices at most.
         """
-        below: dict[str, list[Leaf]] = {}
+        tall: dict[tuple[str, int], list[Leaf]] = {}
+        numbered: dict[str, dict[str, dict[str, list[Leaf]]]] = {}
         for held in self.matrices.values():
             for leaf in held:
-                for module in {*above(leaf.keys), leaf.home}:
-                    below.setdefault(module, []).append(leaf)
+                may_be_tall = len(leaf.shape) > 2 and not leaf.letter
+                for depth, module in enumerate(dict.fromkeys([*above(leaf.keys), leaf.home])):
+                    if may_be_tall:
+                        tall.setdefault((module, leaf.shape[0]), []).append(leaf)
+                    if len(leaf.numbers) > depth + 1 and leaf.numbers[depth] is not None:
+                        series = numbered.setdefault(module, {}).setdefault(leaf.names[depth], {})
+                        series.setdefault(leaf.keys[depth], []).append(leaf)
         routers, mixtures, experts = set(), set(), {}
         for home, held in self.matrices.items():
             if says("attention", *home.split("/")[-1:]):
                 continue
             for router in (leaf for leaf in held if len(leaf.shape) == 2):
+                count, width = sorted(router.shape)
+                if count in (1, width):
+                    continue
                 # A router may have a module to itself, beside the experts.
                 is_alone = len(held) == 1 and home in self.blocks
                 for module in (home, *([home.rpartition("/")[0]] if is_alone else [])):
-                    if found := self._experts_of(router, module, below[module]):
+                    found = _experts_along_axis(tall.get((module, count), []), width)
+                    is_inside = module in self.blocks or says("router", *router.keys)
+                    if not found and (is_inside or says("mixture", *module.split("/")[-1:])):
+                        found = _experts_as_modules(numbered.get(module, {}), count, width)
+                    if found:
                         routers.add(router.path)
                         mixtures.add(module)
-                        experts.update({leaf.path: min(router.shape) for leaf in found})
+                        experts.update({leaf.path: count for leaf in found})
                         break
         return routers, mixtures, experts
-
-    def _experts_of(self, router: Leaf, module: str, inside: Sequence[Leaf]) -> list[Leaf]:
-        """Lists what is inside of a module as often as a matrix there has rows or columns."""
-        count, width = sorted(router.shape)
-        if count in (1, width):
-            return []
-        tall = [
-            leaf
-            for leaf in inside
-            if len(leaf.shape) > 2 and leaf.shape[0] == count and width in leaf.shape[1:]
-            and not leaf.letter and not says("attention", *leaf.keys)
-            and not says("convolution", *leaf.keys)
-        ]  # fmt: skip
-        ranks = {len(leaf.shape) for leaf in tall}
-        if len(tall) > 1 and (len(ranks) == 1 or any(leaf.says("gating") for leaf in tall)):
-            is_image = all(leaf.shape[0] == leaf.shape[1] for leaf in tall)
-            return [] if is_image else tall
-        is_inside = module in self.blocks or says("router", *router.keys)
-        if not (is_inside or says("mixture", *module.split("/")[-1:])):
-            return []
-        depth = module.count("/") + 1 if module else 0
-        numbered: dict[str, dict[str, list[Leaf]]] = {}
-        for leaf in inside:
-            if len(leaf.numbers) > depth + 1 and leaf.numbers[depth] is not None:
-                modules = numbered.setdefault(leaf.names[depth], {})
-                modules.setdefault(leaf.keys[depth], []).append(leaf)
-        for modules in numbered.values():
-            held = [leaf for leaves in modules.values() for leaf in leaves]
-            few = len(held) <= 3 * count and all(width in leaf.shape for leaf in held)
-            letters = {leaf.letter for leaf in held}
-            is_attention = {"q", "k"} <= letters or any(leaf.in_attention for leaf in held)
-            if len(modules) == count and few and not is_attention and not says("layers", *modules):
-                return held
-        return []
 
     def stream_of(self, leaf: Leaf) -> set[int]:
         """Gives the width of the residual stream around a leaf, or several that it may be."""
@@ -353,6 +340,46 @@ class Network:
         """Lists the other matrices of a leaf's module."""
         return [other for other in self.matrices.get(leaf.home, []) if other is not leaf]
 
+    def named_before(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the matrices beside a leaf whose name its own continues, as `q_a` does q."""
+        words = leaf.name.split("_")
+        stems = ["_".join(words[:count]) for count in range(1, len(words))]
+        found = (self._by_name.get((leaf.home, stem), ()) for stem in stems)
+        return [other for each in found for other in each]
+
+    @cached_property
+    def _by_name(self) -> dict[tuple[str, str], list[Leaf]]:
+        found: dict[tuple[str, str], list[Leaf]] = {}
+        for held in self.matrices.values():
+            for leaf in held:
+                found.setdefault((leaf.home, leaf.name), []).append(leaf)
+        return found
+
+    def is_called_beside(self, leaf: Leaf, *rows: str) -> bool:
+        """Tells whether a partner of a leaf is called as one of these rows of names says."""
+        home = _attention_of(leaf)
+        if (home, rows) not in self._called:
+            called = (other.says(*rows) for other in self.groups.get(home, []))
+            self._called[home, rows] = sum(called)
+        return self._called[home, rows] > leaf.says(*rows)
+
+    def letters(self, leaf: Leaf) -> dict[str, Leaf]:
+        """Gives a matrix of a leaf's attention for each of q, k and v that it has."""
+        home = _attention_of(leaf)
+        if home not in self._letters:
+            held = self.groups.get(home, [])
+            self._letters[home] = {other.letter: other for other in held if other.letter}
+        return self._letters[home]
+
+    def unlike(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the partners of a leaf that are no Q, K or V by name, two at most."""
+        home = _attention_of(leaf)
+        if home not in self._unlike:
+            held = self.groups.get(home, [])
+            unnamed = [other for other in held if not other.letter]
+            self._unlike[home], self._lettered[home] = unnamed[:3], len(held) - len(unnamed)
+        return [other for other in self._unlike[home] if other is not leaf]
+
     def partners(self, leaf: Leaf) -> list[Leaf]:
         """Lists the other matrices of a leaf's attention, those in modules inside included."""
         return [other for other in self.groups.get(_attention_of(leaf), []) if other is not leaf]
@@ -425,11 +452,14 @@ class Network:
 
     def output_of(self, leaf: Leaf) -> Leaf | None:
         """Finds the output projection beside Q, K and V, by its name or as all that is left."""
-        beside = self.partners(leaf)
-        named = [other for other in beside if other.says("output")]
-        unlike = [other for other in beside if not other.letter]
-        in_attention = leaf.in_attention or len(beside) - len(unlike) > 1
-        if not named and len(unlike) == 1 and in_attention:
+        home = _attention_of(leaf)
+        held = self.groups.get(home, [])
+        if home not in self._outputs:
+            self._outputs[home] = [other for other in held if other.says("output")]
+        named = [other for other in self._outputs[home] if other is not leaf]
+        unlike = self.unlike(leaf)
+        lettered = self._lettered[home] - (leaf.letter != "")
+        if not named and len(unlike) == 1 and (leaf.in_attention or lettered > 1):
             named = unlike
         return named[0] if named else None
 
@@ -445,6 +475,36 @@ def _attention_of(leaf: Leaf) -> str:
             return "/".join(leaf.keys[:depth])
         depth -= 1
     return leaf.home
+
+
+def _experts_along_axis(inside: Sequence[Leaf], width: int) -> list[Leaf]:
+    """Lists leaves that begin with the number of experts, if two or more have a router's width."""
+    tall = [
+        leaf
+        for leaf in inside
+        if width in leaf.shape[1:]
+        and not (says("attention", *leaf.keys) or says("convolution", *leaf.keys))
+    ]
+    is_of_one_rank = len({len(leaf.shape) for leaf in tall}) == 1
+    is_image = all(leaf.shape[0] == leaf.shape[1] for leaf in tall)
+    if len(tall) < 2 or is_image or not (is_of_one_rank or any(m.says("gating") for m in tall)):
+        return []
+    return tall
+
+
+def _experts_as_modules(
+    numbered: dict[str, dict[str, list[Leaf]]], count: int, width: int
+) -> list[Leaf]:
+    """Lists the matrices of numbered modules, as many as there are experts."""
+    for modules in numbered.values():
+        if len(modules) != count or says("layers", *modules):
+            continue
+        held = [leaf for leaves in modules.values() for leaf in leaves]
+        few = len(held) <= 3 * count and all(width in leaf.shape for leaf in held)
+        is_attention = {"q", "k"} <= {m.letter for m in held} or any(m.in_attention for m in held)
+        if few and not is_attention:
+            return held
+    return []
 
 
 def is_vocabulary(leaf: Leaf) -> bool:

@@ -136,6 +136,8 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
     module, and for the ends of a list.
     """
     leaf = case.leaf
+    if len(case.left) == 1:
+        return case.left
     is_inside = (net.widths | net.linked - net.ends).issuperset(leaf.shape)
     fallback_first = not is_inside if leaf.is_nameless else leaf.is_bare
     is_called = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
