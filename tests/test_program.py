@@ -391,6 +391,25 @@ def denoiser(params, x):
     return conv(x, params["conv_out"]["kernel"])
 
 
+def sorted_experts(p, x):
+    """Each token's expert by a product of groups of rows, as in MegaBlocks."""
+    rows = norm(x).reshape(-1, 12)
+    scores = jax.nn.softmax(rows @ p["moe"]["router"]["kernel"])
+    chosen = scores.argmax(-1)
+    order = jnp.argsort(chosen)
+    sizes = jnp.bincount(chosen, length=5).astype(jnp.int32)
+    hidden = jax.nn.gelu(jax.lax.ragged_dot(rows[order], p["moe"]["experts"]["up"], sizes))
+    out = jax.lax.ragged_dot(hidden, p["moe"]["experts"]["down"], sizes)
+    return x + out[jnp.argsort(order)].reshape(x.shape) * scores.max(-1).reshape(2, 7, 1)
+
+
+of_blocks(
+    "sorted_experts",
+    "moe/router/kernel: 12x5 F\nmoe/experts/up: 5x12x22 M bio\nmoe/experts/down: 5x22x12 M bio",
+    sorted_experts,
+)
+
+
 # What the default rules read otherwise than the program uses it, by case. A leaf that is read
 # rightly again fails its test, and goes from here.
 MISREAD = {
@@ -441,6 +460,30 @@ def test_a_program_contradicts_transposed_and_stacked_readings(name):
             wrong.append(right._replace(kind="T"))
         for reading in wrong:
             assert contradictions({path: leaves[path]}, {path: Found(reading)}), (path, reading)
+
+
+def test_what_enters_a_kernel_of_its_own_is_unknown():
+    def apply(params, x):
+        shape = jax.ShapeDtypeStruct((3, 4), jnp.float32)
+        y = jax.pure_callback(lambda x, w: x @ w, shape, x, params["custom"])
+        return jax.nn.relu(y) @ params["head"]
+
+    leaves = read_program(apply, {"custom": array(17, 4), "head": array(4, 2)}, ROWS)
+    assert leaves["custom"].role == "unknown"
+
+
+def test_factors_that_only_add_to_a_matrix_are_unknown():
+    def apply(params, x):
+        merged = params["base"] + params["a"] @ params["b"]
+        return jax.nn.relu(jax.nn.relu(x @ params["first"]) @ merged) @ params["head"]
+
+    shapes = {"first": (17, 6), "base": (6, 8), "a": (6, 2), "b": (2, 8), "head": (8, 3)}
+    params = {name: array(*shape) for name, shape in shapes.items()}
+    roles = {path: leaf.role for path, leaf in read_program(apply, params, ROWS).items()}
+    assert roles == {
+        **{"first": "input", "base": "hidden", "head": "head"},
+        **{"a": "unknown", "b": "unknown"},
+    }
 
 
 def classes_of(path):
