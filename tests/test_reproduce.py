@@ -171,6 +171,23 @@ def test_a_microbatch_that_does_not_divide_the_batch_is_refused(capsys, microbat
     assert "--microbatch must divide --batch-size" in capsys.readouterr().err
 
 
+def test_questions_have_large_batches_and_a_folder_of_their_own(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(command, "FRESH", tmp_path)
+    monkeypatch.setattr(training, "corpus_of", lambda _: TEXT)
+    monkeypatch.setattr(workers, "run", lambda *arguments: begun.append(arguments))
+    monkeypatch.setitem(
+        command.SCHEDULES,
+        "questions",
+        command.SCHEDULES["questions"]._replace(report=lambda *_: None),
+    )
+    assert command.main(["--schedule", "questions"]) == 0
+    ((out, setup, wanted, *_),) = begun
+    assert out == tmp_path / "questions" and setup.batch_size * setup.context == 32_768
+    assert json.loads((out / kept.SETUP).read_text())["steps"] == 160
+    assert wanted([])[0] == Job(questions.REFERENCE, 2, 4, 0, 160)
+
+
 class Ended:
     """A process that has ended."""
 
@@ -367,7 +384,7 @@ def test_the_page_of_the_questions_has_what_was_run_alone(tmp_path):
     assert text.startswith("**These runs cannot tell differences with an interval yet**")
     text = page(pairs_of(0.001, 0.003, 0.002))
     assert text.startswith("**These runs tell differences beyond 0.0025**")
-    assert "| `jordan` | +0.0020 ± 0.0025 | 3 | 0.02 | 1.00 |" in text
+    assert "| `jordan` | +0.0020 ± 0.0025 | 3 | 0.02 | 1.00 | 1.00 |" in text
     assert "schatten" not in text and "TEON" not in text
     assert (tmp_path / "questions.png").read_bytes().startswith(b"\x89PNG")
 

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
-from benchmarks import results
+from benchmarks import results, update_cost
 from benchmarks.reproduce import training
 from benchmarks.reproduce.configurations import ASKED, CONFIGURATIONS, build
 from benchmarks.reproduce.questions import CENTRE, REFERENCE, REST_CENTRE, SWEEP_SEED
@@ -164,32 +164,34 @@ def table(found: Sequence[Answer], setup: Mapping[str, Any]) -> str:
     """Draws one row for each question that has a pair."""
     if not found:
         return ""
-    base = cost(REFERENCE, setup)
-    rows = [
-        [
-            title_of(each.name),
-            str(each),
-            str(len(each.differences)),
-            f"{each.rate:.2g}",
-            f"{cost(each.name, setup) / base:.2f}",
-        ]
-        for each in found
-    ]
-    header = "in place of our Muon", "loss minus its", "pairs", "learning rate", "state, of its"
+    state, products = cost(REFERENCE, setup)
+    rows = []
+    for each in found:
+        own_state, own_products = cost(each.name, setup)
+        rows.append(
+            [
+                title_of(each.name),
+                str(each),
+                str(len(each.differences)),
+                f"{each.rate:.2g}",
+                f"{own_products / products:.2f}",
+                f"{own_state / state:.2f}",
+            ]
+        )
+    header = "in place of our Muon", "loss minus its", "pairs", "learning rate", "products", "state"
     return results.markdown(header, rows)
 
 
-def cost(name: str, setup: Mapping[str, Any]) -> float:
-    """Counts the entries of the optimizer's state."""
+def cost(name: str, setup: Mapping[str, Any]) -> tuple[int, float]:
+    """Counts the entries of the optimizer's state, and FLOPs of an update's matrix products."""
     known = Setup(**{field: setup[field] for field in Setup.__dataclass_fields__})
     model = training.GPT(training.model_of(known, known.vocab_size))
-
-    def state() -> Any:
-        tokens = jnp.zeros((1, known.context), jnp.int32)
-        params = model.init(jax.random.key(0), tokens)["params"]
-        return build(CONFIGURATIONS[name], setup["steps"], 1.0, 1.0).init(params)
-
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(state)))
+    tokens = jax.ShapeDtypeStruct((1, known.context), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    optimizer = build(CONFIGURATIONS[name], setup["steps"], 1.0, 1.0)
+    state = jax.eval_shape(optimizer.init, params)
+    entries = sum(leaf.size for leaf in jax.tree.leaves(state))
+    return entries, update_cost.products(optimizer, params)["flops"]
 
 
 def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
