@@ -1,16 +1,17 @@
 """What benchmarks of updates measure alike: programs when they are made, calls in turns."""
 
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from optax import contrib
 
-from teon_optax import Plan
+from teon_optax import Rule
 
 BASE = "optax muon"
 SLOW = 20.0  # seconds of a call
@@ -20,18 +21,30 @@ Peer = Callable[[], Any]
 Clock = Callable[[], float]
 
 
-def muon(planned: Plan, rate: float, weight_decay: float = 0.0) -> optax.GradientTransformation:
-    """Makes Optax's Muon of the leaves that a plan takes, each alone; the rest gets its Adam."""
-    dims = {
-        path: group.rule.dims or contrib.MuonDimensionNumbers()
-        for group in planned.groups
-        for path in group.members
-    }
+def muon(
+    left: Iterable[str], rules: Sequence[Rule], rate: float, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Makes Optax's Muon of the leaves that rules take, each read along the same axes as by TEON.
+
+    A leaf that holds several matrices side by side (a fused projection) is one matrix to it.
+
+    Args:
+        left: Paths of the other leaves, which get its Adam.
+        rules: Those of TEON.
+        rate: The learning rate.
+        weight_decay: Of the matrices.
+    """
+    left = set(left)
+
+    def of_leaf(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if name in left:
+            return None
+        rule = next(rule for rule in rules if re.search(rule.pattern, name))
+        matrix = (axis for axis in range(len(leaf.shape)) if axis != rule.layer_axis)
+        return rule.dims or contrib.MuonDimensionNumbers(*matrix)
 
     def dimensions(params: Tree) -> Tree:
-        def of_leaf(path: Any, _: Any) -> contrib.MuonDimensionNumbers | None:
-            return dims.get(jax.tree_util.keystr(path, simple=True, separator="/"))
-
         return jax.tree_util.tree_map_with_path(of_leaf, params)
 
     return contrib.muon(rate, weight_decay=weight_decay, muon_weight_dimension_numbers=dimensions)

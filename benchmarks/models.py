@@ -8,18 +8,15 @@ README.md says what each figure means; `architectures.py` has the models.
 
 import argparse
 import dataclasses
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax
-import optax
 from matplotlib.figure import Figure
 from optax import contrib
 
-from benchmarks import results
-from benchmarks.architectures import ARCHITECTURES, Tree
+from benchmarks import measuring, results
+from benchmarks.architectures import ARCHITECTURES
 from benchmarks.measuring import BASE
 from benchmarks.update_cost import products
 from teon_optax import Rule, default_rules, plan, teon
@@ -72,16 +69,17 @@ def figures(name: str) -> dict[str, Any]:
     architecture = ARCHITECTURES[name]
     shapes = architecture.shapes()
     rules = default_rules(shapes, first=WRITTEN_RULES.get(name, ()))
-    planned = plan(shapes, rules).as_dict()
-    peers = {BASE: muon(shapes, rules), "teon mode 2": teon(0.1, in_mode_2(rules))}
+    planned = plan(shapes, rules)
+    muon = measuring.muon(planned.fallback, rules, 0.1)
+    peers = {BASE: muon, "teon mode 2": teon(0.1, in_mode_2(rules))}
     for method in ("polar_express", "schatten"):
         peers[f"teon {method}"] = teon(0.1, rules, method=method)
     return {
         "source": architecture.source,
         "library": architecture.library,
         "rules": "written in part" if name in WRITTEN_RULES else "default",
-        "parameters": planned["parameters"],
-        "plan": planned["flops"],
+        "parameters": planned.as_dict()["parameters"],
+        "plan": planned.as_dict()["flops"],
         "optimizers": {peer: products(optimizer, shapes) for peer, optimizer in peers.items()},
     }
 
@@ -89,29 +87,6 @@ def figures(name: str) -> dict[str, Any]:
 def in_mode_2(rules: Iterable[Rule]) -> tuple[Rule, ...]:
     """Rewrites rules so that layers are joined over fan_in."""
     return tuple(dataclasses.replace(r, mode=2) if r.stack > 1 else r for r in rules)
-
-
-def muon(shapes: Tree, rules: Sequence[Rule]) -> optax.GradientTransformation:
-    """Makes `optax.contrib.muon` of the leaves that TEON takes, each read along the same axes.
-
-    A leaf that holds several matrices side by side (a fused projection) is one matrix to it.
-    """
-    left = set(plan(shapes, rules).fallback)
-
-    def dimensions(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if name in left:
-            return None
-        rule = next(rule for rule in rules if re.search(rule.pattern, name))
-        matrix = (axis for axis in range(len(leaf.shape)) if axis != rule.layer_axis)
-        return rule.dims or contrib.MuonDimensionNumbers(*matrix)
-
-    return contrib.muon(
-        0.1,
-        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(
-            dimensions, params
-        ),
-    )
 
 
 def ratios(row: dict[str, Any]) -> dict[str, float]:

@@ -142,7 +142,7 @@ def shapes_like(params: Tree) -> Tree:
 def optimizers(shapes: Tree, rules: Sequence[Rule]) -> dict[str, optax.GradientTransformation]:
     """Makes the peers; what TEON leaves to AdamW, so does Muon."""
     return {
-        BASE: measuring.muon(plan(shapes, rules), RATE),
+        BASE: measuring.muon(plan(shapes, rules).fallback, rules, RATE),
         "teon": teon(RATE, rules),
         "optax adamw": optax.adamw(RATE),
     }

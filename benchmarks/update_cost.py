@@ -132,7 +132,7 @@ def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
     # What `rules.muon` makes of a tree that the default rules read.
     each = [dataclasses.replace(rule, stack=min(rule.stack, 1)) for rule in RULES]
     alone = {ALONE: teon(LEARNING_RATE, each, weight_decay=WEIGHT_DECAY)}
-    muon = measuring.muon(planned, LEARNING_RATE, WEIGHT_DECAY)
+    muon = measuring.muon(planned.fallback, RULES, LEARNING_RATE, WEIGHT_DECAY)
     return {BASE: muon, **by_choice, **alone, "optax adamw": optax.adamw(LEARNING_RATE)}
 
 
