@@ -214,21 +214,15 @@ def _stacks(
 
 def _rules_of_projections(params: Any) -> tuple[Rule, ...]:
     """Reads rules for Q, K and V off a tree, and refuses latent attention."""
-    latent: list[str] = []
-
-    def note(leaf: Any, role: Any) -> Any:
-        if role.name == "latent":
-            latent.append(leaf.path)
-        return role
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        rules = rules_by_role(params, (), {"qkv": 1}, note)
+        rules = rules_by_role(params, (), {"qkv": 1})
+        latent = [rule for rule in rules_by_role(params, (), {"qkv": 0, "latent": 1}) if rule.stack]
     if latent:
         raise ValueError(
-            f"`clip_qk` does not clip latent attention, which {latent[0]!r} is part of: its heads "
-            "share the rotary part of K, so that only Q's may be clipped there, and kernels do not "
-            "show which part is rotary."
+            "`clip_qk` does not clip latent attention, of which are the leaves of "
+            f"{latent[0].pattern!r}: its heads share the rotary part of K, so that only Q's may be "
+            "clipped there, and kernels do not show which part is rotary."
         )
     return tuple(rule for rule in rules if rule.stack)
 

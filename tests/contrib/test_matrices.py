@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from teon_optax import Rule, contrib
+from teon_optax import Rule, contrib, orthogonalize
 
 
 @pytest.mark.promotes_dtypes
@@ -94,3 +94,37 @@ def test_a_mesh_may_cut_through_parts(split):
 def test_an_eps_that_lets_zero_be_divided_by_zero_is_refused(transform, eps):
     with pytest.raises(ValueError, match=r"`eps=.*` should be a number, at least 1.17"):
         transform([Rule("w")], eps=eps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", [P(), P("model"), P(None, "data"), P("data", "model")], ids=str)
+@pytest.mark.parametrize("joint", ["orthogonalize", "orthogonalize_slices"])
+def test_all_states_of_a_chain_stay_where_they_lay_on_a_mesh_of_type_auto(joint, spec):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rules = [Rule(r"block_(?P<layer>\d)", 2)]
+    rng = np.random.default_rng(5)
+    params = {
+        f"block_{i}": jax.device_put(
+            jnp.asarray(rng.normal(size=(8, 16)), jnp.float32), NamedSharding(mesh, spec)
+        )
+        for i in range(2)
+    }
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    orthogonalized = {
+        "orthogonalize": orthogonalize(rules, shardings=shardings),
+        "orthogonalize_slices": contrib.orthogonalize_slices(rules, "dct", shardings=shardings),
+    }
+    optimizer = optax.chain(
+        optax.trace(0.95),
+        contrib.normalize_matrices(rules),
+        orthogonalized[joint],
+        contrib.scale_by_normuon(rules),
+        contrib.scale_to_param_norm(rules),
+        contrib.project_to_sphere(rules),
+        contrib.add_lookahead(0.5),
+    )
+    state = optimizer.init(params)
+    moved = jax.jit(optimizer.update)(params, state, params)
+    for before, now in zip(*map(jax.tree.leaves, ((params, state), moved)), strict=True):
+        # A count is a number on no mesh yet.
+        assert before.ndim == 0 or now.sharding.is_equivalent_to(before.sharding, now.ndim)
