@@ -316,6 +316,13 @@ def test_first_rates_on_the_page_are_those_of_the_committed_runs():
     tables = re.findall(r"^\| getting started, .*\n(?:\|.*\n)+", text, re.M)
     assert len(tables) == 2
     page = (ROOT / "docs" / "getting_started.md").read_text("utf-8")
+    for steps, shown in (
+        (200, "ends at {} with a peak of 0.02 and at {}"),
+        (100, "200 at {} and {}"),
+    ):
+        (row,) = re.findall(rf"^\| train_gpt, {steps} .*\n.*\n\| `teon\(rate\)` (.*)$", text, re.M)
+        lower, higher = re.findall(r"\d\.\d{3}", row)[:2]
+        assert shown.format(higher, lower) in words("docs/getting_started.md")
     for name in ("teon(rate)", "optax.contrib.muon(rate)", "optax.adamw(rate)"):
         *_, shown = re.findall(rf"^\| `{re.escape(name)}` \|.*$", page, re.M)
         best = [
