@@ -19,7 +19,14 @@ from benchmarks import corpus, results
 from benchmarks.reproduce import __main__ as command
 from benchmarks.reproduce import answers, questions, schedule, statistics, training, workers
 from benchmarks.reproduce import records as kept
-from benchmarks.reproduce.configurations import ASKED, CONFIGURATIONS, PARTS, WEIGHT_DECAY, build
+from benchmarks.reproduce.configurations import (
+    ASKED,
+    CONFIGURATIONS,
+    PARTS,
+    PER_HEAD,
+    WEIGHT_DECAY,
+    build,
+)
 from benchmarks.reproduce.records import Job, Setup, job_of
 
 pytestmark = [pytest.mark.promotes_dtypes, pytest.mark.promotes_ranks]
@@ -442,6 +449,18 @@ def test_tokens_are_counted_to_where_the_curve_crosses_the_end_of_muons():
     assert share == [1.0, pytest.approx(0.75), math.inf]
 
 
+@pytest.mark.parametrize(("name", "millions"), [("small", 1.02), ("medium", 10.30)])
+def test_models_have_the_size_that_is_said(name, millions):
+    setup = dataclasses.replace(SETUP, model=name, vocab_size=256)
+    config = training.model_of(setup, 256)
+    model = training.GPT(config)
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count / 1e6 == pytest.approx(millions, abs=0.005)
+    assert config.heads == PER_HEAD[0].split
+
+
 def test_a_curve_ends_at_the_loss_of_the_table_and_keeps_its_shape():
     record = {"validation": [[10, 3.0], [20, 2.5], [40, 2.0]], "val_loss": 1.9}
     tokens, losses = statistics.curve_of(record)
@@ -506,7 +525,7 @@ def test_points_divide_a_run_into_equal_parts():
 @pytest.mark.slow
 def test_a_run_of_a_small_model_gives_a_record_that_repeats(monkeypatch):
     small = dataclasses.replace(training.llama(8, 12, 2, 2), tied=True)
-    monkeypatch.setattr(training, "SMALL", small)
+    monkeypatch.setitem(training.SIZES, "small", small)
     monkeypatch.setattr(training, "corpus_of", lambda _: TEXT)
     job = Job("teon-1", 0, 0, 1, STEPS)
     first, again, other = (training.train(each, SETUP) for each in (job, job, job._replace(k=4)))

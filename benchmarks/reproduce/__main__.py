@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     add("--workers", type=int, default=os.cpu_count() or 1, help="default: one for each core")
     add("--minutes", type=float, default=math.inf, help="begin no run after so many minutes")
     add("--schedule", choices=SCHEDULES, default="comparison", help="default: comparison")
-    add("--model", choices=["small", *training.MODELS], default="small")
+    add("--model", choices=training.SIZES, default="small")
     add("--data", help="as for examples.train_gpt; default: the standard library's source")
     add("--tokenizer", choices=("byte", "bpe"), default="byte", help="default: byte")
     add("--vocab-size", type=int, default=256, help="default: 256")

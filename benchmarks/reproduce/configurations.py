@@ -27,7 +27,7 @@ BLOCKS = r"block_(?P<layer>\d+)/"
 STACK_1 = (Rule(BLOCKS),)
 TEON_1 = (Rule(QKV, 2), *STACK_1)
 TEON_2 = (Rule(QKV, 2, mode=2), *STACK_1)
-PER_HEAD = (Rule(QKV, split=2), *STACK_1)  # of the model `small`, which has two heads
+PER_HEAD = (Rule(QKV, split=2), *STACK_1)  # of the models `small` and `medium`
 WEIGHT_DECAY = 0.1
 BETA = 0.95
 

@@ -28,8 +28,10 @@ from examples.model import GPT, MODELS, ModelConfig, llama
 from teon_optax import Rule, alignment
 
 CACHE = Path(__file__).parents[2] / "runs" / "cache"
-# 1.02 million parameters with 256 tokens.
+# 1.02 and 10.30 million parameters with 256 tokens; two heads each, as `PER_HEAD` has them.
 SMALL = dataclasses.replace(llama(width=128, hidden=256, depth=6, heads=2), tied=True)
+MEDIUM = dataclasses.replace(llama(width=256, hidden=768, depth=12, heads=2), tied=True)
+SIZES = {"small": SMALL, "medium": MEDIUM, **MODELS}
 AVERAGED = 0.05  # share of the run that the averaged weights remember
 TRAINING_POINTS = 64  # of the loss curve: means over as many parts of the run
 VALIDATION_POINTS = 16
@@ -196,7 +198,7 @@ def corpus_of(setup: Setup) -> data.Corpus:
 
 def model_of(setup: Setup, vocab_size: int) -> ModelConfig:
     """Gives the model the set-up's tokens, context and precision."""
-    base = SMALL if setup.model == "small" else MODELS[setup.model]
+    base = SIZES[setup.model]
     dtype: Any = setup.dtype
     return dataclasses.replace(base, vocab_size=vocab_size, context=setup.context, dtype=dtype)
 
