@@ -314,9 +314,9 @@ def _unnamed_heads(leaf: Leaf, net: Network) -> Said | None:
     """Keeps leaves (d, h, k) beside another (h, k, d): Q, K and V if there are three of them."""
     if len(leaf.shape) != 3 or leaf.hides_axes or not 1 < len(net.matrices[leaf.home]) < 9:
         return None  # attention has few matrices: a gate and norms beside the four
-    if {"q", "k"} <= net.letters(leaf).keys():
-        return None
     beside = [other for other in net.matrices[leaf.home] if len(other.shape) == 3]
+    if len(beside) < 2 or {"q", "k"} <= net.letters(leaf).keys():
+        return None
     is_turned = leaf.weight == "weight"
     reads = Reading("qkv", "ooi" if is_turned else "ioo")
     writes = {2: "oi" if is_turned else "io", 3: "oii" if is_turned else "iio"}

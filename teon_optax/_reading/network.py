@@ -210,14 +210,16 @@ class Network:
         numbered: dict[str, dict[str, dict[str, list[Leaf]]]] = {}
         for held in self.matrices.values():
             for leaf in held:
-                may_be_tall = len(leaf.shape) > 2 and not leaf.letter
+                count = leaf.shape[0] if len(leaf.shape) > 2 and not leaf.letter else None
                 for depth, module in enumerate(dict.fromkeys([*above(leaf.keys), leaf.home])):
-                    if may_be_tall:
-                        tall.setdefault((module, leaf.shape[0]), []).append(leaf)
+                    if count is not None:
+                        tall.setdefault((module, count), []).append(leaf)
                     if len(leaf.numbers) > depth + 1 and leaf.numbers[depth] is not None:
                         series = numbered.setdefault(module, {}).setdefault(leaf.names[depth], {})
                         series.setdefault(leaf.keys[depth], []).append(leaf)
-        routers, mixtures, experts = set(), set(), {}
+        routers: set[str] = set()
+        mixtures: set[str] = set()
+        experts: dict[str, int] = {}
         for home, held in self.matrices.items():
             if says("attention", *home.split("/")[-1:]):
                 continue
