@@ -22,7 +22,7 @@ from teon_optax.contrib._matrices import placed_like
 
 # What a segment of a path holds, by its words: wq, q_proj, query, kv_einsum, query_key_value.
 _WORD = re.compile(r"[bw]?(qkv|qk|kv|q|k|v|quer(?:y|ies)|keys?|values?)")
-_BIAS = re.compile(r"(.*_)?(bias|b|b[qkv]+)")
+_BIAS = re.compile(r"(.*_)?bias|b|b[qkv]+")
 _NORM = re.compile(
     r"(.*_)?(qk?|k|query|key)_?(layer_?)?(norm|ln)(_.*)?|(.*_)?(norm|ln)_(qk?|k|query|key)"
 )
@@ -193,22 +193,26 @@ def _stacks(
     held: dict[int, tuple[str, str]] = {}
     for index, (layout, _) in layouts.items():
         held[index] = _held(paths[index], layout, query, key)
+    names: dict[str, str] = {}
     found: dict[str, dict[tuple[int, int], list[tuple[int, int]]]] = {}
     for index, (layout, rule) in layouts.items():
         module, holds = held[index]
         if set(holds) <= {"v"}:
             continue
-        number, name = _numbered(paths[index], module, rule)
+        number, stack, name = _numbered(paths[index], module, rule)
+        names[stack] = max(names.get(stack, name), name, key=len)
         for layer in range(layout.size(layout.layer)):
-            found.setdefault(name, {}).setdefault((number, layer), []).append((index, layer))
+            found.setdefault(stack, {}).setdefault((number, layer), []).append((index, layer))
     if not found:
         raise ValueError(
             "`clip_qk` finds no projections of Q and K: pass `rules=`, and `query=` and `key=`, "
             "regular expressions that are found in their paths."
         )
     return {
-        name: _stack(name, [found_in[at] for at in sorted(found_in)], layouts, held, paths, types)
-        for name, found_in in found.items()
+        names[stack]: _stack(
+            names[stack], [layers[at] for at in sorted(layers)], layouts, held, paths, types
+        )
+        for stack, layers in found.items()
     }
 
 
@@ -262,14 +266,20 @@ def _named(segments: Sequence[str]) -> tuple[int, str]:
     return max(len(segments) - 2, 0), ""
 
 
-def _numbered(path: str, module: str, rule: Rule) -> tuple[int, str]:
-    """Tells the number of a projection's layer, and its module with * in place of it."""
+def _numbered(path: str, module: str, rule: Rule) -> tuple[int, str, str]:
+    """Tells the number of a projection's layer, and its module without it and with * instead.
+
+    Haiku's first layer has no number: its module is that of the others without `_1`.
+    """
     match = rule.search(path)
     number = match and match.groupdict().get("layer")
     if not match or number is None:
-        return 0, module
+        return 0, module, module
     start, end = match.span("layer")
-    return int(number), f"{module[:start]}*{module[end:]}" if end <= len(module) else module
+    if end > len(module):
+        return int(number), module, module
+    before, after = module[:start], module[end:]
+    return int(number), before.removesuffix("_") + after, f"{before}*{after}"
 
 
 def _stack(
@@ -304,28 +314,47 @@ def _stack(
     projections: list[_Projection] = []
     for index, own in rows.items():
         module, holds = held[index]
-        biases: list[int] = []
-        for other, path in enumerate(paths):
-            inside = path.removeprefix(f"{module}/" if module else "")
-            if other in layouts or (module and inside == path):
-                continue
-            segments = inside.split("/")
-            norms = [s for s in segments if _NORM.fullmatch(s.lower())]
-            if norms and len(segments) <= 2:
-                raise ValueError(
-                    f"`clip_qk`: {path!r} normalizes Q or K after the projection, so that the size "
-                    "of its kernel changes no logit. Leave `clip_qk` out: the norm bounds logits."
-                )
-            if (
-                _BIAS.fullmatch(segments[-1].lower())
-                and _named(segments)[1]
-                == _named(paths[index].removeprefix(f"{module}/").split("/"))[1]
-            ):
-                biases.append(other)
+        _refuse_what_changes_features(module, paths)
+        biases = tuple(
+            other
+            for other, path in enumerate(paths)
+            if other not in layouts and _is_bias(path, paths[index])
+        )
         shapes = tuple(types[bias].shape for bias in biases)
         layout = layouts[index][0]
-        projections.append(_Projection(index, tuple(biases), shapes, layout, holds, tuple(own)))
+        projections.append(_Projection(index, biases, shapes, layout, holds, tuple(own)))
     return _Stack(name, len(layers), tuple(projections))
+
+
+def _refuse_what_changes_features(module: str, paths: Sequence[str]) -> None:
+    """Raises if a module of attention normalizes Q or K, or adds low-rank factors to them."""
+    for path in paths:
+        inside = path.removeprefix(f"{module}/" if module else "")
+        if module and inside == path:
+            continue
+        segments = inside.lower().split("/")
+        if len(segments) <= 2 and any(map(_NORM.fullmatch, segments)):
+            raise ValueError(
+                f"`clip_qk`: {path!r} normalizes Q or K after the projection, so that the size "
+                "of its kernel changes no logit. Leave `clip_qk` out: the norm bounds logits."
+            )
+        if "lora" in inside.lower() and set(_named(inside.split("/"))[1]) & {"q", "k"}:
+            raise ValueError(
+                f"`clip_qk`: {path!r} is a low-rank factor of Q or K, which `clip_qk` does not "
+                "clip with the kernel."
+            )
+
+
+def _is_bias(path: str, kernel: str) -> bool:
+    """Tells whether a leaf is the bias of a kernel: `query/bias`, or `bq` beside `wq`."""
+    (home, _, name), (its_home, _, its_name) = path.rpartition("/"), kernel.rpartition("/")
+    if home != its_home or not _BIAS.fullmatch(name.lower()):
+        return False
+    letters = _named([name])[1]
+    stems = (
+        re.sub("_?(bias|weights?|kernel|[bw])$", "", each.lower()) for each in (name, its_name)
+    )
+    return letters == _named([its_name])[1] if letters else len({*stems}) == 1
 
 
 def _logits_by_stack(given: Any, stacks: Mapping[str, _Stack]) -> dict[str, Any]:

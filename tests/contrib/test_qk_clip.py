@@ -363,6 +363,41 @@ def test_what_cannot_be_clipped_is_refused(params, words):
         clip_qk().init(params)
 
 
+def changed(leaves):
+    """Paths of the leaves that a clip of two layers of two heads changes."""
+    params = {path: jnp.ones(shape) for path, shape in leaves.items()}
+    transform = clip_qk(1.0)
+    state, zeros = transform.init(params), jax.tree.map(jnp.zeros_like, params)
+    logits = jnp.full((2, 2), 4.0)
+    updates, _ = transform.update(zeros, state, params, attention_logits=logits)
+    return {path for path, update in updates.items() if np.any(update)}
+
+
+def test_the_bias_of_a_fused_projection_is_clipped_and_that_of_the_output_is_not():
+    shapes = {"c_attn/kernel": (4, 12), "c_attn/bias": (12,), "c_proj/kernel": (4, 4)}
+    shapes |= {"c_proj/bias": (4,)}
+    leaves = {f"h_{i}/attn/{path}": shape for i in range(2) for path, shape in shapes.items()}
+    expected = {f"h_{i}/attn/c_attn/{name}" for i in range(2) for name in ("kernel", "bias")}
+    assert changed(leaves) == expected
+
+
+def test_a_first_layer_without_a_number_belongs_to_the_others():
+    names = ("query", "key", "value", "linear")
+    leaves = {
+        f"gpt/block{number}/multi_head_attention/{name}/w": (4, 4)
+        for number in ("", "_1")
+        for name in names
+    }
+    assert len(changed(leaves)) == 4
+
+
+def test_low_rank_factors_of_q_and_k_are_refused():
+    factors = {"kernel": jnp.ones((4, 4)), "lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 4))}
+    params = {"attn": {"query": factors, "key": {"kernel": jnp.ones((4, 4))}}}
+    with pytest.raises(ValueError, match="'attn/query/lora_a' is a low-rank factor of Q or K"):
+        clip_qk(rules=[Rule("kernel")]).init(params)
+
+
 def test_latent_attention_is_refused_with_the_reason():
     shapes = {
         "q_a_proj": (64, 24),
