@@ -120,7 +120,7 @@ def test_the_step_size_may_be_injected():
         ((0.5, 1.0), "`decay=1.0` should be a number, at least 0 and less than 1"),
         ((0.5, lambda count: 0.9), r"inject_hyperparams\(add_lookahead\)\(\.\.\., decay=schedule"),
     ],
-    ids=str,
+    ids=["negative", "no number", "text", "a decay of 1", "a schedule of decay"],
 )
 def test_what_is_no_number_in_range_is_refused(arguments, words):
     with pytest.raises(ValueError, match=words):
