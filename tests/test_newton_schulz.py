@@ -1,8 +1,11 @@
 """Batches of matrices: against U p(S) V^T in float64, for every method, shape and spectrum."""
 
+import collections
 import functools
+from unittest import mock
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -16,6 +19,7 @@ from teon_optax import polar, polar_express
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_batches, orthogonalize_columns
 from teon_optax._polar.numerics import Numerics
+from tests.emulation import with_products_in
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 POLYNOMIALS = {
@@ -268,6 +272,51 @@ def test_a_traced_eps_is_as_good_as_a_number():
     np.testing.assert_allclose(traced, orthogonalized(M, "schatten", 1e-8), rtol=1e-5, atol=1e-7)
 
 
+BF16 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 20), (64, 192)], ids=str)
+@pytest.mark.parametrize("method", ["polar_express", "schatten", "fast"])
+def test_bf16_products_by_name_are_those_that_one_pass_of_bf16_is(method, shape):
+    """Operands are rounded before products read them, or in each: the numbers are the same."""
+    M = jnp.float32(np.random.default_rng(0).normal(size=(2, *shape)))
+    named, one_pass = (
+        functools.partial(
+            orthogonalized, method=method, eps=0, numerics=Numerics(resolve(method), p)
+        )
+        for p in (BF16, jax.lax.Precision.DEFAULT)
+    )
+    emulated = with_products_in("bf16", one_pass)(M)
+    # Sums in float32 of another order move a number that is then rounded to bf16.
+    np.testing.assert_allclose(named(M), emulated, atol=0.03)
+    difference = np.abs(np.asarray(named(M)) - np.asarray(emulated))
+    assert np.median(difference) < 1e-3
+
+
+def roundings(jaxpr):
+    """How often each matrix becomes one of bf16, and how many operands of products are of bf16."""
+    counts, operands = collections.Counter(), 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "convert_element_type" and eqn.params["new_dtype"] == jnp.bfloat16:
+            counts[eqn.invars[0]] += 1
+        if eqn.primitive.name == "dot_general":
+            assert {var.aval.dtype for var in eqn.invars} == {jnp.dtype("bfloat16")}
+            assert eqn.outvars[0].aval.dtype == jnp.float32
+            operands += 2
+        for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+            more = roundings(inner)
+            counts, operands = counts + more[0], operands + more[1]
+    return counts, operands
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 16), (64, 192)], ids=str)
+def test_a_matrix_that_several_products_of_bf16_read_is_rounded_once(shape):
+    numerics = Numerics(resolve("polar_express"), BF16)
+    run = functools.partial(orthogonalized, method=None, eps=0, numerics=numerics)
+    counts, operands = roundings(jax.make_jaxpr(run)(jnp.zeros((1, *shape))).jaxpr)
+    assert set(counts.values()) == {1} and len(counts) < 0.8 * operands
+
+
 def test_chunks_are_shortened_one_by_one():
     rng = np.random.default_rng(2)
     M = rng.normal(size=(300, 24, 40)) * 10.0 ** rng.uniform(-12, 0, (300, 1, 1))
@@ -301,3 +350,95 @@ def test_the_derivative_of_a_shortened_factor_is_that_of_the_formula():
     n = 2e-8
     slope = 4 * oracles.composed(0.5, JORDAN, norm=1) * n * 1e-8 / (n + 1e-8) ** 2
     np.testing.assert_allclose(jax.grad(function)(1.0), slope, rtol=1e-4)
+
+
+def function_of_a_matrix(M):
+    """Frobenius norms of one, in the matrix's own directions."""
+    return M / jnp.linalg.norm(M, axis=(1, 2), keepdims=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_function_is_a_method(shape):
+    M = 1e3 * example(SHAPES[shape], SPECTRUM)
+    seen = []
+
+    def method(batch):
+        seen.append((batch.shape, batch.dtype))
+        return function_of_a_matrix(batch)
+
+    result = polar(jnp.asarray(M, jnp.bfloat16), method)
+    given = np.asarray(jnp.asarray(M, jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), given / np.linalg.norm(given), rtol=2e-2, atol=1e-6
+    )
+    # Not higher than wide, in float32, and as they are: a function may depend on their length.
+    assert seen == [((1, *sorted(SHAPES[shape])), jnp.float32)]
+    np.testing.assert_array_equal(polar(jnp.float32(M), lambda M: M), np.float32(M))
+
+
+def test_the_norm_beside_eps_is_frobenius_where_a_function_is_the_method():
+    M = 1e-8 * example((12, 30), SPECTRUM)[None]
+    n = np.linalg.norm(M)
+    result = orthogonalized(M, function_of_a_matrix, 1e-8)
+    np.testing.assert_allclose(result, M / n * n / (n + 1e-8), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("function", "found"),
+    [
+        (lambda M: M[:, :, :-1], r"float32\[1, 3, 4\]"),
+        (lambda M: M.swapaxes(1, 2), r"float32\[1, 5, 3\]"),
+        (lambda M: M[0], r"float32\[3, 5\]"),
+        (lambda M: M.astype(jnp.bfloat16), r"bfloat16\[1, 3, 5\]"),
+        (lambda M: 1.0, r"float32\[\]"),
+    ],
+)
+def test_a_function_that_changes_shape_or_dtype_is_refused(function, found):
+    with pytest.raises(
+        ValueError, match=r"made of matrices of float32\[1, 3, 5\] what has " + found
+    ):
+        polar(jnp.ones((3, 5)), function)
+
+
+def exact_derivative(M, dM):
+    """Of U V^T, by differences in float64 of 24 digits that cancel to 16."""
+    h = 1e-5
+    ahead, behind = (oracles.reshaped_spectrum(M + t * dM) for t in (h, -h))
+    return (ahead - behind) / (2 * h)
+
+
+@pytest.mark.parametrize(
+    "M",
+    [np.eye(3), 5 * np.eye(3, 6), np.diag([2.0, 2.0, 1.0]), example((4, 7), [2, 1, 1, 0.5])],
+    ids=["identity", "wide", "two equal", "wide, two equal"],
+)
+def test_the_svd_s_derivative_exists_where_singular_values_are_equal(M):
+    """That of U and V does not: the polar factor's does, on all matrices of full rank."""
+    dM = np.random.default_rng(1).normal(size=M.shape)
+    weights = np.random.default_rng(2).normal(size=M.shape)
+    with jax.enable_x64(True):
+        run = functools.partial(polar, method="svd")
+        _, forward = jax.jvp(run, (jnp.float64(M),), (jnp.float64(dM),))
+        backward = jax.grad(lambda M: jnp.vdot(weights, run(M)))(jnp.float64(M))
+    expected = exact_derivative(M, dM)
+    np.testing.assert_allclose(forward, expected, atol=1e-8)
+    np.testing.assert_allclose(np.vdot(backward, dM), np.vdot(weights, expected), atol=1e-8)
+
+
+@pytest.mark.parametrize("method", [*NORMS, "jordan"])
+@pytest.mark.parametrize("M", [np.eye(3), np.zeros((3, 3)), np.ones((3, 5))], ids=str)
+def test_gradients_are_finite_also_of_what_has_no_derivative(method, M):
+    gradient = jax.grad(lambda M: polar(M, method).sum())(jnp.float32(M))
+    assert np.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "tpu"])
+@pytest.mark.parametrize("method", [polar_express(1), polar_express(2), "polar_express", "fast"])
+@pytest.mark.parametrize("shape", [(4, 4), (4, 12), (64, 192)], ids=str)
+def test_without_jit_the_numbers_are_the_same(method, shape, backend):
+    """`jax.disable_jit` runs loops in Python, and refuses one of length zero."""
+    M = jnp.float32(np.random.default_rng(0).normal(size=shape))
+    with mock.patch.object(jax, "default_backend", lambda: backend):
+        compiled = polar(M, method)
+        with jax.disable_jit():
+            np.testing.assert_allclose(polar(M, method), compiled, atol=1e-4)

@@ -2,12 +2,14 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 import variants
 from absl.testing import parameterized
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from spectra import function_of
 
 from teon_optax import mode_orthogonalize, polar, polar_express
@@ -99,3 +101,33 @@ def test_mode_orthogonalize_refuses_a_matrix():
     words = r"`mode_orthogonalize\(tensor\)` takes .* at least 3 axes, .* shape \(2, 2\)"
     with pytest.raises(ValueError, match=words):
         mode_orthogonalize(jnp.eye(2))
+
+
+CUTS = [("data",), (None, "data"), ("data", "model"), ("model", "data")]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+@pytest.mark.parametrize("method", ["svd", "polar_express"])
+def test_a_matrix_that_an_explicit_mesh_cuts_has_its_factor_where_it_lies(method, cut):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    M = jnp.float32(gaussian(4, 8))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(M, NamedSharding(mesh, PartitionSpec(*cut)))
+        for run in (polar, jax.jit(polar, static_argnames="method")):
+            result = run(placed, method=method)
+            assert result.sharding.is_equivalent_to(placed.sharding, 2)
+            np.testing.assert_allclose(result, polar(M, method), atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3])
+@pytest.mark.parametrize(
+    "cut", [("data",), (None, "data"), (None, None, "data"), ("model", "data")]
+)
+def test_a_stack_that_an_explicit_mesh_cuts_has_its_factor_where_it_lies(mode, cut):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    T = jnp.float32(gaussian(4, 6, 2))
+    with jax.set_mesh(mesh):
+        placed = jax.device_put(T, NamedSharding(mesh, PartitionSpec(*cut)))
+        result = mode_orthogonalize(placed, mode)
+        assert result.sharding.is_equivalent_to(placed.sharding, 3)
+        np.testing.assert_allclose(result, mode_orthogonalize(T, mode), atol=1e-5)

@@ -171,7 +171,7 @@ def _by_owners(
     """
     exchanges: dict[tuple[Any, ...], list[int]] = {}
     for index, (batch, array) in enumerate(zip(batches, joint, strict=True)):
-        kind = frozenset(sum(batch.axes, ())), array.dtype, numerics.of(batch.dtype)
+        kind = frozenset(sum(batch.axes, ())), array.dtype, numerics.of(array.dtype, batch.dtype)
         exchanges.setdefault(kind, []).append(index)
     done: dict[int, jax.Array] = {}
     for (names, dtype, used), indices in exchanges.items():
@@ -210,9 +210,9 @@ def _slab(batch: Batch, count: int, sizes: Mapping[str, int]) -> Slab:
 def _cost(numerics: Numerics, d: int, N: int, devices_per_group: int) -> float:
     """Prices a d x N group for each of its devices, in products of d x d matrices.
 
-    Devices cannot share an SVD.
+    Devices cannot share an SVD, nor what a function does.
     """
-    if numerics.method is None:
+    if numerics.polynomial is None:
         return N / d if devices_per_group == 1 else float("inf")
     columns = -(-N // devices_per_group)
     return numerics.product_count(numerics.restarts(d, max(d, columns)), columns / d)

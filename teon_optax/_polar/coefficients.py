@@ -1,7 +1,7 @@
 """Odd polynomials that drive singular values to one: published tables, and greedy minimax ones."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,9 @@ from jax.core import Tracer
 Pair = tuple[float, float]  # (a, b), the cubic a x + b x^3
 Triple = tuple[float, float, float]  # (a, b, c), the quintic a x + b x^3 + c x^5
 Step = Pair | Triple
-MethodLike = str | Sequence[Sequence[float]]
+# From matrices [B, d, N], d <= N, to what takes the place of their polar factors.
+Function = Callable[[jax.Array], jax.Array]
+MethodLike = str | Sequence[Sequence[float]] | Function
 
 # K. Jordan, Muon, 2024: the same triple in each of 5 steps (reprinted in arXiv 2601.23261).
 _JORDAN: tuple[Triple, ...] = ((3.4445, -4.7750, 2.0315),) * 5
@@ -206,10 +208,11 @@ _METHODS: dict[str, Method | None] = {
 }
 
 
-def resolve(method: MethodLike) -> Method | None:
+def resolve(method: MethodLike) -> Method | Function | None:
     """Finds the method behind a name or a sequence of coefficients; None is the SVD's exact factor.
 
-    Coefficients are used as they are given, on M / |M|_F. A quintic with c = 0 is a cubic.
+    Coefficients are used as they are given, on M / |M|_F. A quintic with c = 0 is a cubic. A
+    function is a method of its own.
     """
     names = ", ".join(map(repr, _METHODS))
     if isinstance(method, str):
@@ -219,22 +222,26 @@ def resolve(method: MethodLike) -> Method | None:
                 "(a, b, c) triples such as `polar_express(6)`."
             )
         return _METHODS[method]
+    if callable(method):
+        return method
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(method)):
         raise ValueError(
             f"`method={method!r}` is traced, and coefficients are constants of the program: under "
             "`optax.inject_hyperparams`, which makes arrays of numbers, name it in `static_args`."
         )
+    coefficients: Any = method
     if isinstance(method, jax.Array):
-        method = np.asarray(method).tolist()  # Inside `jax.jit`, parts of it would be traced.
+        coefficients = np.asarray(method).tolist()  # Inside `jax.jit`, parts of it would be traced.
     try:
-        steps: Any = tuple(tuple(step) for step in method)
+        steps: Any = tuple(tuple(step) for step in coefficients)
     except TypeError:
         steps = ()
     is_coefficients = all(len(step) in (2, 3) and all(map(_is_real, step)) for step in steps)
     if not steps or not is_coefficients:
         raise ValueError(
-            f"`method={method!r}` should be a name ({names}) or a non-empty tuple of triples "
-            "(a, b, c) or pairs (a, b) of finite numbers, one per step."
+            f"`method={method!r}` should be a name ({names}), a non-empty tuple of triples "
+            "(a, b, c) or pairs (a, b) of finite numbers, one per step, or a function of matrices "
+            "[B, d, N]."
         )
     infinite = [number for step in steps for number in step if abs(number) > _LARGEST]
     if infinite:

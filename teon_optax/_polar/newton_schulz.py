@@ -24,17 +24,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._polar.coefficients import Method, Step
-from teon_optax._polar.numerics import Numerics, byte_limits, chunk_size, is_exact, takes_one_more
+from teon_optax._polar.coefficients import Function, Method, Step
+from teon_optax._polar.numerics import (
+    Numerics,
+    byte_limits,
+    chunk_size,
+    is_bf16,
+    is_exact,
+    takes_one_more,
+)
+
+
+def _operand(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """Rounds a matrix once for all products of bf16 that read it; of others it is left as it is."""
+    return M.astype(jnp.bfloat16) if is_bf16(precision) and M.dtype == jnp.float32 else M
+
+
+def _product(A: jax.Array, B: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
+    """Multiplies A and B, which may be operands already; of bf16 sums are in float32."""
+    A, B = _operand(A, precision), _operand(B, precision)
+    wider = jnp.float32 if A.dtype == jnp.bfloat16 else None
+    return jnp.matmul(A, B, precision=precision, preferred_element_type=wider)
 
 
 def _gram(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
-    """M M^T of a matrix that is not higher than wide: [d, d].
+    """Multiplies a matrix that is not higher than wide by its transpose, M M^T: [d, d].
 
     Both factors are contracted as they lie: `M.T` would be copied, and M^T M of a higher matrix
     takes 1.4 times as long on a CPU.
     """
-    return jax.lax.dot_general(M, M, (((1,), (1,)), ((), ())), precision=precision)
+    M = _operand(M, precision)
+    wider = jnp.float32 if M.dtype == jnp.bfloat16 else None
+    return jax.lax.dot_general(
+        M, M, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=wider
+    )
 
 
 def _scaled(
@@ -78,13 +101,13 @@ def _factor(precision: jax.lax.PrecisionLike, steps: Sequence[Step], G: jax.Arra
     symmetric once rounded: P M is the matrix that has the Gram matrix with which the segment ended,
     and P^T M is not (with bf16 products it reached 1e13).
     """
-    multiply = functools.partial(jnp.matmul, precision=precision)
+    multiply = functools.partial(_product, precision=precision)
+    operand = functools.partial(_operand, precision=precision)
 
     def next_gram(
-        G: jax.Array, Z: jax.Array, a: jax.typing.ArrayLike, in_two_parts: bool = False
+        G: jax.Array, a: jax.typing.ArrayLike, rounded: jax.Array, Z: jax.Array, parts: Sequence
     ) -> jax.Array:
-        parts = _two_parts(Z) if in_two_parts else (Z,)
-        GZ = functools.reduce(jnp.add, [multiply(G, part) for part in parts])
+        GZ = functools.reduce(jnp.add, [multiply(rounded, part) for part in parts])
         W = (GZ if is_exact(precision) else (GZ + GZ.T) / 2) + a * G
         G = multiply(Z, W) + a * W
         return (G + G.T) / 2
@@ -93,26 +116,37 @@ def _factor(precision: jax.lax.PrecisionLike, steps: Sequence[Step], G: jax.Arra
         carry: tuple[jax.Array, jax.Array], coefficients: Sequence[Any]
     ) -> tuple[tuple[jax.Array, jax.Array], None]:
         P, G = carry
-        a, Z = _polynomial(coefficients, G, multiply)
-        return (multiply(Z, P) + a * P, next_gram(G, Z, a)), None
+        rounded = operand(G)
+        a, Z = _polynomial(coefficients, G, rounded, multiply)
+        Z = operand(Z)
+        return (multiply(Z, P) + a * P, next_gram(G, a, rounded, Z, [Z])), None
 
     # The first step needs no product with P, the last none for G; the others are loops.
-    a, Z = _polynomial(steps[0], G, multiply)
+    rounded = operand(G)
+    a, Z = _polynomial(steps[0], G, rounded, multiply)
     P = Z + a * jnp.eye(len(G), dtype=G.dtype)
     if len(steps) > 1:
-        G = next_gram(G, Z, a, takes_one_more(len(steps), precision))
+        taken = operand(Z)
+        parts = [taken]
+        if takes_one_more(len(steps), precision):
+            first, second = _two_parts(Z)
+            parts = [taken if is_bf16(precision) else first, second]
+        G = next_gram(G, a, rounded, taken, parts)
         P, G = _loops(step, (P, G), steps[1:-1], G.dtype)
-        a, Z = _polynomial(steps[-1], G, multiply)
+        a, Z = _polynomial(steps[-1], G, operand(G), multiply)
         P = multiply(Z, P) + a * P
     return P
 
 
 def _polynomial(
-    coefficients: Sequence[Any], G: jax.Array, multiply: Callable[[jax.Array, jax.Array], jax.Array]
+    coefficients: Sequence[Any],
+    G: jax.Array,
+    rounded: jax.Array,
+    multiply: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> tuple[Any, jax.Array]:
     """Computes a and Z of the step M <- a M + Z M: by one product, of a cubic by none."""
     a, b, *c = coefficients
-    return a, b * G + c[0] * multiply(G, G) if c else b * G
+    return a, b * G + c[0] * multiply(rounded, rounded) if c else b * G
 
 
 def _loops(
@@ -137,15 +171,54 @@ def _two_parts(Z: jax.Array) -> tuple[jax.Array, jax.Array]:
     return first, Z - first
 
 
+@jax.custom_jvp
 def _svd_orthogonalize(M: jax.Array) -> jax.Array:
-    """U V^T; directions of a zero singular value stay zero.
+    """Computes U V^T; directions of a zero singular value stay zero.
 
     An SVD of the Gram matrix would lose half of the digits.
     """
-    U, singular_values, Vt = jnp.linalg.svd(M, full_matrices=False)
-    floor = max(M.shape) * jnp.finfo(M.dtype).eps * singular_values[0]
-    kept = jnp.where(singular_values > floor, 1, 0).astype(M.dtype)
-    return jnp.matmul(U * kept[None], Vt, precision=jax.lax.Precision.HIGHEST)
+    U, s, Vt = _kept_svd(M)
+    return jnp.matmul(U * (s > 0).astype(M.dtype)[None], Vt, precision=jax.lax.Precision.HIGHEST)
+
+
+def _kept_svd(M: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Takes the SVD with zeros for those singular values that are zero but for rounding."""
+    U, s, Vt = jnp.linalg.svd(M, full_matrices=False)
+    floor = max(M.shape) * jnp.finfo(M.dtype).eps * s[0]
+    return U, jnp.where(s > floor, s, jnp.zeros_like(s)), Vt
+
+
+@_svd_orthogonalize.defjvp
+def _svd_derivative(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Derives U V^T, which equal singular values leave smooth, while U and V have no derivative.
+
+    With A = U^T dM V, entry (i, j) of U^T dQ V is (A_ij - A_ji) / (s_i + s_j), without A_ji where
+    one of the two is zero, and zero where both are. Beyond the rows of V^T, dQ is A / s_i.
+    """
+    (M,), (dM,) = primals, tangents
+    multiply = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    U, s, Vt = _kept_svd(M)
+    kept = (s > 0).astype(M.dtype)
+    rows = multiply(U.T, dM)
+    A = multiply(rows, Vt.T)
+    sums = s[:, None] + s[None]
+    inner = (A - jnp.outer(kept, kept) * A.T) / jnp.where(sums > 0, sums, jnp.inf)
+    outer = (rows - multiply(A, Vt)) / jnp.where(s > 0, s, jnp.inf)[:, None]
+    return multiply(U * kept[None], Vt), multiply(U, multiply(inner, Vt) + outer)
+
+
+def _applied(function: Function, batch: jax.Array) -> jax.Array:
+    """Calls a user's method with matrices [B, d, N], and checks what it makes of them."""
+    result = function(batch)
+    if jnp.shape(result) != batch.shape or jnp.result_type(result) != batch.dtype:
+        raise ValueError(
+            f"`method={function!r}` made of matrices of {batch.dtype}{list(batch.shape)} what has "
+            f"{jnp.result_type(result)}{list(jnp.shape(result))}. A method takes [B, d, N], "
+            "d <= N, in float32 at least, and returns the same shape and dtype."
+        )
+    return jnp.asarray(result)
 
 
 def orthogonalize_together(
@@ -158,16 +231,23 @@ def orthogonalize_together(
     """Makes scaled polar factors of batches of equal d; their Gram matrices share one polynomial.
 
     Arguments and result are those of `orthogonalize_batches`; `restarts` has the steps after each
-    start.
+    start. A function has the matrices as they are, all else has them in a range that bears squares.
     """
     high = [batch.shape[1] > batch.shape[2] for batch in batches]
-    scaled = [jax.vmap(_scaled)(batch) for batch in _turned(batches, high)]
+    given = _turned(batches, high)
+    scaled = [jax.vmap(_scaled)(batch) for batch in given]
     wide = [M for M, _ in scaled]
-    if numerics.method is None:
-        done = [jax.vmap(_svd_orthogonalize)(batch) for batch in wide]
-        norms = [] if eps is None else [jnp.linalg.norm(batch, axis=(1, 2)) for batch in wide]
+    if numerics.polynomial is not None:
+        done, norms = _newton_schulz(wide, numerics, numerics.polynomial, restarts)
     else:
-        done, norms = _newton_schulz(wide, numerics, numerics.method, restarts)
+        norms = [] if eps is None else [jnp.linalg.norm(batch, axis=(1, 2)) for batch in wide]
+        if callable(numerics.method):
+            done = [
+                _applied(numerics.method, batch.astype(M.dtype))
+                for batch, M in zip(given, wide, strict=True)
+            ]
+        else:
+            done = [jax.vmap(_svd_orthogonalize)(batch) for batch in wide]
     sizes = [jnp.asarray(scale, M.dtype) for scale, M in zip(scales, done, strict=True)]
     if eps is not None:
         sizes = [
@@ -208,44 +288,44 @@ def _newton_schulz(
     `total` then adds up the Gram matrices of all devices that have others, [all B, d, d]. One step
     alone multiplies the columns twice, `X <- a X + G (b X + c G X)`, where these are fewer than d.
     """
-    precision = numerics.precision
-    gram = functools.partial(_gram, precision=precision)
-    multiply = functools.partial(jnp.matmul, precision=precision)
+    operand = functools.partial(_operand, precision=numerics.precision)
+    multiply = functools.partial(_product, precision=numerics.precision)
+    gram = functools.partial(_gram, precision=numerics.precision)
     ends = np.cumsum([len(batch) for batch in batches])[:-1]
     narrow = batches[0].shape[2] < batches[0].shape[1]
 
-    def grams_of(batches: list[jax.Array]) -> jax.Array:
-        return total(jnp.concatenate([jax.vmap(gram)(batch) for batch in batches]))
-
     def segment(
-        batches: list[jax.Array],
-        steps: Sequence[Any],
-        grams: jax.Array,
-        norms: jax.typing.ArrayLike = 1,
-    ) -> list[jax.Array]:
-        """Takes some steps on matrices that are yet to be divided by their norms: [all B, 1, 1]."""
+        batches: list[jax.Array], steps: Sequence[Any], norm: Callable[[jax.Array], Any]
+    ) -> tuple[list[jax.Array], Any]:
+        """Divides matrices by their norms, takes some steps, and returns the norms too."""
+        operands = [operand(M) for M in batches]
+        grams = total(jnp.concatenate([jax.vmap(gram)(M) for M in operands]))
+        norms = norm(grams)
         grams = grams / jnp.square(norms)
         if len(steps) == 1 and narrow:
             (a, b, *c), (G,), (M,) = steps[0], grams, batches[0] / norms
+            G = operand(G)
             inner = b * M + c[0] * multiply(G, M) if c else b * M
-            return [(a * M + multiply(G, inner))[None]]
-        factors = jax.vmap(functools.partial(_factor, precision, steps))(grams) / norms
-        split = zip(jnp.split(factors, ends), batches, strict=True)
-        return [multiply(P, M) for P, M in split]
+            return [(a * M + multiply(G, inner))[None]], norms
+        factors = jax.vmap(functools.partial(_factor, numerics.precision, steps))(grams) / norms
+        split = zip(jnp.split(factors, ends), operands, strict=True)
+        return [multiply(P, M) for P, M in split], norms
 
-    def step(batches: list[jax.Array], coefficients: Sequence[Any]) -> tuple[list[jax.Array], None]:
-        return segment(batches, [coefficients], grams_of(batches)), None
+    def further(batches: list[jax.Array], steps: Sequence[Any]) -> tuple[list[jax.Array], None]:
+        return segment(batches, steps, lambda _: 1)[0], None
 
-    steps = numerics.steps(restarts)
-    grams = grams_of(batches)
-    norms = jax.vmap(functools.partial(_norm, method=method))(grams)
-    batches = segment(batches, steps[: restarts[0]], grams, norms[:, None, None])
+    steps, norm = numerics.steps(restarts), functools.partial(_norm, method=method)
+    batches, norms = segment(
+        batches, steps[: restarts[0]], lambda G: jax.vmap(norm)(G)[:, None, None]
+    )
     if set(restarts) == {1}:
-        batches = _loops(step, batches, steps[1:], batches[0].dtype)
+        batches = _loops(
+            lambda batches, step: further(batches, [step]), batches, steps[1:], batches[0].dtype
+        )
     else:
         for start, length in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
-            batches = segment(batches, steps[start : start + length], grams_of(batches))
-    return batches, jnp.split(norms, ends)
+            batches, _ = further(batches, steps[start : start + length])
+    return batches, jnp.split(norms[:, 0, 0], ends)
 
 
 def _in_chunks(
@@ -298,8 +378,8 @@ def orthogonalize_batches(
       scales: Factor of each batch's result.
       numerics: By which polynomial and in which precision.
       eps: What bounds tiny matrices: the factor of a matrix is multiplied by n / (n + eps), n being
-        the norm that the method divides it by, Frobenius or Schatten-4; Frobenius too for the SVD.
-        None or 0 takes every magnitude alike.
+        the norm that the method divides it by, Frobenius or Schatten-4; Frobenius too for the SVD
+        and a function. None or 0 takes every magnitude alike.
       dtypes: Dtypes of the parameters that batches are updates of, which decide on the precision of
         products where none is given; None is the batches' own. A momentum is in float32 at least.
 
@@ -309,7 +389,9 @@ def orthogonalize_batches(
     # The backend decides on precisions and memory, and is no part of what a jit is cached by.
     whole, chunk = byte_limits(jax.default_backend())
     dtypes = [batch.dtype for batch in batches] if dtypes is None else dtypes
-    chosen = tuple(numerics.of(dtype) for dtype in dtypes)
+    chosen = tuple(
+        numerics.of(batch.dtype, leaf) for batch, leaf in zip(batches, dtypes, strict=True)
+    )
     return _by_restarts(batches, scales, nonzero(eps), chosen, whole, chunk)
 
 
@@ -362,13 +444,13 @@ def orthogonalize_columns(
       numerics: A polynomial, no SVD, with a precision. A segment costs one `total`.
       eps: As for `orthogonalize_batches`; the norm is that of the whole matrix.
     """
-    assert numerics.method is not None
+    assert numerics.polynomial is not None
     d, N = M.shape
     M, peak = _scaled(M, largest)
     (columns,), (norm,) = _newton_schulz(
         [M[None]],
         numerics,
-        numerics.method,
+        numerics.polynomial,
         numerics.restarts(d, max(d, N)),
         total=lambda grams: total(grams[0])[None],
     )

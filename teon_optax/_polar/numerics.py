@@ -1,5 +1,6 @@
 """How a polar factor is computed here: precision of products, restarts, chunks."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from teon_optax._polar.coefficients import Method, Step
+from teon_optax._polar.coefficients import Function, Method, Step
 
 _HIGHEST = jax.lax.Precision.HIGHEST
+_BF16 = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
 
 # How much a segment of exact products may enlarge a small singular value: see `restarts`.
 _LARGEST_GROWTH = 256
@@ -37,14 +39,40 @@ _CPU_BYTES = 2**22, 2**20
 _ACCELERATOR_BYTES = 2**28, 2**28
 
 
-def default_precision(backend: str, dtype: jnp.dtype) -> jax.lax.PrecisionLike:
-    """Precision of every product: exact on CPU and in float64, one pass on accelerators.
+def default_precision(
+    backend: str, dtype: jnp.dtype, of_leaf: jnp.dtype | None = None
+) -> jax.lax.PrecisionLike:
+    """Chooses the precision of every product: exact on CPU and in float64, or else one pass.
 
-    One pass is bf16 on TPU and TF32 on GPU. At HIGHEST a product costs six passes on a TPU, and the
-    restarts below make one pass accurate enough.
+    One pass is bf16 on a TPU. On a GPU it is bf16 for leaves of bf16 where the device multiplies
+    these, or else TF32. At HIGHEST a product costs six passes on a TPU, and restarts make one pass
+    accurate enough. `jax.default_matmul_precision` is for the model and has no say here: what an
+    optimizer does is not to change with how a loss is computed.
+
+    Args:
+      backend: Where products are computed, by the name that jax gives it.
+      dtype: Of the matrices.
+      of_leaf: Of the parameters that matrices belong to, if it is another: momentum may be wider.
     """
-    is_float32 = backend == "cpu" or dtype == jnp.float64
-    return _HIGHEST if is_float32 else jax.lax.Precision.DEFAULT
+    of_leaf = dtype if of_leaf is None else of_leaf
+    if backend == "cpu" or jnp.float64 in (dtype, of_leaf):
+        return _HIGHEST
+    if backend == "gpu" and of_leaf == jnp.bfloat16 and _has_bf16_products():
+        return _BF16
+    return jax.lax.Precision.DEFAULT
+
+
+@functools.cache
+def _has_bf16_products() -> bool:
+    """Reads once whether all GPUs are of NVIDIA's compute capability 8 or above, Ampere or later.
+
+    XLA refuses a product of bf16 by name on earlier ones; others do not have a number there.
+    """
+    capabilities = [getattr(device, "compute_capability", None) for device in jax.devices()]
+    try:
+        return min(float(str(capability)) for capability in capabilities) >= 8
+    except ValueError:
+        return False
 
 
 def restarts(
@@ -75,11 +103,13 @@ def restarts(
     large at 5000, which the next segment makes infinite.
 
     *One-pass products* of bf16 change each operand by a share eps of up to 2^-8. What matters are
-    two of them. The factor P of a segment has numbers as large as g, and meets singular values of
-    1, so that these move by eps g: two steps of Polar Express, g = 33, may end 13 % too large. What
-    a segment leaves is therefore divided by 1 + eps g, a bound that costs nothing but as much of
-    the reach, and two steps are a segment up to g = 40. (Divided by 1.05 alone, nearly equal rows
-    ended at 5,700.) G itself is that of the rounded matrices, exactly, so that the bound of exact
+    two of them. The factor P of a segment has norm g, and each of its numbers changes by eps of
+    itself: P by up to 2 eps g, since numbers without their signs make a norm of 2 (1 - 1 / d) g of
+    g (I - v v^T), which nearly equal rows have for P. It meets singular values of 1, so two steps
+    of Polar Express, g = 33, may end 26 % too large. What a segment leaves is therefore divided by
+    1 + 2 eps g, which costs nothing but as much of the reach, and two steps are a segment up to
+    g = 40. (Divided by 1.05 alone, nearly equal rows ended at 5,700 and, of long methods, at
+    infinity.) G itself is that of the rounded matrices, exactly, so that the bound of exact
     products holds from the second step on: a segment of three steps errs by eps g^2 / 2, g being
     the growth of the last two. We take 8, which is 12 %, and nothing may follow. Where a segment
     more costs little, there is no third step. 3+2 has 12 in place of 8, and g = 130.
@@ -138,12 +168,12 @@ def _slowed(steps: Sequence[Step], restarts: Sequence[int]) -> tuple[Step, ...]:
     A quintic that is made for singular values up to u reaches far beyond 1 a little above u: 7 %
     above, Polar Express in its last two steps ends at 1e3. Its safety factor is for the errors of
     float32; those of a step of bf16 products come to some percent, and those of a segment to its
-    growth times the rounding of a number (see `restarts`).
+    growth times twice the rounding of a number (see `restarts`).
     """
     factors = np.full(len(steps), _SLOWED_BY)
     ends = np.cumsum(restarts)
     for length, end in zip(restarts, ends, strict=True):
-        error = _growth(steps[end - length : end]) * _ROUNDING
+        error = 2 * _ROUNDING * _growth(steps[end - length : end])
         factors[end - 1] = max(_SLOWED_BY, 1 + error)
     factors[-1] = 1
     slowed: Any = [
@@ -154,27 +184,41 @@ def _slowed(steps: Sequence[Step], restarts: Sequence[int]) -> tuple[Step, ...]:
 
 
 class Numerics(NamedTuple):
-    """By which polynomial, None for the SVD, and in which precision of every product."""
+    """By what, and in which precision of every product.
 
-    method: Method | None
-    precision: jax.lax.PrecisionLike = None  # None is for `of` to choose
+    Attributes:
+      method: A polynomial, a function, or None for the SVD.
+      precision: None is for `of` to choose.
+    """
 
-    def of(self, dtype: jnp.dtype) -> "Numerics":
-        """Fills in the default precision for arrays of this dtype, if none is given."""
-        chosen = default_precision(jax.default_backend(), np.promote_types(dtype, np.float32))
-        return self if self.precision is not None else self._replace(precision=chosen)
+    method: Method | Function | None
+    precision: jax.lax.PrecisionLike = None
+
+    @property
+    def polynomial(self) -> Method | None:
+        """The method, if it is a polynomial: all else is done to whole matrices."""
+        return self.method if isinstance(self.method, Method) else None
+
+    def of(self, dtype: jnp.dtype, of_leaf: jnp.dtype | None = None) -> "Numerics":
+        """Fills in the default precision for arrays of this dtype, if none is given.
+
+        `of_leaf` is the dtype of the parameters that they belong to, if it is another.
+        """
+        if self.precision is not None:
+            return self
+        return self._replace(precision=default_precision(jax.default_backend(), dtype, of_leaf))
 
     def restarts(self, m: int, n: int) -> tuple[int, ...]:
-        """How many steps follow each start, for m x n matrices; none for the SVD."""
-        if self.method is None:
+        """Decides how many steps follow each start, for m x n matrices; none without steps."""
+        if self.polynomial is None:
             return ()
-        return restarts(self.method.coefficients, (m, n), self.precision)
+        return restarts(self.polynomial.coefficients, (m, n), self.precision)
 
     def steps(self, restarts: Sequence[int]) -> tuple[Step, ...]:
         """Gives the method's coefficients; of one-pass products, all but the last step slowed."""
-        if self.method is None:
+        if self.polynomial is None:
             return ()
-        steps = self.method.coefficients
+        steps = self.polynomial.coefficients
         return steps if is_exact(self.precision) else _slowed(steps, restarts)
 
     def product_count(self, restarts: Sequence[int], ratio: float) -> float:
@@ -185,8 +229,8 @@ class Numerics(NamedTuple):
           ratio: Columns that a device holds of a joint matrix, divided by d; below 1 if it shares
             the matrix with others.
         """
-        assert self.method is not None
-        squares = sum(len(step) == 3 for step in self.method.coefficients)
+        assert self.polynomial is not None
+        squares = sum(len(step) == 3 for step in self.polynomial.coefficients)
         steps = sum(restarts)
         if len(restarts) == steps and ratio < 1:
             return ratio * (2 * steps + squares)
@@ -203,6 +247,11 @@ def check_precision(precision: jax.lax.PrecisionLike) -> None:
 def is_exact(precision: jax.lax.PrecisionLike) -> bool:
     """Whether products of float32 operands are those of float32."""
     return precision in (_HIGHEST, "highest", "float32")
+
+
+def is_bf16(precision: jax.lax.PrecisionLike) -> bool:
+    """Whether products are asked for by the name of bf16 operands."""
+    return precision in (_BF16, _BF16.name)
 
 
 def takes_one_more(steps: int, precision: jax.lax.PrecisionLike) -> bool:

@@ -199,8 +199,8 @@ def _polar_factors(
       numerics: By which polynomial and in which precision.
       located: Where the leaves lie on a mesh, if that is known.
     """
-    if numerics.method and blocks == 2:
-        numerics = numerics._replace(method=_of_doubled(numerics.method))
+    if numerics.polynomial and blocks == 2:
+        numerics = numerics._replace(method=_of_doubled(numerics.polynomial))
     pairs = zip(slices, dtypes, strict=True)
     types = [jax.ShapeDtypeStruct(array.shape, dtype) for array, dtype in pairs]
     planned = plan(types, [Rule("", dims=MuonDimensionNumbers(-2, -1))])
