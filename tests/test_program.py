@@ -5,6 +5,7 @@ Sizes differ wherever they may, so that a wrong reading cannot look right.
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -487,17 +488,15 @@ def test_factors_that_only_add_to_a_matrix_are_unknown():
 
 
 def classes_of(path):
-    """The classes of a script that trains when it is imported."""
-    nodes = ast.parse(path.read_text("utf-8")).body
-    kept = (ast.Import, ast.ImportFrom, ast.ClassDef, ast.Assign)
-    names: dict[str, Any] = {"__name__": path.stem}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module == "shared":
-            names["VOCABULARY"] = 31
-        elif isinstance(node, kept) and not (
-            isinstance(node, ast.Assign) and isinstance(node.value, ast.Call)
-        ):
-            exec(compile(ast.Module([node], []), str(path), "exec"), names)
+    """The classes of a script that trains when it is imported, and needs other libraries for it."""
+    names: dict[str, Any] = {"__name__": path.stem, "VOCABULARY": 31}
+    for node in ast.parse(path.read_text("utf-8")).body:
+        sets_number = isinstance(node, ast.Assign) and not isinstance(
+            node.value, ast.Call | ast.List
+        )
+        if sets_number or isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef):
+            with contextlib.suppress(ImportError):
+                exec(compile(ast.Module([node], []), str(path), "exec"), names)
     return names
 
 
@@ -527,12 +526,21 @@ def train_gpt(name):
     return params, lambda params, tokens: GPT(config).apply({"params": params}, tokens)
 
 
+def with_equinox():
+    eqx = pytest.importorskip("equinox")
+    make = classes_of(ROOT / "examples/trainers/with_equinox.py")["GPT"]
+    model = eqx.filter_eval_shape(make, jax.random.key(0))
+    params, static = eqx.partition(model, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    return params, lambda params, tokens: jax.vmap(eqx.combine(params, static))(tokens)
+
+
 EXAMPLES = {
     "minimal.py": minimal,
     "train_gpt, GPT": lambda: train_gpt("gpt-small"),
     "train_gpt, LLaMA": lambda: train_gpt("llama-60m"),
     "with_nnx.py": lambda: nnx_script("examples/trainers/with_nnx.py"),
     "with_nnx.py, scanned": lambda: nnx_script("examples/trainers/with_nnx.py", scanned=True),
+    "with_equinox.py": with_equinox,
 }
 
 
@@ -543,3 +551,11 @@ def test_the_models_of_examples_are_read_as_their_programs_use_them(name):
     assert contradictions(leaves, read(params)) == {}
     assert {leaf.role for leaf in leaves.values()} >= {"projection", "hidden", "table"}
     assert all(leaf.role != "unknown" for leaf in leaves.values() if len(leaf.shape) > 1)
+
+
+def test_the_network_of_numpyro_is_read_as_its_program_uses_it():
+    network = classes_of(ROOT / "examples/trainers/with_numpyro.py")["Network"]()
+    params = jax.eval_shape(network.init, jax.random.key(0), ROWS)
+    leaves = read_program(network.apply, params, ROWS)
+    assert contradictions(leaves, read(params)) == {}
+    assert {leaf.role for leaf in leaves.values()} == {"input", "hidden", "head", "vector"}
