@@ -130,7 +130,7 @@ def of_quotient(step: Step, divisor: float) -> Any:
 
 
 def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> tuple[Triple, ...]:
-    """Coefficients of the Polar Express, the optimal composition of odd quintics.
+    """Makes the coefficients of the Polar Express, the optimal composition of odd quintics.
 
     Step t maps the singular values by p_t(x) = a x + b x^3 + c x^5, where p_t is the quintic
     nearest to 1 on the interval that step t - 1 left. It grows steeply beyond that interval: of a
@@ -185,7 +185,7 @@ def polar_express(steps: int = 5, lower: float = 1e-3, safety: float = 1.01) -> 
 
 
 def _is_real(number: Any) -> bool:
-    """Whether it is one finite number of Python, NumPy or JAX, and no truth value."""
+    """Tells whether it is one finite number of Python, NumPy or JAX, and no truth value."""
     if isinstance(number, (jax.Array, np.ndarray)) and not number.ndim:
         number = number.item()
     is_number = isinstance(number, (int, float, np.integer, np.floating))

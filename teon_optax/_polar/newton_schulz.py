@@ -79,7 +79,7 @@ def _scaled(
 
 
 def _norm(G: jax.Array, method: Method) -> jax.Array:
-    """What M is divided by, from its Gram matrix; 1 for zero."""
+    """Computes what M is divided by, from its Gram matrix; 1 for zero."""
     frobenius = method.norm == "frobenius"
     total = jnp.trace(G) if frobenius else jnp.sum(jnp.square(G))
     # Before the root, whose derivative at zero would be infinite.
@@ -166,7 +166,7 @@ def _loops(
 
 
 def _two_parts(Z: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Two matrices whose sum is Z, the first of them in bf16, which every one-pass format holds."""
+    """Splits Z into two that add up to it, the first in bf16, which every one-pass format holds."""
     first = jax.lax.reduce_precision(Z, exponent_bits=8, mantissa_bits=7)
     return first, Z - first
 
@@ -269,7 +269,7 @@ def _damping(norm: jax.Array, peak: jax.Array, eps: Any) -> jax.Array:
 
 
 def _turned(batches: Sequence[jax.Array], high: Sequence[bool]) -> list[jax.Array]:
-    """The batches, with matrices transposed in those for which `high` is true."""
+    """Transposes the matrices of those batches for which `high` is true."""
     return [M.swapaxes(1, 2) if turn else M for M, turn in zip(batches, high, strict=True)]
 
 
@@ -376,7 +376,7 @@ def orthogonalize_batches(
     Args:
       batches: Arrays [B, m, n], of any floating dtypes.
       scales: Factor of each batch's result.
-      numerics: By which polynomial and in which precision.
+      numerics: The method, and the precision of its products.
       eps: What bounds tiny matrices: the factor of a matrix is multiplied by n / (n + eps), n being
         the norm that the method divides it by, Frobenius or Schatten-4; Frobenius too for the SVD
         and a function. None or 0 takes every magnitude alike.
@@ -442,7 +442,8 @@ def orthogonalize_columns(
       total: Sum over the devices of a symmetric matrix.
       largest: Maximum over the devices of a number.
       numerics: A polynomial, no SVD, with a precision. A segment costs one `total`.
-      eps: As for `orthogonalize_batches`; the norm is that of the whole matrix.
+      eps: What bounds tiny matrices, as in `orthogonalize_batches`; the norm is that of the
+        whole matrix.
     """
     assert numerics.polynomial is not None
     d, N = M.shape

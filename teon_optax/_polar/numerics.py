@@ -51,8 +51,9 @@ def default_precision(
 
     Args:
       backend: Where products are computed, by the name that jax gives it.
-      dtype: Of the matrices.
-      of_leaf: Of the parameters that matrices belong to, if it is another: momentum may be wider.
+      dtype: Dtype of the matrices.
+      of_leaf: Dtype of the parameters that matrices belong to, if it is another: momentum may be
+        wider.
     """
     of_leaf = dtype if of_leaf is None else of_leaf
     if backend == "cpu" or jnp.float64 in (dtype, of_leaf):
@@ -146,7 +147,7 @@ def _equal_parts(steps: int, count: int) -> tuple[int, ...]:
 
 
 def _is_stable(steps: Sequence[Step], lengths: tuple[int, ...]) -> bool:
-    """Whether no segment of so many steps grows beyond what float32 products allow."""
+    """Tells whether no segment of so many steps grows beyond what float32 products allow."""
     ends = np.cumsum(lengths)
     *others, last = [
         _growth(steps[end - length : end]) for end, length in zip(ends, lengths, strict=True)
@@ -155,7 +156,7 @@ def _is_stable(steps: Sequence[Step], lengths: tuple[int, ...]) -> bool:
 
 
 def _growth(steps: Sequence[Step]) -> float:
-    """How much an error that enters at any of these steps is enlarged by those that follow."""
+    """Computes how much steps enlarge an error that enters at one of them, at the most."""
     growth = 1.0
     for a, *_ in steps:
         growth = max(growth, 1) * abs(a)
@@ -184,7 +185,7 @@ def _slowed(steps: Sequence[Step], restarts: Sequence[int]) -> tuple[Step, ...]:
 
 
 class Numerics(NamedTuple):
-    """By what, and in which precision of every product.
+    """Says which method computes polar factors, and in which precision its products are.
 
     Attributes:
       method: A polynomial, a function, or None for the SVD.
@@ -196,7 +197,7 @@ class Numerics(NamedTuple):
 
     @property
     def polynomial(self) -> Method | None:
-        """The method, if it is a polynomial: all else is done to whole matrices."""
+        """Gives the method if it is a polynomial, else None: all else is done to whole matrices."""
         return self.method if isinstance(self.method, Method) else None
 
     def of(self, dtype: jnp.dtype, of_leaf: jnp.dtype | None = None) -> "Numerics":
@@ -245,27 +246,27 @@ def check_precision(precision: jax.lax.PrecisionLike) -> None:
 
 
 def is_exact(precision: jax.lax.PrecisionLike) -> bool:
-    """Whether products of float32 operands are those of float32."""
+    """Tells whether products of float32 operands are those of float32."""
     return precision in (_HIGHEST, "highest", "float32")
 
 
 def is_bf16(precision: jax.lax.PrecisionLike) -> bool:
-    """Whether products are asked for by the name of bf16 operands."""
+    """Tells whether products are asked for by the name of bf16 operands."""
     return precision in (_BF16, _BF16.name)
 
 
 def takes_one_more(steps: int, precision: jax.lax.PrecisionLike) -> bool:
-    """Whether a segment of so many steps takes a product more, for the sake of accuracy."""
+    """Tells whether a segment of so many steps takes a product more, to be accurate."""
     return steps > 2 and not is_exact(precision)
 
 
 def byte_limits(backend: str) -> tuple[int, int]:
-    """Bytes of matrices up to which there are no chunks, and of a chunk."""
+    """Gives the bytes of matrices up to which there are no chunks, and those of a chunk."""
     return _CPU_BYTES if backend == "cpu" else _ACCELERATOR_BYTES
 
 
 def chunk_size(count: int, most: int) -> int:
-    """How many of `count` matrices to take at a time: a divisor if one is near `most`.
+    """Chooses how many of `count` matrices to take at a time: a divisor if one is near `most`.
 
     A remainder is a chunk of another size, for which the function is compiled a second time.
     """

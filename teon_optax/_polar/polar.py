@@ -79,7 +79,7 @@ def mode_orthogonalize(
     Args:
       tensor: (..., m, n, K), real floating; leading axes are a batch.
       mode: 1, 2 or 3.
-      method: As for `polar`.
+      method: A name, coefficients or a function, in the forms that `polar` takes.
 
     Returns:
       (..., m, n, K) in the tensor's dtype.
