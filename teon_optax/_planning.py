@@ -54,7 +54,7 @@ def plan_of_updates(
       structure: The structure of the updates, gradients or momenta.
       leaves: Their leaves, which may have other dtypes.
       params: The tree that the user sees the plan of; None where `update` was not given it.
-      rules: As for `plan`.
+      rules: Those of the plan; None means `default_rules` of the tree.
     """
     types = leaf_types(leaves)
     tree_rules = rules_of(structure.unflatten(leaves), rules) if rules is None else tuple(rules)
@@ -105,8 +105,9 @@ def labels(
 
     Args:
       params: Tree of arrays, or of anything with `shape` and `dtype`.
-      rules: As for `plan`; or several such sets of rules, by the label of the leaves that they
-        take. A leaf that several take has the label of the first.
+      rules: The first rule whose pattern is found in a leaf's path takes it; None means
+        `default_rules(params)`. Or several such sets of rules, by the label of the leaves that they
+        take; a leaf that several take has the label of the first.
 
     Returns:
       The tree of params with a label for each leaf: "teon", or that of the rules that take it;

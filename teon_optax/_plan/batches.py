@@ -105,7 +105,7 @@ def map_joint_matrices(
     """Gathers leaves into joint matrices, applies a function to these, and scatters the result.
 
     Args:
-      leaves: By position in the tree, at least those that have a layout.
+      leaves: Leaves by position in the tree, at least those that have a layout.
       layouts: How leaves hold their matrices.
       batches: Which matrices are joint.
       function: What is done to the joint matrices.
@@ -141,9 +141,9 @@ def scaled_polar_factors(
     Args:
       batches: What the matrices are.
       joint: Joint matrices [groups, m, n] of each batch, all of them entire on this device.
-      numerics: By which polynomial and in which precision.
+      numerics: The method, and the precision of its products.
       scale: Factor of a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
-      eps: What bounds tiny matrices, as for `orthogonalize_batches`.
+      eps: What bounds tiny matrices, as in `orthogonalize_batches`.
     """
     scales = [batch.scaled(scale) for batch in batches]
     dtypes = [batch.dtype for batch in batches]

@@ -13,7 +13,7 @@ from teon_optax._rule import Rule, fan_axes
 
 
 class Stored(NamedTuple):
-    """How a leaf lies that its rule sees in another shape.
+    """Says how a leaf lies that its rule sees in another shape.
 
     Attributes:
       shape: Shape of the leaf.

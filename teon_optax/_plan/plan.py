@@ -18,7 +18,7 @@ _Kind = tuple[str, Rule, Layout, Any]
 
 
 class Match(NamedTuple):
-    """What a rule's pattern says of one leaf. Sorted, leaves of a layer come sibling by sibling.
+    """Says what a rule's pattern tells of one leaf; sorted, a layer's come sibling by sibling.
 
     Attributes:
       number: Number of the layer.
@@ -121,7 +121,7 @@ class Untouched(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What happens to every leaf. `print` shows it as a table, `as_dict` is for logs.
+    """Says what happens to every leaf. `print` shows it as a table, `as_dict` is for logs.
 
     Attributes:
       groups: Groups of matrices that are orthogonalized jointly; one matrix alone is a group too.
@@ -204,7 +204,7 @@ def rules_by_leaf(structure: Any, rules: tuple[Rule, ...]) -> list[Rule | None]:
 
 
 def is_taken(rule: Rule | None, shape: Collection[int]) -> bool:
-    """Says whether a leaf of this shape, whose rule this is, is orthogonalized."""
+    """Tells whether a leaf of this shape, whose rule this is, is orthogonalized."""
     return rule is not None and rule.stack > 0 and len(shape) > 1
 
 

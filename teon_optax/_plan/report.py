@@ -89,12 +89,12 @@ def as_dict(
 
 
 def anonymous(path: str) -> str:
-    """A path with `*` for its numbers, but for that of a fused part."""
+    """Writes a path with `*` for its numbers, but for that of a fused part."""
     return re.sub(r"(?<![:\d])\d+", "*", path)
 
 
 def row_names(paths: Mapping[Any, Sequence[str]]) -> dict[Any, str]:
-    """What to call each row: its path, with `*` for a number that differs between its leaves.
+    """Names each row by its path, with `*` for a number that differs between its leaves.
 
     Numbers of fused parts are listed: `qkv:0-2`. So are, where rows would be called alike, the
     numbers that tell them apart: `fc{1, 3}`.
@@ -120,7 +120,7 @@ def _count_of_numbers(path: str) -> int:
 
 
 def _numbers(paths: Sequence[str]) -> list[set[int]]:
-    """The numbers that paths have in each place.
+    """Collects the numbers that paths have in each place.
 
     Haiku gives the first module of a name none: that tells it from the others, and counts as 0.
     """
@@ -132,7 +132,7 @@ def _numbers(paths: Sequence[str]) -> list[set[int]]:
 
 
 def _named(path: str, numbers: Sequence[set[int]], common: Sequence[set[int]] | None) -> str:
-    """A path whose numbers are replaced: listed where not all of them are `common` to all rows."""
+    """Writes a path with `*` or, where not all rows have them in `common`, a list for numbers."""
     columns = iter(range(len(numbers)))
 
     def replaced(number: re.Match[str]) -> str:
@@ -177,7 +177,7 @@ def spans(layers: Iterable[Any]) -> str:
 
 
 def _runs(numbers: Sequence[int]) -> list[str]:
-    """Sorted numbers as runs of consecutive ones: `0-3`, `6`, `-2..1`."""
+    """Writes sorted numbers as runs of consecutive ones: `0-3`, `6`, `-2..1`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
@@ -191,7 +191,7 @@ def _runs(numbers: Sequence[int]) -> list[str]:
 
 
 def columns(rows: Sequence[tuple[str, ...]], notes: Iterable[str] = ()) -> list[str]:
-    """Aligned columns; a path that is too wide for its column goes on in the next line.
+    """Aligns columns; a path that is too wide for its column goes on in the next line.
 
     Args:
       rows: The header comes first.
@@ -213,7 +213,7 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _parameters(groups: Sequence[Any], untouched: Sequence[Any]) -> dict[str, int]:
-    """How many parameters TEON, Muon and the fallback get."""
+    """Counts the parameters that TEON, Muon and the fallback get."""
     sizes = {"TEON": 0, "Muon": 0, "fallback": sum(math.prod(leaf.shape) for leaf in untouched)}
     for group in groups:
         name = "TEON" if len(group.members) > 1 or group.rule.mode == 3 else "Muon"
@@ -226,7 +226,7 @@ def _size(group: Any) -> int:
 
 
 def _flops(groups: Sequence[Any]) -> tuple[int, int]:
-    """FLOPs of an update's matrix products, and of Muon's, which takes each matrix alone."""
+    """Counts the FLOPs of an update's products, and of Muon's, which takes each matrix alone."""
     ours = muon = 0.0
     for group in groups:
         alone = group.fan_in, group.fan_out
@@ -236,7 +236,7 @@ def _flops(groups: Sequence[Any]) -> tuple[int, int]:
 
 
 def _polar_factor_flops(shape: tuple[int, int], restarts: tuple[int, ...] | None = None) -> float:
-    """FLOPs of one matrix's polar factor, with this backend's restarts unless some are given."""
+    """Counts the FLOPs of a polar factor, with this backend's restarts unless some are given."""
     numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
     d, ratio = min(shape), max(shape) / min(shape)
     restarts = restarts or numerics.restarts(*shape)
@@ -266,7 +266,7 @@ def _dearer_than_alone(group: Any) -> str:
 
 
 def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> list[str]:
-    """The lines below the table: who gets the parameters, and what an update costs."""
+    """Writes the lines below the table: who gets the parameters, and what an update costs."""
     sizes, (flops, muon) = _parameters(groups, untouched), _flops(groups)
     total = max(1, sum(sizes.values()))
     shares = ", ".join(f"{name} {size:,} ({size / total:.0%})" for name, size in sizes.items())
