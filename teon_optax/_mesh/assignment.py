@@ -17,7 +17,7 @@ CostFunction = Callable[[int, int, int], float]
 
 
 class Cut(NamedTuple):
-    """How the mesh cuts a leaf in the exchange: along every one of its axes.
+    """Says how a leaf is cut in the exchange: along every axis of the mesh.
 
     Attributes:
       spec: How the leaf is cut.
@@ -45,7 +45,7 @@ class Slab(NamedTuple):
 
 
 class Round(NamedTuple):
-    """What every device is assigned at once: some whole matrices, or its columns of one.
+    """Says what every device is assigned at once: some whole matrices, or its columns of one.
 
     Attributes:
       d: The d of every group in the round.
@@ -63,7 +63,7 @@ class Round(NamedTuple):
 
 
 class ExchangePlan(NamedTuple):
-    """Which device is assigned which groups.
+    """Says which device is assigned which groups.
 
     Attributes:
       sizes: Names and sizes of the axes of the mesh that take part, in the mesh's order.
@@ -77,16 +77,16 @@ class ExchangePlan(NamedTuple):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Axes of the mesh that take part."""
+        """Lists the axes of the mesh that take part."""
         return tuple(name for name, _ in self.sizes)
 
     @property
     def devices(self) -> int:
-        """How many devices take part."""
+        """Counts the devices that take part."""
         return math.prod(size for _, size in self.sizes)
 
     def held(self, index: int) -> tuple[int, int]:
-        """(d, N) of what one device holds of a group of this slab."""
+        """Gives (d, N) of what one device holds of a group of this slab."""
         slab, sizes = self.slabs[index], dict(self.sizes)
         return slab.d // devices_along(slab.axes[0], sizes), slab.N // devices_along(
             slab.axes[1], sizes
@@ -94,7 +94,7 @@ class ExchangePlan(NamedTuple):
 
 
 def devices_along(axes: Sequence[str], sizes: Mapping[str, int]) -> int:
-    """How many devices lie along these axes of the mesh."""
+    """Counts the devices that lie along these axes of the mesh."""
     return math.prod(sizes[name] for name in axes)
 
 
@@ -147,7 +147,7 @@ def cut_along_mesh(
 def _divides(
     names: Sequence[str], axis: int, layout: Layout, stack: int, sizes: Mapping[str, int]
 ) -> bool:
-    """Whether these axes of the mesh can cut this axis of the leaf."""
+    """Tells whether these axes of the mesh can cut this axis of the leaf."""
     if axis in layout.heads or (axis == layout.fan_out[0] and len(layout.sizes) > 1):
         return False  # Groups need all heads, and a shard would not hold whole fused parts.
     unit = stack if axis in layout.layer else 1
@@ -180,7 +180,7 @@ def plan_exchange(
 def _cheapest(
     widths: Sequence[int], pieces: Sequence[int], devices: int, cost: Callable[[int, int], float]
 ) -> list[tuple[int, int]]:
-    """The cheapest rounds of groups in this order: (devices per group, groups) of each round.
+    """Finds the cheapest rounds of groups in this order: (devices per group, groups) of each.
 
     A round costs what its first and widest group costs. Groups that several devices share have
     one width, padded so that each of the group's pieces, of which every device holds one, can be
@@ -222,7 +222,7 @@ def _round(
     devices_per_group: int,
     sizes: Mapping[str, int],
 ) -> Round:
-    """One round of groups, each given by its slab and its number in the slab."""
+    """Makes one round of groups, each given by its slab and its number in the slab."""
     members = []
     for index, run in itertools.groupby(groups, key=lambda group: group[0]):
         numbers = [number for _, number in run]
@@ -234,12 +234,12 @@ def _round(
 
 
 def _rounded_up(width: int, unit: int) -> int:
-    """The next multiple of `unit`."""
+    """Rounds a width up to the next multiple of `unit`."""
     return -(-width // unit) * unit
 
 
 def _merged(rounds: Sequence[Round]) -> list[Round]:
-    """Rounds, where consecutive ones of whole groups of the same single slab become one."""
+    """Merges consecutive rounds of whole groups of the same single slab into one."""
     merged: list[Round] = []
     for later in rounds:
         earlier = merged[-1] if merged else None
@@ -255,6 +255,6 @@ def _merged(rounds: Sequence[Round]) -> list[Round]:
 
 
 def _only_slab(assigned: Round) -> int | None:
-    """The slab of a round of whole groups of one slab, else None."""
+    """Finds the slab of a round of whole groups of one slab; None for other rounds."""
     is_single = len(assigned.members) == assigned.devices_per_group == 1
     return assigned.members[0][0] if is_single else None

@@ -58,7 +58,7 @@ def from_owners(plan: ExchangePlan, matrices: Sequence[jax.Array]) -> list[jax.A
 
 
 def _all_to_all(plan: ExchangePlan, packed: Sequence[jax.Array]) -> list[jax.Array]:
-    """Row i of each array [devices, ...] goes to device i; all arrays travel in one message."""
+    """Sends row i of each array [devices, ...] to device i; all arrays travel in one message."""
     if not plan.axes:
         return list(packed)
     ends = np.cumsum([array.shape[1] for array in packed])[:-1]
@@ -67,7 +67,7 @@ def _all_to_all(plan: ExchangePlan, packed: Sequence[jax.Array]) -> list[jax.Arr
 
 
 def _pack(plan: ExchangePlan, assigned: Round, pieces: Sequence[jax.Array]) -> jax.Array:
-    """This device's pieces of a round's groups, by the device they go to: [devices, ...].
+    """Sorts this device's pieces of a round by the device that they go to: [devices, ...].
 
     Args:
       plan: Which device is assigned which groups.
@@ -90,7 +90,7 @@ def _pack(plan: ExchangePlan, assigned: Round, pieces: Sequence[jax.Array]) -> j
 
 
 def _unpack(plan: ExchangePlan, assigned: Round, received: jax.Array) -> jax.Array:
-    """This device's matrices from the pieces that all devices sent: [devices, ...].
+    """Assembles this device's matrices from the pieces that all devices sent: [devices, ...].
 
     How pieces lie in a matrix depends on the axes of the mesh that cut its slab. Where a round has
     slabs that are cut differently, each device takes the branch of its own.
@@ -107,7 +107,7 @@ def _unpack(plan: ExchangePlan, assigned: Round, received: jax.Array) -> jax.Arr
 def _assembled(
     plan: ExchangePlan, assigned: Round, axes: MeshAxes, received: jax.Array
 ) -> jax.Array:
-    """Matrices [matrices_per_device, d, columns] from pieces that the mesh cut along these axes."""
+    """Assembles matrices [matrices_per_device, d, columns] from pieces cut along these axes."""
     sizes = dict(plan.sizes)
     matrices, pieces = assigned.matrices_per_device, devices_along(axes[1], sizes)
     d = assigned.d // devices_along(axes[0], sizes)
@@ -122,7 +122,7 @@ def _assembled(
 def of_this_device(
     plan: ExchangePlan, assigned: Round, values: Sequence[jax.typing.ArrayLike]
 ) -> jax.Array:
-    """The value, of those given for each member of a round, that belongs to this device's group.
+    """Chooses, of the values given for each member of a round, that of this device's group.
 
     A device without a group gets the first.
     """
@@ -140,23 +140,23 @@ def of_this_device(
 
 
 def total_of_group(plan: ExchangePlan, assigned: Round, G: jax.Array) -> jax.Array:
-    """Sum of symmetric matrices over the devices that share a group; half of each is sent."""
+    """Adds up symmetric matrices over the devices that share a group; half of each is sent."""
     teams = _teams(plan, assigned)
     return _square(jax.lax.psum(_triangle(G), plan.axes, axis_index_groups=teams), G)
 
 
 def largest_of_group(plan: ExchangePlan, assigned: Round, value: jax.Array) -> jax.Array:
-    """The largest that a number is on any of the devices that share a group."""
+    """Finds the largest that a number is on any of the devices that share a group."""
     return jax.lax.pmax(value, plan.axes, axis_index_groups=_teams(plan, assigned))
 
 
 def _teams(plan: ExchangePlan, assigned: Round) -> list[list[int]]:
-    """The devices that share each group of a round."""
+    """Lists the devices that share each group of a round."""
     return np.arange(plan.devices).reshape(-1, assigned.devices_per_group).tolist()
 
 
 def _triangle(G: jax.Array) -> jax.Array:
-    """The upper triangle of G = [[A, B], [B^T, D]] as a rectangle: A over D, then B, then diag D.
+    """Writes the upper triangle of G = [[A, B], [B^T, D]] as a rectangle: A over D, B, diag D.
 
     A table of indices would do the same, but would be as large as G.
     """
@@ -167,7 +167,7 @@ def _triangle(G: jax.Array) -> jax.Array:
 
 
 def _square(triangle: jax.Array, like: jax.Array) -> jax.Array:
-    """The symmetric matrix, of the size of `like`, whose `_triangle` this is."""
+    """Restores the symmetric matrix, of the size of `like`, whose `_triangle` this is."""
     half = triangle.shape[1]
     both, B, diagonal = triangle[:half], triangle[half:-1], triangle[-1]
     A = jnp.triu(both) + jnp.triu(both, 1).T

@@ -18,7 +18,7 @@ _OF_PARAMS = "shardings=jax.tree.map(lambda leaf: leaf.sharding, params)"
 
 
 class Located(NamedTuple):
-    """Where leaves lie."""
+    """Says where leaves lie."""
 
     mesh: Mesh | AbstractMesh
     # By position in the tree, at least of the taken leaves; None is not known.
@@ -27,11 +27,11 @@ class Located(NamedTuple):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes of the axes of the mesh, without those of length 1, which cut nothing."""
+        """Gives the sizes of the axes of the mesh, without those of length 1, which cut nothing."""
         return {name: size for name, size in self.mesh.shape.items() if size > 1}
 
     def cuts(self, index: int, ndim: int) -> list[tuple[str, ...]] | None:
-        """Along which axes of the mesh each axis of a leaf is cut, if that is known of all."""
+        """Lists the axes of the mesh that cut each axis of a leaf; None if not all are known."""
         spec, known = self.specs[index], AxisType.Explicit if self.typed else AxisType.Auto
         if spec is None or set(self.mesh.axis_types) != {known}:
             return None
@@ -73,29 +73,29 @@ class Located(NamedTuple):
 
 
 def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
-    """The mesh that leaves lie on as far as types tell, or else the context's; it may be empty."""
+    """Finds the mesh of leaves as far as types tell, or else the context's; it may be empty."""
     meshes = [*(jax.typeof(x).sharding.mesh for x in leaves), jax.sharding.get_abstract_mesh()]
     return next((mesh for mesh in meshes if not mesh.empty), meshes[-1])
 
 
 def _names(names: Any) -> tuple[str, ...]:
-    """The axes of the mesh in one entry of a spec."""
+    """Lists the axes of the mesh in one entry of a spec."""
     known = () if names is None or names is PartitionSpec.UNCONSTRAINED else names
     return (known,) if isinstance(known, str) else tuple(known)
 
 
 def _pieces(names: Any, mesh: Mesh | AbstractMesh) -> int:
-    """Into how many pieces axes of the mesh cut an axis of an array."""
+    """Counts the pieces into which axes of the mesh cut an axis of an array."""
     return math.prod(mesh.shape[name] for name in _names(names))
 
 
 def cutting_axes(spec: Iterable[Any]) -> list[str]:
-    """Axes of the mesh that a spec names."""
+    """Lists the axes of the mesh that a spec names."""
     return [name for names in spec for name in _names(names)]
 
 
 class Shardings:
-    """The argument `shardings`, and whether its absence was noticed."""
+    """Holds the argument `shardings`, and whether its absence was noticed."""
 
     def __init__(self, tree: Any) -> None:
         # None is not known, as in `jax.jit(in_shardings=...)`, but would be no leaf.
@@ -212,7 +212,7 @@ class Shardings:
         return Located(mesh, specs, typed=False)
 
     def _lookup(self, path: str) -> Any:
-        """The sharding at a path, or at the nearest above it: the tree may be a prefix."""
+        """Finds the sharding at a path, or at the nearest above it: the tree may be a prefix."""
         assert self._given is not None
         while path and path not in self._given:
             path = path.rpartition("/")[0]
@@ -271,32 +271,32 @@ def split_axis(array: jax.Array, axis: int, parts: int) -> jax.Array:
 
 
 def merge_axes(array: jax.Array, axis: int) -> jax.Array:
-    """Inverse of `split_axis`: [.., parts, size, ..] to [.., parts x size, ..]."""
+    """Inverts `split_axis`: [.., parts, size, ..] becomes [.., parts x size, ..]."""
     shape = (*array.shape[:axis], -1, *array.shape[axis + 2 :])
     spec = jax.typeof(array).sharding.spec
     return _reshaped(array, shape, (*spec[:axis], *spec[axis + 1 :]))
 
 
 def _reshaped(array: jax.Array, shape: Sequence[int], spec: Sequence[Any]) -> jax.Array:
-    """An array whose type (explicit meshes), if it says anything, gets this spec."""
+    """Reshapes an array; its type (explicit meshes), if it says anything, gets this spec."""
     placed = NamedSharding(jax.typeof(array).sharding.mesh, PartitionSpec(*spec))
     return jnp.reshape(array, shape, out_sharding=placed if cutting_axes(spec) else None)
 
 
 def as_shardings(shardings: Any) -> Shardings:
-    """The argument, checked; one that is checked already keeps what it noticed."""
+    """Checks the argument; one that is checked already keeps what it noticed."""
     return shardings if isinstance(shardings, Shardings) else Shardings(shardings)
 
 
 def _is_hidden(leaf: Any) -> bool:
-    """Whether a leaf is cut along axes of type Auto, which its type does not show."""
+    """Tells whether a leaf is cut along axes of type Auto, which its type does not show."""
     own = None if isinstance(leaf, Tracer) else getattr(leaf, "sharding", None)
     named = isinstance(own, NamedSharding)
     return named and AxisType.Auto in own.mesh.axis_types and not own.is_fully_replicated
 
 
 def _problem(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> str | None:
-    """What is wrong with a leaf's sharding."""
+    """Says what is wrong with a leaf's sharding, if anything is."""
     if own is None:
         return "nothing in `shardings` is at its path or above it"
     if isinstance(own, NamedSharding):
@@ -316,7 +316,7 @@ def _problem(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> str |
 
 
 def _even_spec(shape: Sequence[int], own: Any, mesh: Mesh | AbstractMesh) -> PartitionSpec | None:
-    """The spec, if it is one that cuts the shape into equal shards."""
+    """Gives the spec if it cuts the shape into equal shards, else None."""
     own = own.spec if isinstance(own, NamedSharding) else own
     if not isinstance(own, PartitionSpec) or PartitionSpec.UNCONSTRAINED in tuple(own):
         return None

@@ -43,12 +43,12 @@ def orthogonalize_sharded(
     is not known, are orthogonalized on every device.
 
     Args:
-      leaves: By position in the tree.
+      leaves: Leaves by position in the tree.
       plan: Which matrices the leaves hold.
       located: Where the leaves lie.
-      numerics: By which polynomial and in which precision.
-      scale: Factor for a group, as for `scaled_polar_factors`.
-      eps: As for `scaled_polar_factors`.
+      numerics: The method, and the precision of its products.
+      scale: Factor of a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
+      eps: What bounds tiny matrices, as in `orthogonalize_batches`.
     """
     given = tuple(_given(series, located) for series in plan.series)
     cuts, batches, staying = _divided(plan.series, given, tuple(located.sizes.items()))
@@ -192,7 +192,7 @@ def _by_owners(
 
 
 def _is_tall(batch: Batch, sizes: Mapping[str, int]) -> bool:
-    """Says whether joint matrices are higher than wide: the exchange sees these transposed."""
+    """Tells whether joint matrices are higher than wide: the exchange sees these transposed."""
     m, n = batch.uncut(sizes).joint
     return m > n
 
@@ -234,8 +234,8 @@ def _of_owner(
       plan: Which device is assigned which groups.
       owned: For each round, [matrices_per_device, d, width / devices_per_group].
       scales: For each slab, the factor of its groups.
-      eps: As for `orthogonalize_batches`.
-      numerics: By which polynomial and in which precision.
+      eps: What bounds tiny matrices, as in `orthogonalize_batches`.
+      numerics: The method, and the precision of its products.
     """
     factors = [
         of_this_device(plan, each, [scales[slab] for slab, _, _ in each.members])
