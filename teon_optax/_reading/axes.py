@@ -13,7 +13,7 @@ Left = Callable[[Leaf], Sequence[Reading]]
 
 
 class Said(NamedTuple):
-    """What a piece of evidence says of a leaf: which readings stay, and why the others go.
+    """Says what a piece of evidence tells of a leaf: which readings stay, and why the others go.
 
     Where it `is_open`, all that stays is left to choose from: weaker evidence of the kind is not
     asked.

@@ -12,19 +12,19 @@ Names = tuple[str, ...]  # of the segments of a path, numbers left out
 
 
 def is_end(leaf: Leaf) -> bool:
-    """Whether it is called as an embedding or a head: the leaf, its module or the one around."""
+    """Tells whether a leaf, its module or the one around is called an embedding or a head."""
     return says("table", *leaf.keys[-2:], leaf.name) or says("head", *leaf.keys[-2:], leaf.name)
 
 
 def nouns(leaf: Leaf) -> Iterator[tuple[int, str]]:
-    """For each module above an array, its depth and what stands before its number."""
+    """Yields, for each module above an array, its depth and what stands before its number."""
     for depth in range(1, len(leaf.keys)):
         noun = leaf.names[depth - 1].partition(HOLE)[0]
         yield depth, noun or leaf.keys[max(depth - 2, 0)]
 
 
 def called_layers(leaf: Leaf) -> Iterator[int]:
-    """The depths of the modules above an array that are called layers or blocks."""
+    """Yields the depths of the modules above an array that are called layers or blocks."""
     for depth, noun in nouns(leaf):
         is_numbered = leaf.numbers[depth - 1] is not None
         if says("layers", noun) or (is_numbered and says("layer", noun)):
@@ -32,12 +32,12 @@ def called_layers(leaf: Leaf) -> Iterator[int]:
 
 
 def layer_depth(leaf: Leaf) -> int | None:
-    """The depth of the outermost module above a leaf that is called a layer or a block."""
+    """Finds the depth of the outermost module above a leaf that is called a layer or a block."""
     return next((depth for depth in called_layers(leaf) if depth <= leaf.depth), None)
 
 
 class Blocks(NamedTuple):
-    """Which modules repeat, as layers do.
+    """Says which modules repeat, as layers do.
 
     Attributes:
       names: By home, the names on the way to the block that it is in.
@@ -91,7 +91,7 @@ def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
 def _is_network(
     module: tuple[str, ...], held: Sequence[Leaf], repeated: dict[tuple[str, ...], int]
 ) -> bool:
-    """Whether a module is a whole network, as a member of an ensemble is, and no layer of one.
+    """Tells whether a module is a whole network, as an ensemble's member is, and no layer.
 
     It is one if it holds repeated layers itself, a table or a head, or a chain of matrices both
     ends of which have a size that nothing else in the module has.
@@ -122,7 +122,7 @@ def _is_network(
 
 
 def held_by_blocks(leaves: Iterable[Leaf], blocks: dict[str, Names]) -> dict[Names, list[Leaf]]:
-    """The leaves that blocks hold, by the names of these: once for all layers."""
+    """Lists the leaves that blocks hold, by the names of these: once for all layers."""
     found: dict[Names, dict[tuple[Any, ...], Leaf]] = {}
     for leaf in leaves:
         if leaf.home in blocks:
@@ -131,7 +131,7 @@ def held_by_blocks(leaves: Iterable[Leaf], blocks: dict[str, Names]) -> dict[Nam
 
 
 def stream_width(inside: Iterable[Leaf], matrices: dict[str, list[Leaf]]) -> set[int]:
-    """The sizes that occur most in a kind of block: in its matrices and in its norms."""
+    """Finds the sizes that occur most in a kind of block: in its matrices and in its norms."""
     counts: Counter[int] = Counter()
     for leaf in inside:
         is_norm = len(leaf.shape) == 1 and leaf.module not in matrices

@@ -28,7 +28,7 @@ WORDS = {
 
 
 def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
-    r"""The rules that `rules=None` means for a tree, read off its structure, sizes and names.
+    r"""Reads the rules that `rules=None` means for a tree off its structure, sizes and names.
 
     Q, K and V projections get stack 2 and mode 1, other matrices stack 1. Embeddings, heads, norms,
     biases, routers, LoRA factors and convolutions go to the fallback: by a rule with stack 0 where

@@ -9,7 +9,7 @@ from teon_optax._reading.network import Network
 
 
 def layer_columns(leaf: Leaf, net: Network) -> tuple[int | None, ...]:
-    """The segments of a path whose number may count layers; more than one where that is open.
+    """Finds the segments of a path whose number may count layers; several where that is open.
 
     None among them means that a scanned axis counts, or that nothing does.
     """
@@ -40,7 +40,7 @@ def layer_columns(leaf: Leaf, net: Network) -> tuple[int | None, ...]:
 
 
 def _beside_two(leaf: Leaf, column: int, net: Network) -> list[Leaf]:
-    """The matrices beside two modules that hold an attention each and nothing else.
+    """Lists the matrices beside two modules that hold an attention each and nothing else.
 
     One feed forward of two or three matrices shows one block with two attentions. Where there are
     two matrices of every shape, they are one in each of two layers.
@@ -62,7 +62,7 @@ def _beside_two(leaf: Leaf, column: int, net: Network) -> list[Leaf]:
 
 
 def _is_apart(leaf: Leaf, column: int, net: Network) -> bool:
-    """Whether modules that differ in a number are no layers.
+    """Tells whether modules that differ in a number are no layers.
 
     They may be experts, members of an ensemble, whole networks, heads whose results a matrix beside
     them reads side by side, or two attentions of one block.

@@ -81,39 +81,39 @@ class Leaf:
 
     @cached_property
     def home(self) -> str:
-        """The path of the module around; that of `h0_attn_q` ends with the block that it names."""
+        """Gives the path of the module around, which for `h0_attn_q` ends with its block, `h0_`."""
         block = [self.block] if self.block else []
         return "/".join([*self.keys[: self.depth], *block])
 
     @property
     def name(self) -> str:
-        """What the leaf, or the module that holds only its weight, is called at home."""
+        """Gives what the leaf, or the module that holds only its weight, is called at home."""
         return self.keys[self.depth].removeprefix(self.block)
 
     @property
     def weight(self) -> str:
-        """What the array of a module is called, nothing where the array has a name itself."""
+        """Gives what the array of a module is called, nothing where the array has a name itself."""
         return "" if self.is_bare else self.keys[-1]
 
     @property
     def is_bare(self) -> bool:
-        """Whether it is an array at home rather than the weight of a module there."""
+        """Tells whether it is an array at home rather than the weight of a module there."""
         return self.depth == len(self.keys) - 1
 
     @cached_property
     def is_vector(self) -> bool:
-        """Whether it is called as the biases and scales of a layer are."""
+        """Tells whether it is called as the biases and scales of a layer are."""
         name = self.keys[-1]
         is_called = says("vector", name) or (name == "b" and not self.is_factor)
         return is_called or says("norm", self.name)
 
     def says(self, *rows: str) -> bool:
-        """Whether its name is in one of these rows of the table of names."""
+        """Tells whether its name is in one of these rows of the table of names."""
         return any(match(row, self.name) for row in rows)
 
     @cached_property
     def letter(self) -> str:
-        """q, k or v for what is called as such a projection."""
+        """Gives q, k or v for what is called as such a projection, nothing for others."""
         if found := match("projection", self.name):
             return found[1][:1]
         rows = "latent", "fused", "fused pair", "low rank"
@@ -122,23 +122,23 @@ class Leaf:
 
     @cached_property
     def in_attention(self) -> bool:
-        """Whether a module around is called attention."""
+        """Tells whether a module around is called attention."""
         return says("attention", *self.keys[: self.depth])
 
     @property
     def is_matrix(self) -> bool:
-        """Whether one layer's part has two axes or more and no vector's name."""
+        """Tells whether one layer's part has two axes or more and no vector's name."""
         return self.is_float and len(self.shape) > 1 and not self.is_vector
 
     @property
     def is_nameless(self) -> bool:
-        """Whether the path holds no name at all."""
+        """Tells whether the path holds no name at all."""
         is_shared = self.name == "pytree" and self.keys[-2].isdecimal()  # eqx.nn.Shared
         return self.box == "penzai" or is_shared or self.path.isdecimal()
 
     @property
     def hides_axes(self) -> bool:
-        """Whether fan_in may come first or last: haliax has both, and the flag is static."""
+        """Tells whether fan_in may come first or last: haliax has both, and the flag is static."""
         return self.box == "haliax" and self.keys[-1] == "weight"
 
 
@@ -162,7 +162,7 @@ def above(keys: Sequence[str]) -> Iterator[str]:
 
 
 def leaves_of(params: Any) -> list[Leaf]:
-    """Every leaf, in the tree's order, with numbers taken apart and scanned layers found."""
+    """Lists every leaf, in the tree's order, with numbers taken apart and scanned layers found."""
     flat, _ = jax.tree_util.tree_flatten_with_path(params)
     pairs = zip(leaf_paths(params), flat, strict=True)
     leaves = [_leaf(path, keys, value) for (path, value), (keys, _) in pairs]
@@ -183,7 +183,7 @@ def leaves_of(params: Any) -> list[Leaf]:
 
 
 def _leaf(path: str, keys: tuple[Any, ...], value: Any) -> Leaf:
-    """A leaf before its path is taken apart, with the box that hides its axes' names, if any."""
+    """Reads a leaf, and the box that hides its axes' names, before its path is taken apart."""
     shape, dtype = tuple(getattr(value, "shape", ())), getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     box = ""
@@ -195,7 +195,7 @@ def _leaf(path: str, keys: tuple[Any, ...], value: Any) -> Leaf:
 
 
 def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...]]]:
-    """The names and numbers of every path.
+    """Yields the names and numbers of every path.
 
     A number at the end of a segment always counts as one. One inside (`h0_attn`) does where another
     module beside has the same name with another number. The first module of a name has none in
@@ -228,13 +228,13 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
 
 
 def _block_in(leaf: Leaf) -> re.Match[str] | None:
-    """A match of `h0_` in a name such as `h0_attn_q`; its group is what is before the number."""
+    """Finds `h0_` in a name such as `h0_attn_q`; the match's group is what precedes the number."""
     has_words = HOLE in leaf.names[leaf.depth].rstrip(HOLE)
     return re.match(r"(.*?)\d+_", leaf.keys[leaf.depth]) if has_words else None
 
 
 def _named_blocks(leaves: Sequence[Leaf]) -> set[tuple[tuple[str, ...], str]]:
-    """The modules around, and what stands before the number, of blocks that names alone show.
+    """Finds blocks that names alone show: the modules around, and what precedes the number.
 
     Several matrices then have each of several numbers.
     """
@@ -251,13 +251,13 @@ def _named_blocks(leaves: Sequence[Leaf]) -> set[tuple[tuple[str, ...], str]]:
 
 
 def _with_holes(key: str) -> Iterator[tuple[str, str]]:
-    """For each number in a segment: the segment with a hole in its place, and the number."""
+    """Yields, for each number in a segment, the segment with a hole there, and the number."""
     for found in re.finditer(r"\d+", key):
         yield key[: found.start()] + HOLE + key[found.end() :], found[0]
 
 
 def _scanned_modules(leaves: Sequence[Leaf]) -> dict[str, int]:
-    """The outermost modules whose leaves all count layers along one axis, which is 0 or 1."""
+    """Finds the outermost modules whose leaves all count layers along one axis, which is 0 or 1."""
     shared: dict[str, set[tuple[int, int]]] = {}
     for leaf in leaves:
         axes = {*enumerate(leaf.shape[:2])} if len(leaf.shape) > 1 else set()
@@ -276,7 +276,7 @@ def _scanned_modules(leaves: Sequence[Leaf]) -> dict[str, int]:
 
 
 def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
-    """Whether an axis that all leaves have counts layers, rather than heads or experts.
+    """Tells whether an axis that all leaves have counts layers, rather than heads or experts.
 
     It does where norms have it too: a vector beside no matrix, which without the axis is as long as
     some side of a matrix. In a module that is called layers, a bias will do.
@@ -303,7 +303,7 @@ def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
 
 
 def _one_layer(leaf: Leaf, axes: dict[str, int]) -> Leaf:
-    """The leaf with the shape of one layer, if a module around it is scanned along an axis."""
+    """Gives a leaf the shape of one layer, if a module around it is scanned along an axis."""
     module = next((m for m in above(leaf.keys) if m in axes), None)
     if module is None or not leaf.is_float:
         return leaf

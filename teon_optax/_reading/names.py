@@ -76,19 +76,19 @@ WEIGHT = re.compile(r"kernel|weights?|w")
 
 @functools.lru_cache(8192)
 def spoken(key: str) -> str:
-    """The words of a segment with _ between them: `h0_attn` is h_attn."""
+    """Joins the words of a segment with _ between them: `h0_attn` is h_attn."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key)
     return "_".join(re.findall(r"[a-z]+", snake.lower()))
 
 
 @functools.lru_cache(65536)
 def match(row: str, key: str) -> re.Match[str] | None:
-    """The match of a segment with a row of the table."""
+    """Matches a segment with a row of the table."""
     return _ROWS[row].fullmatch(spoken(key))
 
 
 def says(row: str, *keys: str) -> bool:
-    """Whether the name of any of these segments is in a row."""
+    """Tells whether the name of any of these segments is in a row."""
     return any(match(row, key) for key in keys)
 
 

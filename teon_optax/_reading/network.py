@@ -20,7 +20,7 @@ Shape = tuple[int, ...]
 
 
 class Network:
-    """What a tree shows of its modules, by their places; "" is the root.
+    """Holds what a tree shows of its modules, by their places; "" is the root.
 
     Attributes:
       matrices: By home, the matrices there.

@@ -26,7 +26,7 @@ _WRITERS = {2: ("io", "oi"), 3: ("iio", "oii"), 4: ("iiio", "oiii")}
 
 
 class Reading(NamedTuple):
-    """What a leaf may be.
+    """Says what a leaf may be.
 
     Attributes:
       kind: One of `MATRICES` or of `FALLBACK`.

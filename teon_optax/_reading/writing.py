@@ -35,7 +35,7 @@ class _Segment(NamedTuple):
     is_optional: bool  # Haiku: block, block_1, block_2
 
     def regex(self, is_layer: bool) -> str:
-        """The pattern as a regular expression, whose number is the layer's if `is_layer`."""
+        """Writes the pattern as a regular expression, whose number is the layer's if `is_layer`."""
         names = [re.sub(r"([][\\.^$*+?{}|()])", r"\\\1", name) for name in self.names]
         if self.numbers is None:
             return _one_of(names)
