@@ -57,7 +57,7 @@ def scale_by_teon(
     shardings: Any = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformation:
-    """Momentum, then `orthogonalize`.
+    """Averages gradients to a momentum, and orthogonalizes that jointly over groups of layers.
 
     The momentum is that of `optax.contrib.scale_by_muon`: an exponential average with bias
     correction. With rules of stack 1, `method="jordan"` and `scale="muon"` updates are those of
@@ -65,17 +65,23 @@ def scale_by_teon(
     momentum alone.
 
     Args:
-      rules: As for `orthogonalize`.
+      rules: Which leaves, and which of them together; None means `default_rules` of the tree.
       beta: Decay of the momentum.
       nesterov: Whether to use Nesterov's momentum.
       mu_dtype: Dtype in which the momentum is kept (also by name); None keeps that of params, and
         float32 for float16, which cannot hold averages beyond 65504. Where layers differ in
         dtype, give `update` the params: layers are coupled by that.
-      method: As for `orthogonalize`.
-      scale: As for `orthogonalize`.
-      shardings: As for `orthogonalize`. A compiled `init` on a mesh of type Auto does not know
-        where the momentum should lie: give it `out_shardings`, or do not compile it.
-      precision: As for `orthogonalize`.
+      method: "polar_express", "schatten", "fast", "jordan", "dion", "you", "svd", a tuple of
+        coefficients, or a function; see `polar`.
+      scale: "spectral" is sqrt(fan_out / fan_in), "muon" sqrt(max(1, fan_out / fan_in)), and a
+        number the root mean square of a group's update.
+      eps: What bounds tiny updates: that of a group is multiplied by n / (n + eps), n being the
+        norm that its joint matrix is divided by first. 0 takes every magnitude alike.
+      shardings: How leaves lie on a mesh of type Auto: a tree, or its prefix, of `PartitionSpec` or
+        `NamedSharding`; see `orthogonalize`. A compiled `init` on such a mesh does not know where
+        the momentum should lie: give it `out_shardings`, or do not compile it.
+      precision: Precision of every product (`jax.lax.PrecisionLike`). None is exact on CPU, and one
+        pass, made accurate by the way it is used, on TPU and GPU.
 
     Returns:
       An `optax.GradientTransformation` with state `TeonState(count, mu)`.
@@ -160,7 +166,7 @@ def _saturated(mu: jax.Array, kept: jax.typing.ArrayLike) -> jax.Array:
 
 
 def _decay(beta: jax.typing.ArrayLike) -> float | jax.Array:
-    """The decay of the momentum, in float32 at least and below 1.
+    """Makes the decay of the momentum from `beta`, in float32 at least and below 1.
 
     `optax.inject_hyperparams` rounds .999 to 1 where params are in bfloat16.
     """
@@ -172,7 +178,7 @@ def _decay(beta: jax.typing.ArrayLike) -> float | jax.Array:
 
 
 def _correction(decay: float | jax.Array, count: jax.typing.ArrayLike) -> jax.Array:
-    """1 - decay^count, by which an exponential average is divided, also where it is tiny."""
+    """Computes 1 - decay^count, which an exponential average is divided by, also where tiny."""
     if isinstance(decay, jax.Array):
         logarithm = jnp.log(decay)
     else:

@@ -45,8 +45,8 @@ def orthogonalize(
 
     Args:
       rules: Which leaves, and which of them together; None means `default_rules` of the tree.
-      method: "polar_express", "schatten", "jordan", "you", "svd", or a tuple of coefficients; see
-        `polar`.
+      method: "polar_express", "schatten", "fast", "jordan", "dion", "you", "svd", a tuple of
+        coefficients, or a function; see `polar`.
       scale: "spectral" is sqrt(fan_out / fan_in), "muon" sqrt(max(1, fan_out / fan_in)), and a
         number the root mean square of a group's update, whatever its shape and K; within a group
         that of one layer may differ. fan_in and fan_out are one layer's.
@@ -60,8 +60,9 @@ def orthogonalize(
         wrong sharding costs time only.
       precision: Precision of every product (`jax.lax.PrecisionLike`). None computes in float32 on
         CPU, and with one-pass products, made accurate by the way they are used, on TPU (bf16) and
-        GPU (TF32). "BF16_BF16_F32" is faster for large matrices on a GPU that has bf16 products,
-        as NVIDIA's have from Ampere on: .83 of the time for those of a LLaMA-1B.
+        GPU (TF32, or bf16 for leaves of bf16). "BF16_BF16_F32" is faster for large matrices on a
+        GPU that has bf16 products, as NVIDIA's have from Ampere on: .83 of the time for those of a
+        LLaMA-1B.
 
     Returns:
       An `optax.GradientTransformation`. Updates keep their dtypes. Layers are coupled by the dtypes
@@ -150,11 +151,11 @@ def orthogonalize_leaves(
     """Gathers leaves into joint matrices, takes polar factors of these, and scatters them.
 
     Args:
-      leaves: By position in the tree, at least those that the plan takes, on their devices.
+      leaves: Leaves by position in the tree, at least those that the plan takes, on their devices.
       plan: Which matrices are orthogonalized together.
-      numerics: By which polynomial and in which precision.
+      numerics: The method, and the precision of its products.
       scale: Factor for a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
-      eps: As for `orthogonalize`.
+      eps: What bounds tiny updates, as in `orthogonalize`.
       located: Where leaves lie on a mesh, if that is known.
     """
     if located is not None:

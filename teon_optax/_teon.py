@@ -37,31 +37,40 @@ def teon(
     shardings: Any = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """TEON: Muon whose orthogonalization spans a stack of layers.
+    """Makes the optimizer TEON: Muon whose orthogonalization spans a stack of layers.
 
     Leaves that `rules` take get `scale_by_teon`, decoupled weight decay and the learning rate; all
     others get `fallback`. `print(plan(params, rules))` shows which are which.
 
     Args:
       learning_rate: A number or a schedule.
-      rules: As for `orthogonalize`; None means `default_rules(params)`: query, key and value
-        projections of two consecutive layers jointly, other hidden matrices alone.
-      beta: As for `scale_by_teon`.
-      nesterov: As for `scale_by_teon`.
-      method: As for `orthogonalize`.
-      scale: As for `orthogonalize`.
+      rules: Which leaves are orthogonalized, and which of them together; None means
+        `default_rules(params)`: query, key and value projections of two consecutive layers jointly,
+        other hidden matrices alone.
+      beta: Decay of the momentum.
+      nesterov: Whether to use Nesterov's momentum.
+      method: "polar_express", "schatten", "fast", "jordan", "dion", "you", "svd", a tuple of
+        coefficients, or a function; see `polar`.
+      scale: "spectral" is sqrt(fan_out / fan_in), "muon" sqrt(max(1, fan_out / fan_in)), and a
+        number the root mean square of a group's update.
+      eps: What bounds tiny updates: that of a group is multiplied by n / (n + eps), n being the
+        norm that its joint matrix is divided by first. 0 takes every magnitude alike.
       weight_decay: Strength of the weight decay, multiplied by the learning rate; the default
         fallback's too.
       weight_decay_mask: Tree of booleans (or its prefix, or a function of params that gives it):
         where to decay.
-      mu_dtype: As for `scale_by_teon`; the default fallback's too.
+      mu_dtype: Dtype in which the momentum is kept (also by name), the default fallback's too; None
+        keeps that of params, and float32 for float16.
       adam_learning_rate: A number or a schedule, that of the default fallback; None is
         `learning_rate`, so that a schedule reaches every leaf.
       fallback: A whole optimizer for the other leaves, learning rate included. None is
         `optax.adamw(adam_learning_rate, b1=0.9, b2=0.95, weight_decay=weight_decay, ...)`, whose
         state keeps the dtypes that `init` gave it.
-      shardings: As for `orthogonalize`.
-      precision: As for `orthogonalize`.
+      shardings: How leaves lie on a mesh of type Auto: a tree, or its prefix, of `PartitionSpec` or
+        `NamedSharding`, such as `jax.tree.map(lambda leaf: leaf.sharding, params)`. Not needed on
+        meshes of type Explicit, nor on one device; see `orthogonalize`.
+      precision: Precision of every product (`jax.lax.PrecisionLike`). None is exact on CPU, and one
+        pass, made accurate by the way it is used, on TPU and GPU.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose `update` needs `params` if there is weight
@@ -153,5 +162,5 @@ def teon(
 
 
 def _is_zero(weight_decay: Any) -> bool:
-    """Says whether it is the number 0, and no array or schedule that may become another."""
+    """Tells whether it is the number 0, and no array or schedule that may become another."""
     return isinstance(weight_decay, (int, float)) and weight_decay == 0
