@@ -40,7 +40,7 @@ def paper(params: Any, stack: int = 2, mode: int = 1, first: Sequence[Rule] = ()
       stack: K, how many consecutive layers of a projection are coupled.
       mode: Mode of the unfolding. 1 shares the Gram matrix over fan_out, 2 over fan_in, which is
         cheaper where projections are wider than the stream, 3 over the layers.
-      first: As for `default_rules`: rules for what it cannot read, which stay as they are.
+      first: Rules for what `default_rules` cannot read, which stay as they are.
 
     Returns:
       A tuple of rules; `print` shows it as code.
@@ -69,30 +69,30 @@ def paper(params: Any, stack: int = 2, mode: int = 1, first: Sequence[Rule] = ()
 
 
 def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
-    """Muon: the same matrices as `paper`, each alone (and each part of a fused projection).
+    """Gives the matrices of `paper` to Muon, each alone (and each part of a fused projection).
 
     Args:
-      params: As for `paper`.
-      first: As for `paper`.
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+      first: Rules for what `default_rules` cannot read, which stay as they are.
 
     Returns:
-      As of `paper`.
+      A tuple of rules; `print` shows it as code.
     """
     return rules_by_role(params, first, dict.fromkeys(PAPER, 1))
 
 
 def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
-    """Every hidden matrix, K layers of a series jointly; what has no layer number stays alone.
+    """Stacks every hidden matrix, K layers of a series; what has no layer number stays alone.
 
     The paper found this worse than stacking Q, K and V alone.
 
     Args:
-      params: As for `paper`.
-      first: As for `paper`.
-      stack: K.
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+      first: Rules for what `default_rules` cannot read, which stay as they are.
+      stack: K, how many consecutive layers are coupled.
 
     Returns:
-      As of `paper`.
+      A tuple of rules; `print` shows it as code.
 
     Raises:
       ValueError: If `stack` is not a positive integer.
@@ -102,19 +102,19 @@ def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules
 
 
 def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
-    """Q, K, V and the output projection of attention in runs of K layers; the rest Muon.
+    """Stacks Q, K, V and attention's output projection over K layers; the rest is Muon's.
 
     An output projection is a matrix so called (`out`, `o_proj`, `c_proj` ..) beside Q, K or V, and
     the one other matrix of an attention module. The paper found stacking it worse than stacking
     Q, K and V alone.
 
     Args:
-      params: As for `paper`.
-      first: As for `paper`.
-      stack: K.
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+      first: Rules for what `default_rules` cannot read, which stay as they are.
+      stack: K, how many consecutive layers are coupled.
 
     Returns:
-      As of `paper`.
+      A tuple of rules; `print` shows it as code.
 
     Raises:
       ValueError: If `stack` is not a positive integer.
@@ -202,18 +202,18 @@ def _check_stack(name: str, stack: Any) -> None:
 
 
 def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:
-    r"""Low-rank factors: B (rank, fan_out) by Muon, A (fan_in, rank) by the fallback.
+    r"""Gives low-rank factors B (rank, fan_out) to Muon, A (fan_in, rank) to the fallback.
 
     B starts at zero, so that its updates alone decide where the adapted matrix goes; it is small
     enough for Muon to cost nothing. All other matrices are as in `paper`: freeze them, or mask them
     out, to train the factors alone.
 
     Args:
-      params: As for `paper`.
-      first: As for `paper`.
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+      first: Rules for what `default_rules` cannot read, which stay as they are.
 
     Returns:
-      As of `paper`.
+      A tuple of rules; `print` shows it as code.
 
     Raises:
       ValueError: If there is no low-rank factor in the tree.
@@ -244,17 +244,17 @@ def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:
 
 
 def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = ()) -> Rules:
-    """Muon on each head alone, of Q, K and V and of what makes heads of a latent vector.
+    """Gives each head of Q, K and V, and of what makes heads of a latent vector, to Muon alone.
 
     A fused projection needs no answer here: its heads are `head_dim` long wherever they lie.
 
     Args:
-      params: As for `paper`.
-      first: As for `paper`.
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+      first: Rules for what `default_rules` cannot read, which stay as they are.
       head_dim: Length of a head, where shapes do not show it: of projections with one fan_out axis.
 
     Returns:
-      As of `paper`, with stack 1.
+      A tuple of rules of stack 1; `print` shows it as code.
 
     Raises:
       ValueError: If `head_dim` is needed, or does not divide a projection's fan_out, or if there
