@@ -21,7 +21,7 @@ _ROUNDING = 1e-5
 
 
 class Alignment(NamedTuple):
-    """How alike the layers of one group are, in the paper's terms: W = U S V^T, (fan_out, fan_in).
+    """Says how alike a group's layers are, in the paper's terms: W = U S V^T, (fan_out, fan_in).
 
     Attributes:
       members: Path of each layer's matrix.
@@ -38,23 +38,23 @@ class Alignment(NamedTuple):
 
     @property
     def favoured(self) -> int:
-        """The mode with the smaller r; 1, the paper's choice, where rounding hides which it is."""
+        """Gives the mode of the smaller r, or the paper's, 1, where rounding hides which it is."""
         first, second = self.ratios
         return 2 if second < first * (1 - _ROUNDING) else 1
 
     @property
     def hurdles(self) -> tuple[float, float]:
-        """(r^2 - 1) / (K - 1) of mode 1 and of mode 2, each in [0, 1]; see `alignment`."""
+        """Computes (r^2 - 1) / (K - 1) of mode 1 and of mode 2, each in [0, 1]; see `alignment`."""
         first, second = ((r * r - 1) / (len(self.members) - 1) for r in self.ratios)
         return first, second
 
 
 class Alignments(tuple[Alignment, ...]):
-    """The alignment of every group. `print` shows them as a table."""
+    """Holds the alignment of every group. `print` shows them as a table."""
 
     @property
     def favoured(self) -> dict[str, tuple[int, int]]:
-        """Series -> mode and K of the lowest hurdle, in the mean over its runs of K layers.
+        """Finds mode and K of each series' lowest hurdle, in the mean over its runs of K layers.
 
         Mode 1 and the larger K, where rounding hides which it is.
         """
@@ -89,7 +89,7 @@ def alignment(
     rank: int = 1,
     stacks: Iterable[int] | None = None,
 ) -> Alignments:
-    r"""How alike the layers are that rules stack: which mode, and how many layers, they favour.
+    r"""Measures how alike stacked layers are: which mode, and how many layers, they favour.
 
     Per group of K layers, in the paper's layout (fan_out, fan_in), kernel_k^T = W_k = U S V^T:
 
@@ -110,7 +110,8 @@ def alignment(
     Args:
       momentum: Tree of momenta or gradients: `state.mu` of `scale_by_teon`; of `teon`,
         `optax.tree.get(state.inner_states["teon"], "mu")` with the rules of all params.
-      rules: As for `plan`. Each run of K >= 2 layers is a group.
+      rules: The first rule whose pattern is found in a leaf's path takes it; None means
+        `default_rules(momentum)`. Each run of K >= 2 layers is a group.
       rank: How many leading singular vectors; at most as many as a layer has are taken.
       stacks: Several K to measure instead of that of each rule with K >= 2; None is the rules' own.
 
@@ -156,7 +157,7 @@ def _checked_stacks(stacks: Any) -> tuple[int, ...]:
 
 
 def _at(K: int | None, rule: Rule) -> Rule:
-    """The rule with another K, if it stacks layers and another is given."""
+    """Gives a rule another K, if it stacks layers and another is given."""
     return rule if K is None or rule.stack < 2 else dataclasses.replace(rule, stack=K)
 
 
@@ -187,7 +188,10 @@ def _of_size_one(stack: np.ndarray) -> np.ndarray:
 def _measure(
     stack: np.ndarray, rank: int
 ) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
-    """r of modes 1 and 2, overlaps of left and right vectors, of [K, batch, fan_in, fan_out]."""
+    """Measures stacks of layers [K, batch, fan_in, fan_out].
+
+    Returns r of modes 1 and 2, and the overlaps of left and of right vectors.
+    """
     # Of kernels: the paper's right vectors come first.
     right, singular_values, left = jnp.linalg.svd(stack, full_matrices=False)
     joint = [jnp.linalg.svd(jnp.concatenate(stack, axis), compute_uv=False) for axis in (-2, -1)]
@@ -196,7 +200,7 @@ def _measure(
 
 
 def _overlap(vectors: jax.Array, rank: int) -> jax.Array:
-    """Mean over pairs of |A_i^T A_j|_F^2 / rank, of the first columns of [K, batch, d, vectors].
+    """Averages |A_i^T A_j|_F^2 / rank over pairs, of the first columns of [K, batch, d, vectors].
 
     With A = [A_1|...|A_K], the sum of s^4 over its singular values is |A^T A|_F^2: K times rank on
     the diagonal, and each pair twice.

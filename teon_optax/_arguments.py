@@ -76,7 +76,7 @@ def refuse_schedule(name: str, value: Any, of: str = "teon") -> None:
 
 
 def is_number(value: Any, start: float, end: float) -> bool:
-    """Whether it is one real number, in float32 at least `start` and less than `end`.
+    """Tells whether it is one real number, in float32 at least `start` and less than `end`.
 
     That is a Python number or an array without axes. How large a traced one is cannot be known.
     """
@@ -94,7 +94,7 @@ def is_number(value: Any, start: float, end: float) -> bool:
 
 
 def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
-    """`mu_dtype` as a dtype.
+    """Makes a dtype of the argument `mu_dtype`; None stays None.
 
     Raises:
       ValueError: If it is no real floating dtype of 16 bits or more.

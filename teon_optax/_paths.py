@@ -62,19 +62,19 @@ def cached(function: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def _spelled(arguments: tuple[Any, ...]) -> tuple[str, ...]:
-    """Structures as text: keys that are equal may read differently, as 1 and True do in a path."""
+    """Writes structures as text: equal keys may read differently, as 1 and True do in a path."""
     return tuple(str(each) for each in arguments if isinstance(each, jax.tree_util.PyTreeDef))
 
 
 def leaf_paths(tree: Any) -> list[tuple[str, Any]]:
-    """Every leaf with its path, in the tree's order."""
+    """Lists every path with its leaf, in the tree's order."""
     leaves, structure = jax.tree.flatten(tree)
     return list(zip(paths_of(structure), leaves, strict=True))
 
 
 @cached
 def paths_of(structure: Any) -> tuple[str, ...]:
-    """The path of every leaf that rules are searched in, in the order of the tree.
+    """Lists the paths that rules are searched in, one for each leaf, in the tree's order.
 
     The path is `keystr` with "/" between keys, without the keys that boxes add at the end: `value`
     of a Flax variable or partitioned box, `data_array` and the flattened index of a named array.

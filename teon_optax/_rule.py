@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Rule:
-    """How some leaves are orthogonalized; the first rule that matches takes the leaf.
+    """Says how some leaves are orthogonalized; the first rule that matches takes the leaf.
 
     Attributes:
       pattern: Regular expression, searched (`re.search`) in the leaf's path. A named group
@@ -87,16 +87,16 @@ class Rule:
 
     @property
     def counts_layers(self) -> bool:
-        """Whether it tells which layer a leaf (or each part of a scanned one) belongs to."""
+        """Tells whether it says which layer a leaf (or each part of a scanned one) belongs to."""
         return self.layer_axis is not None or "layer" in self.compiled.groupindex
 
     def search(self, path: str) -> re.Match[str] | None:
-        """The match of the pattern anywhere in `path`, or None."""
+        """Finds the pattern anywhere in `path`; None where it is not."""
         return self.compiled.search(path)
 
     @functools.cached_property
     def compiled(self) -> re.Pattern[str]:
-        """The pattern, compiled once: the cache of `re` holds 512."""
+        """Compiles the pattern once: the cache of `re` holds 512."""
         if not isinstance(self.pattern, str):
             raise ValueError(
                 f"`Rule({self.pattern!r})`: pattern should be a string, a regular expression."
@@ -183,7 +183,7 @@ class Rule:
             )
 
     def __repr__(self) -> str:
-        """The call that makes this rule, defaults left out: it can be pasted back as code."""
+        """Writes the call that makes this rule, without defaults: it can be pasted back as code."""
         raw = self.pattern.isprintable() and not re.search(r'"|\\$', self.pattern)
         changed = [
             f"{field.name}={getattr(self, field.name)!r}"
@@ -251,6 +251,6 @@ def takes_rules(function: Callable[Arguments, Result]) -> Callable[Arguments, Re
 
 
 def fan_axes(dims: MuonDimensionNumbers) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Reduction (fan_in) and output (fan_out) axes of `dims`, each as a tuple."""
+    """Gives the reduction (fan_in) and output (fan_out) axes of `dims`, each as a tuple."""
     reduction, output = ((a,) if isinstance(a, int) else tuple(a) for a in dims)
     return reduction, output

@@ -24,12 +24,15 @@ _SCALES: dict[str, ScaleFunction] = {
 
 
 def _rms(rms: Any, fan_in: int, fan_out: int, K: int, rank: int) -> jax.typing.ArrayLike:
-    """A joint factor of full rank has squared norm `rank`, over K fan_in fan_out entries."""
+    """Gives the factor by which an update has a root mean square.
+
+    A joint factor of full rank has squared norm `rank`, over K fan_in fan_out entries.
+    """
     return rms * math.sqrt(K * fan_in * fan_out / rank)
 
 
 def scaling(scale: ScaleLike) -> ScaleFunction:
-    """The factor of a group's update as a function of its (fan_in, fan_out, K, rank).
+    """Makes a function from (fan_in, fan_out, K, rank) of a group to the factor of its update.
 
     Args:
       scale: "spectral", "muon", or the root mean square that updates of full rank get.

@@ -13,7 +13,7 @@ from teon_optax.contrib._kept import check_kept
 
 
 class LookaheadState(NamedTuple):
-    """State of `add_lookahead`.
+    """Keeps what `add_lookahead` needs from one update to the next.
 
     Attributes:
       count: Number of updates so far, int32.

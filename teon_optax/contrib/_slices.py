@@ -196,7 +196,7 @@ def _polar_factors(
       slices: Arrays [groups, slices, blocks x m, blocks x n].
       dtypes: The dtypes of the leaves that each array is made of.
       blocks: 1, or 2 of complex slices.
-      numerics: By which polynomial and in which precision.
+      numerics: The method, and the precision of its products.
       located: Where the leaves lie on a mesh, if that is known.
     """
     if numerics.polynomial and blocks == 2:
