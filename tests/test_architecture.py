@@ -10,6 +10,15 @@ import pytest
 import teon_optax
 
 PUBLIC = teon_optax, teon_optax.contrib
+# Words that end as a verb of the third person does, and are none, or stand for what is returned.
+NO_VERBS = set(
+    """
+    across always arrays as axes axis batches bytes coefficients dimensions entries factors fans
+    indices its keys layers leaves matrices numbers pairs parts paths pieces positions rows
+    rules series shapes shards sizes specs steps structures tensors this thus updates values
+    vectors weights widths words
+    """.split()
+)
 LIBRARY = pathlib.Path(teon_optax.__file__).parent
 CHECKOUT = pathlib.Path(__file__).parents[1]
 
@@ -107,6 +116,12 @@ def all_files():
     return [*library_files(), *sorted(ours)]
 
 
+def functions(path):
+    """Yields every function and method of a file, also one inside of another."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    yield from (node for node in ast.walk(parse(path)) if isinstance(node, kinds))
+
+
 def room(path):
     return path.relative_to(LIBRARY).parts[0].removesuffix(".py")
 
@@ -179,3 +194,22 @@ def test_every_public_name_is_documented(value):
         assert "Attributes" in sections
     elif callable(value):
         assert {"Args", "Returns", "Examples"} <= sections
+
+
+@pytest.mark.parametrize("path", library_files(), ids=lambda path: f"{room(path)}.{path.stem}")
+def test_every_docstring_of_a_function_begins_with_a_verb(path):
+    summaries = {
+        f"{path.name}:{function.lineno} {function.name}": documentation.splitlines()[0]
+        for function in functions(path)
+        if (documentation := ast.get_docstring(function))
+    }
+    wrong = [
+        f"{place}: {summary}"
+        for place, summary in summaries.items()
+        if not re.match(r"[A-Z][a-z]+s\b", summary) or summary.split()[0].lower() in NO_VERBS
+    ]
+    assert not wrong, (
+        "Begin with a verb in the third person, who does what to which array, then shapes: 'Stacks "
+        "the layers of each group: [groups, m, n].', 'Tells whether ..', 'Lists ..', 'Gives ..'. "
+        "These do not:\n" + "\n".join(wrong)
+    )
