@@ -2,6 +2,7 @@
 
     python -m benchmarks.planning
     python -m benchmarks.planning --before OTHER.json   # beside another version's figures
+    python -m benchmarks.planning --walk                # functions and calls of a second trace
 
 A GPT of each depth with six matrices and two norms a block, of width 16, so that time goes into
 Python and not into products. The library is called as users call it. Times are those of the
@@ -9,9 +10,13 @@ processor, which other work on the machine changes little. `optax.contrib.muon` 
 first depth alone: its eager update compiles the loop of each leaf anew, at every call.
 """
 
+import collections
 import functools
 import json
+import re
+import sys
 import time
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +103,37 @@ def measured(depth: int, repetitions: int, with_muon: bool) -> dict[str, float]:
     return found
 
 
+def walk(depth: int = 3) -> dict[str, int]:
+    """Counts the calls of each of the library's functions in a second trace of `teon`'s update.
+
+    A comprehension is a call of the function that it stands in, before Python 3.12.
+    """
+    params, library = parameters(depth), str(Path(teon_optax.__file__).parent)
+    optimizer = teon_optax.teon(0.02)
+    arguments = params, optimizer.init(params), params
+    calls: collections.Counter[str] = collections.Counter()
+
+    def trace() -> None:
+        # A new function, so that jax has not traced it before.
+        jax.make_jaxpr(lambda *given: optimizer.update(*given))(*arguments)
+
+    def count(frame: types.FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(library):
+            name = re.sub(
+                r"(\.<locals>)?\.<(listcomp|dictcomp|setcomp|genexpr)>", "", code.co_qualname
+            )
+            calls[f"{Path(code.co_filename).relative_to(library)}: {name}"] += 1
+
+    trace()
+    sys.setprofile(count)
+    try:
+        trace()
+    finally:
+        sys.setprofile(None)
+    return dict(calls)
+
+
 def table(record: dict[str, Any], before: dict[str, Any] | None) -> str:
     """Shows milliseconds, a row for each depth and version."""
     versions = {"after": record} if before is None else {"before": before, "after": record}
@@ -144,7 +180,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--depths", type=results.separated(int), default=[12, 24, 48, 96])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--before", type=Path, help="the JSON file of another version")
+    parser.add_argument("--walk", action="store_true", help="count calls of a second trace alone")
     options = parser.parse_args(argv)
+    if options.walk:
+        calls = walk()
+        for name, number in sorted(calls.items(), key=lambda item: -item[1]):
+            print(f"{number:5} {name}")
+        print(f"{len(calls)} functions, {sum(calls.values())} calls")
+        return
     before = json.loads(options.before.read_text()) if options.before else None
     # Compiles what eager operations share, which is no part of planning.
     measured(2, 1, with_muon=False)

@@ -1,6 +1,8 @@
 """Checks of the arguments that several functions take."""
 
+import inspect
 import math
+import warnings
 from typing import Any
 
 import jax
@@ -9,6 +11,9 @@ import numpy as np
 from jax.core import Tracer
 
 INJECTED = "under `optax.inject_hyperparams`, which calls every callable, name it in `static_args`"
+
+# Packages whose lines tell a user nothing; the last two are of decorators.
+_PASSED_THROUGH = "teon_optax", "optax", "jax", "contextlib", "functools"
 
 
 def check_number(
@@ -117,3 +122,16 @@ def checked_mu_dtype(mu_dtype: Any) -> jnp.dtype | None:
             "'bfloat16'."
         )
     return dtype
+
+
+def warn_caller(text: str) -> None:
+    """Warns in the name of the line that called the library, perhaps through Optax or jax."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and _package_of(frame.f_globals) in _PASSED_THROUGH:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, UserWarning, stacklevel=level)
+
+
+def _package_of(names: dict[str, Any]) -> str:
+    """Finds the package of a module from its global names."""
+    return str(names.get("__name__", "")).partition(".")[0]

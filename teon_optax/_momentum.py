@@ -77,6 +77,9 @@ def scale_by_teon(
         number the root mean square of a group's update.
       eps: What bounds tiny updates: that of a group is multiplied by n / (n + eps), n being the
         norm that its joint matrix is divided by first. 0 takes every magnitude alike.
+        Where gradients have stopped, as those of an expert without tokens, the update so fades with
+        the momentum. A group has one norm: where one of its layers alone is without gradients, that
+        layer's part fades as its share of the joint matrix does, and the others keep their size.
       shardings: How leaves lie on a mesh of type Auto: a tree, or its prefix, of `PartitionSpec` or
         `NamedSharding`; see `orthogonalize`. A compiled `init` on such a mesh does not know where
         the momentum should lie: give it `out_shardings`, or do not compile it.

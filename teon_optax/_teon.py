@@ -39,11 +39,14 @@ def teon(
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the optimizer TEON: Muon whose orthogonalization spans a stack of layers.
 
-    Leaves that `rules` take get `scale_by_teon`, decoupled weight decay and the learning rate; all
-    others get `fallback`. `print(plan(params, rules))` shows which are which.
+    Leaves that `rules` take get momentum, `orthogonalize` (together these are `scale_by_teon`),
+    decoupled weight decay and the learning rate; all others get `fallback`. `print(plan(params,
+    rules))` shows which are which.
 
     Args:
-      learning_rate: A number or a schedule.
+      learning_rate: A number or a schedule. With `scale="spectral"` or "muon" an update has a
+        spectral norm of about 1, so that rates are those of Muon, .005 to .05, some ten times
+        Adam's; with `scale=0.2` an update is as long as one of Adam, and rates are Adam's.
       rules: Which leaves are orthogonalized, and which of them together; None means
         `default_rules(params)`: query, key and value projections of two consecutive layers jointly,
         other hidden matrices alone.

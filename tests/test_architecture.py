@@ -36,7 +36,7 @@ ROOMS = {
     "_plan": {"_paths", "_polar", "_rule", "_scaling"},
     "_planning": {"_paths", "_plan", "_reading", "_rule"},
     "_alignment": {"_plan", "_planning", "_rule"},
-    "_mesh": {"_paths", "_plan", "_polar", "_scaling"},
+    "_mesh": {"_arguments", "_paths", "_plan", "_polar", "_scaling"},
     "_orthogonalize": {
         "_arguments",
         "_memory",

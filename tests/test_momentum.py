@@ -14,7 +14,7 @@ import variants
 from absl.testing import parameterized
 from spectra import function_of
 
-from teon_optax import Rule, TeonState, orthogonalize, polar_express, scale_by_teon
+from teon_optax import Rule, TeonState, orthogonalize, polar_express, scale_by_teon, teon
 from teon_optax._paths import leaf_paths
 
 RULES = (Rule(r"block_(?P<layer>\d+)/query", stack=2), Rule("^up$"))
@@ -374,3 +374,110 @@ class RecipeTest(variants.TestCase):
         for path, w in flat(trained).items():
             np.testing.assert_allclose(w, W[path], atol=tolerance, rtol=0)
             assert np.abs(w - start[path]).max() > 100 * tolerance
+
+
+def lengths(tree):
+    return np.array([np.linalg.norm(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.mark.promotes_dtypes
+def test_the_update_of_a_dead_leaf_fades_as_optax_muon_s_does():
+    tree = {"up": params()["up"]}
+    zero = jax.tree.map(jnp.zeros_like, tree)
+
+    def sizes(transform: Any) -> tuple[Any, Any]:
+        """Of the first update, and of one 500 steps after gradients have stopped."""
+        step = jax.jit(transform.update)
+        first, state = step(tree, transform.init(tree), tree)
+        last = first
+        for _ in range(500):
+            last, state = step(zero, state, tree)
+        return lengths(first), lengths(last)
+
+    first, last = sizes(scale_by_teon([Rule("up")], method="jordan", scale="muon"))
+    first_of_muon, last_of_muon = sizes(optax.contrib.muon(1.0))
+    np.testing.assert_allclose(first, first_of_muon, rtol=1e-5)
+    assert last < 0.1 * first and last_of_muon < 0.1 * first_of_muon
+    for_ever = scale_by_teon([Rule("up")], method="jordan", scale="muon", eps=0.0)
+    assert sizes(for_ever)[1] > 0.9 * first
+
+
+def test_an_update_is_damped_by_its_norm_and_eps():
+    """n / (n + eps) by hand: n = |M|_F of the joint matrix, for a method of that norm."""
+    matrix = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6)), jnp.float32)
+    for size in (1e-9, 1e-8, 1e-6, 1.0):
+        tree = {"up": size * matrix / jnp.linalg.norm(matrix)}
+        updates: Any = [
+            orthogonalize([Rule("up")], eps=eps).update(tree, optax.EmptyState())[0]
+            for eps in (1e-8, 0.0)
+        ]
+        damped, plain = updates
+        expected = size / (size + 1e-8) * plain["up"]
+        np.testing.assert_allclose(damped["up"], expected, rtol=1e-5)
+
+
+def test_eps_changes_updates_of_ordinary_size_by_less_than_a_millionth():
+    damped, plain = (
+        scale_by_teon(RULES, method=QUICK, eps=eps).update(
+            params(), scale_by_teon(RULES).init(params())
+        )[0]
+        for eps in (1e-8, 0.0)
+    )
+    chex.assert_trees_all_close(damped, plain, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-9, 1e9, 1e30])
+def test_without_eps_every_magnitude_is_alike(size):
+    transform = orthogonalize(RULES, method=QUICK)
+    tree = {"up": params()["up"]}
+    updates, _ = transform.update({"up": size * tree["up"]}, optax.EmptyState())
+    expected, _ = transform.update(tree, optax.EmptyState())
+    chex.assert_trees_all_close(updates, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dead_layer_fades_in_a_group_that_lives():
+    """A group has one norm, so eps does nothing here: the layer has its share of the joint M."""
+    rng = np.random.default_rng(0)
+    alive, dead = (jnp.asarray(rng.normal(size=(10, 4)), jnp.float32) for _ in range(2))
+    tree = {"block_0": {"query": alive}, "block_1": {"query": 1e-9 * dead}}
+    updates, _ = orthogonalize(RULES, method="svd", eps=1e-8).update(tree, optax.EmptyState())
+    size = lengths(updates)
+    assert size[0] > 0.9 * np.sqrt(4 * 4 / 10) and size[1] < 1e-7 * size[0]
+
+
+@pytest.mark.parametrize("eps", [-1e-8, float("nan"), "small"])
+def test_an_eps_that_is_no_number_from_zero_on_is_refused(eps):
+    for function in (orthogonalize, scale_by_teon):
+        with pytest.raises(ValueError, match="`eps=.*should be a number, at least 0"):
+            function(RULES, eps=eps)
+
+
+def test_the_dtypes_of_params_choose_the_precision_of_products(monkeypatch):
+    """Although the momentum is in float32: on some devices bf16 leaves have other products."""
+    asked = []
+
+    def precision(backend, dtype, of_leaf):
+        asked.append((jnp.dtype(dtype).name, jnp.dtype(of_leaf).name))
+        is_narrow = of_leaf == jnp.bfloat16
+        return jax.lax.Precision.DEFAULT if is_narrow else jax.lax.Precision.HIGHEST
+
+    monkeypatch.setattr("teon_optax._polar.numerics.default_precision", precision)
+    tree = {"up": params()["up"], "down": params("bfloat16")["up"]}
+    transform = scale_by_teon([Rule("up|down")], method=QUICK)
+    gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    state = transform.init(tree)
+    traced = str(jax.make_jaxpr(transform.update)(gradients, state, tree))
+    assert {*asked} == {("float32", "float32"), ("float32", "bfloat16")}
+    assert "Precision.HIGHEST" in traced and "Precision.DEFAULT" in traced
+
+
+@pytest.mark.parametrize("lost", [dict, list], ids=["a dict", "a list"])
+def test_a_state_that_lost_its_types_is_refused_with_the_way_out(lost):
+    transform = scale_by_teon(RULES)
+    state: Any = transform.init(params())
+    bare = state._asdict() if lost is dict else [*state]
+    with pytest.raises(ValueError, match=f"is a {lost.__name__}, without 'count' and 'mu'.*Restor"):
+        transform.update(params(), bare)
+    optimizer: Any = teon(0.1, RULES)
+    with pytest.raises(ValueError, match="is a dict, without 'inner_states'"):
+        optimizer.update(params(), optimizer.init(params())._asdict(), params())

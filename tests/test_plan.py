@@ -539,3 +539,22 @@ def test_a_first_layer_without_a_number_is_in_the_row_of_the_others():
 def test_trees_whose_keys_are_equal_but_read_differently_have_plans_of_their_own():
     for key in (True, 1, 1.0):
         assert plan({"h": {key: array(4, 4)}}, [Rule(f"^h/{key}$")]).fallback == ()
+
+
+def test_layers_whose_dtypes_alternate_are_rows_of_their_own():
+    kinds = "float32", "bfloat16"
+    params = {f"block_{i}": {"w": jax.ShapeDtypeStruct((4, 6), kinds[i % 2])} for i in range(4)}
+    planned = plan(params, [Rule(r"block_(?P<layer>\d+)", stack=2)])
+    assert [group.layers for group in planned.groups] == [(0, 2), (1, 3)]
+    rows = [re.split("  +", line)[:2] for line in str(planned).splitlines()]
+    assert rows[1:4:2] == [["block_{0, 2}/w", "0, 2"], ["block_{1, 3}/w", "1, 3"]]
+
+
+def test_sizes_of_numpy_are_json_and_share_no_plan():
+    shape: Any = tuple(np.array([4, 6]))
+    tree, same = ({"w": jax.ShapeDtypeStruct(s, "float32")} for s in (shape, (4, 6)))
+    rules = [Rule("w", stack=1)]
+    for each in (tree, same):
+        form = plan(each, rules).as_dict()
+        assert json.loads(json.dumps(form)) == form
+        assert json.loads(json.dumps(plan(each, []).as_dict()))["fallback"][0]["shape"] == [4, 6]

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import Rule, orthogonalize, polar_express, teon
+from teon_optax import Rule, contrib, orthogonalize, polar_express, teon
 from tests.compiled import COLLECTIVES
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -305,6 +305,113 @@ def test_momentum_lies_as_params_do_and_its_memory_is_used_again(kind):
     assert not re.search(r"callback|infeed|outfeed|\bsend\(", update.as_text())
 
 
+PLACES = {
+    "replicated": ({"data": 8}, P()),
+    "cut along one axis of two": ({"data": 4, "model": 2}, P("data")),
+}
+CHAINS = {
+    "teon": lambda given: teon(0.1, RULES, method=QUICK, weight_decay=0.1, shardings=given),
+    "orthogonalize": lambda given: optax.chain(
+        optax.trace(0.9), orthogonalize(RULES, method=QUICK, shardings=given)
+    ),
+    "orthogonalize_slices": lambda given: optax.chain(
+        optax.trace(0.9),
+        contrib.orthogonalize_slices(RULES, "dct", method=QUICK, shardings=given),
+    ),
+}
+
+
+@pytest.mark.promotes_dtypes
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", CHAINS)
+def test_states_and_updates_leave_an_update_where_they_came_in(name, place):
+    (sizes, spec), tree = PLACES[place], transformer(2, 8)
+    mesh = mesh_of(AUTO, **sizes)
+    params = put(tree, mesh, jax.tree.map(lambda _: spec, tree))
+    optimizer: Any = CHAINS[name](jax.tree.map(lambda leaf: leaf.sharding, params))
+    state = optimizer.init(params)
+    update = jax.jit(optimizer.update, donate_argnums=1)
+    ahead: Any = update.lower(params, state, params).compile()
+    assert ahead.memory_analysis().alias_size_in_bytes == sum(
+        leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)
+    )
+    for call in (ahead, ahead, update, update):
+        before = [leaf.sharding for leaf in jax.tree.leaves(state)]
+        updates, state = call(params, state, params)
+        for leaf, own in zip(jax.tree.leaves(state), before, strict=True):
+            assert leaf.sharding.is_equivalent_to(own, leaf.ndim) or leaf.ndim == 0
+        for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            assert new.sharding.is_equivalent_to(old.sharding, old.ndim)
+
+
+@pytest.mark.promotes_dtypes
+def test_the_momentum_of_gradients_that_lie_elsewhere_lies_as_params_do():
+    mesh, tree = mesh_of(data=4, model=2), transformer(2, 8)
+    specs = specs_of(tree, P("data", None))
+    params = put(tree, mesh, specs)
+    gradients = put(tree, mesh, specs_of(tree, P(None, "model")))
+    optimizer = teon(0.1, RULES, method=QUICK, shardings=specs)
+    with jax.set_mesh(mesh):
+        update: Any = jax.jit(optimizer.update)
+        updates, state = update(gradients, optimizer.init(params), params)
+    taken = state.inner_states["teon"].inner_state[0].mu
+    for name in ("query", "up"):
+        for leaf in (taken["block_0"][name], updates["block_0"][name]):
+            assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None)), 2)
+
+
+@pytest.mark.promotes_dtypes
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [(AUTO, {}), (AUTO, {"spmd_axis_name": "seed"}), (EXPLICIT, {})],
+    ids=["Auto", "Auto, by name", "Explicit"],
+)
+def test_vmap_over_seeds_that_lie_on_a_mesh(kind, arguments):
+    mesh, tree = mesh_of(kind, seed=2, data=4), transformer(2, 8)
+    seeds = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 - leaf]), tree)
+    params = put(seeds, mesh, jax.tree.map(lambda _: P("seed"), seeds))
+    given = jax.tree.map(lambda _: P(), tree) if kind == AUTO else None
+    transform = orthogonalize(RULES, method=QUICK, shardings=given)
+
+    def update(params):
+        return transform.update(params, optax.EmptyState())[0]
+
+    with jax.set_mesh(mesh):
+        updates = jax.jit(jax.vmap(update, **arguments))(params)
+    alone = orthogonalize(RULES, method=QUICK)
+    for seed in range(2):
+        own = jax.tree.map(lambda leaf, seed=seed: leaf[seed], seeds)
+        expected, _ = alone.update(own, optax.EmptyState())
+        found = jax.tree.map(lambda leaf, seed=seed: np.asarray(leaf)[seed], updates)
+        assert_same(found, expected)
+
+
+@pytest.mark.parametrize("kind", [AUTO, EXPLICIT], ids=str)
+def test_leaves_that_one_axis_alone_cuts_inside_a_shard_map_over_another(kind):
+    mesh, tree = mesh_of(kind, data=4, model=2), transformer(1, 8)
+    transform = orthogonalize(RULES, method=QUICK)
+
+    def update(tree):
+        return transform.update(tree, optax.EmptyState())[0]
+
+    mapped = jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P(), axis_names={"data"})
+    with jax.set_mesh(mesh):
+        updates = jax.jit(mapped)(put(tree, mesh, specs_of(tree, P(None, "model"))))
+    assert_same(updates, update(tree))
+
+
+@pytest.mark.promotes_dtypes
+def test_two_steps_without_jit():
+    tree = transformer(2, 8)
+    optimizer = teon(0.1, RULES)
+    state = optimizer.init(tree)
+    with jax.disable_jit():
+        for _ in range(2):
+            updates, state = optimizer.update(tree, state, tree)
+    compiled = jax.jit(optimizer.update)(tree, optimizer.init(tree), tree)[0]
+    assert_same(updates, compiled)
+
+
 def moments(state):
     """Momenta of all leaves, in the order of params."""
     teons = state.inner_states["teon"].inner_state[0].mu
@@ -426,9 +533,19 @@ def test_hidden_shardings_are_noticed_once():
         updates, state = jax.jit(optimizer.update)(params, state, params)
         optimizer.init(params)
     assert len(caught) == 1 and "shardings=jax.tree.map(" in str(caught[0].message)
+    assert caught[0].filename == __file__
     assert_same(updates, single_update())
     with pytest.warns(UserWarning, match="4 leaves"):
         orthogonalize([Rule("up|down")]).init(params)
+
+
+def test_the_notice_names_the_line_that_called():
+    tree = transformer(1, 8)
+    params = put(tree, mesh_of(), specs_of(tree, P("data", None)))
+    for transform in (orthogonalize(RULES), optax.chain(orthogonalize(RULES)), teon(0.1, RULES)):
+        with pytest.warns(UserWarning, match="leaves are cut") as caught:
+            transform.init(params)
+        assert caught[0].filename == __file__
 
 
 def test_no_notice_where_nothing_is_hidden():

@@ -1,7 +1,6 @@
 """Finds where leaves lie on the mesh, by the argument `shardings` and by types."""
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
+from teon_optax._arguments import warn_caller
 from teon_optax._paths import leaf_paths, paths_of
 
 _UNKNOWN = PartitionSpec(PartitionSpec.UNCONSTRAINED)
@@ -62,6 +62,19 @@ class Located(NamedTuple):
     def kept(self, index: int, leaf: jax.Array) -> jax.Array:
         """Puts what is kept of a leaf, such as its momentum, where the leaf lies."""
         return leaf if self.typed else self._placed(leaf, self.specs[index])
+
+    def is_mapped(self, leaf: jax.Array) -> bool:
+        """Says whether `jax.vmap` maps over an axis that lies along an axis of the mesh.
+
+        Nothing else can then lie along it, and jax says so when it is tried.
+        """
+        for name, size in self.sizes.items():
+            probe = jnp.broadcast_to(jnp.sum(leaf), (size,))
+            try:
+                self._placed(probe, PartitionSpec(name))
+            except Exception:  # jax has no public name for it.
+                return True
+        return False
 
     def everywhere(self, count: int) -> "Located":
         """Locates `count` other arrays on this mesh, each whole on every device."""
@@ -136,7 +149,8 @@ class Shardings:
         mesh = _mesh_of([leaves[index] for index in taken])
         if AxisType.Manual in mesh.axis_types:
             self._refuse_shards(structure, leaves, taken, mesh)
-            return None
+            if AxisType.Explicit not in mesh.axis_types:
+                return None
         if AxisType.Explicit in mesh.axis_types:
             specs = {index: jax.typeof(leaves[index]).sharding.spec for index in taken}
             return Located(mesh, specs, typed=True)
@@ -226,12 +240,11 @@ class Shardings:
         if hidden:
             self._noticed = True
             path, leaf = paths_of(structure)[hidden[0]], leaves[hidden[0]]
-            warnings.warn(
+            warn_caller(
                 f"{len(hidden)} leaves are cut along axes of a mesh that are of type Auto, which a "
                 f"compiled update cannot see: {path!r}, shape {leaf.shape}, {leaf.sharding.spec}, "
                 f"for instance. The update is correct but slower: pass `{_OF_PARAMS}`, or make the "
-                "mesh with `axis_types=(jax.sharding.AxisType.Explicit, ...)`.",
-                stacklevel=4,
+                "mesh with `axis_types=(jax.sharding.AxisType.Explicit, ...)`."
             )
 
 

@@ -26,6 +26,8 @@ from teon_optax._scaling import ScaleFunction
 
 # The axes of the mesh that cut each axis of the leaves of a series; None where that is not known.
 _Given = tuple[tuple[str, ...], ...] | None
+# How each leaf that enters the exchange is cut, the batches of its shards, and of what stays.
+_Divided = tuple[dict[int, Cut], tuple[Batch, ...], tuple[Batch, ...]]
 _CACHE_SIZE = 64
 
 
@@ -50,8 +52,31 @@ def orthogonalize_sharded(
       scale: Factor of a group, from its (fan_in, fan_out, K, rank of a full-rank joint matrix).
       eps: What bounds tiny matrices, as in `orthogonalize_batches`.
     """
+    arguments = located, numerics, scale, eps
     given = tuple(_given(series, located) for series in plan.series)
-    cuts, batches, staying = _divided(plan.series, given, tuple(located.sizes.items()))
+    sizes = tuple(located.sizes.items())
+    try:
+        done = _orthogonalized(leaves, plan, _divided(plan.series, given, sizes), *arguments)
+    except Exception:
+        if not located.is_mapped(next(iter(leaves.values()))):
+            raise
+        # Under `jax.vmap` over what a mesh cuts, devices have something else to share out.
+        staying = _divided(plan.series, given, ())
+        done = _orthogonalized(leaves, plan, staying, *arguments)
+    return {leaf: located.returned(leaf, update) for leaf, update in done.items()}
+
+
+def _orthogonalized(
+    leaves: Mapping[int, jax.Array],
+    plan: Plan,
+    divided: _Divided,
+    located: Located,
+    numerics: Numerics,
+    scale: ScaleFunction,
+    eps: jax.typing.ArrayLike,
+) -> dict[int, jax.Array]:
+    """Orthogonalizes the leaves that enter the exchange, and those that stay."""
+    cuts, batches, staying = divided
     layouts, done = plan.layouts, {}
     if staying:
         local = functools.partial(scaled_polar_factors, numerics=numerics, scale=scale, eps=eps)
@@ -77,7 +102,7 @@ def orthogonalize_sharded(
         )
         for leaf, update in exchanged.items():
             done[leaf] = leave_view(update, layouts[leaf], leaves[leaf])
-    return {leaf: located.returned(leaf, update) for leaf, update in done.items()}
+    return done
 
 
 def _given(series: Series, located: Located) -> _Given:
@@ -92,7 +117,7 @@ def _given(series: Series, located: Located) -> _Given:
 @functools.lru_cache(_CACHE_SIZE)
 def _divided(
     all_series: tuple[Series, ...], given: tuple[_Given, ...], sizes: tuple[tuple[str, int], ...]
-) -> tuple[dict[int, Cut], tuple[Batch, ...], tuple[Batch, ...]]:
+) -> _Divided:
     """Decides which leaves enter the exchange; all leaves of a series enter alike.
 
     Args:

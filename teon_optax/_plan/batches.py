@@ -240,6 +240,9 @@ def _row_slice(rows: jax.Array, zero: jax.Array, start: int, stop: int) -> jax.A
     """
     if (start, stop) == (0, len(rows)):
         return rows
+    # There an operand may be cut, by `jax.vmap` over what lies along the mesh.
+    if jax.sharding.AxisType.Explicit in jax.typeof(rows).sharding.mesh.axis_types:
+        return rows[start:stop]
     (origin,) = jax.lax.dynamic_slice(np.array([start, 0], np.uint32), (zero,), (1,))
     return jax.lax.dynamic_slice(rows, (origin, np.uint32(0)), (stop - start, rows.shape[1]))
 
