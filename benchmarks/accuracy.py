@@ -32,7 +32,7 @@ from teon_optax._polar.newton_schulz import orthogonalize_together
 from teon_optax._polar.numerics import Numerics
 from tests.emulation import FORMATS, with_products_in
 
-METHODS = ("polar_express", "schatten", "jordan", "you")
+METHODS = ("polar_express", "schatten", "fast", "jordan", "dion", "you")
 PRODUCTS = ("float32", *FORMATS)
 # Not emulated: as the device computes one pass by default, and as bf16.
 ON_DEVICE = {

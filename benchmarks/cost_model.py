@@ -96,7 +96,12 @@ def segments(d: int, columns: float, steps: int, exact: bool) -> int:
         return steps
     if exact:
         return math.ceil(steps / 5)
-    return math.ceil(steps / 2) if columns <= 2 * d else steps // 2
+    return steps // 2 if joins_an_odd_step(d, columns) else math.ceil(steps / 2)
+
+
+def joins_an_odd_step(d: int, columns: float) -> bool:
+    """Tells where three of the last one-pass steps are one segment, at a product more."""
+    return columns > 2 * d and d >= 64
 
 
 def products(d: int, columns: float, steps: int, exact: bool) -> float:
@@ -104,7 +109,7 @@ def products(d: int, columns: float, steps: int, exact: bool) -> float:
     if columns < d:
         return 6 * steps * d**2 * columns
     # Of one-pass products, a last segment of three steps takes one product more.
-    more = not exact and columns > 2 * d and steps % 2 == 1
+    more = not exact and joins_an_odd_step(d, columns) and steps % 2 == 1
     return (
         2 * d**3 * (4 * steps + segments(d, columns, steps, exact) * (2 * columns / d - 3) + more)
     )

@@ -37,9 +37,11 @@ WRITTEN_RULES = {
 RATIOS = {
     "products": ("teon polar_express", "flops"),
     "products, schatten": ("teon schatten", "flops"),
+    "products, fast": ("teon fast", "flops"),
     "products, mode 2": ("teon mode 2", "flops"),
     "TPU passes": ("teon polar_express", "tpu_passes"),
     "TPU passes, schatten": ("teon schatten", "tpu_passes"),
+    "TPU passes, fast": ("teon fast", "tpu_passes"),
 }
 NAME = "models"
 
@@ -72,7 +74,7 @@ def figures(name: str) -> dict[str, Any]:
     planned = plan(shapes, rules)
     muon = measuring.muon(planned.fallback, rules, 0.1)
     peers = {BASE: muon, "teon mode 2": teon(0.1, in_mode_2(rules))}
-    for method in ("polar_express", "schatten"):
+    for method in ("polar_express", "schatten", "fast"):
         peers[f"teon {method}"] = teon(0.1, rules, method=method)
     return {
         "source": architecture.source,

@@ -50,6 +50,7 @@ RULES = (
     Rule(r"block_\d+/(attn|mlp)/\w+/kernel"),
     Rule(r"block_\d+/experts/", dims=contrib.MuonDimensionNumbers(1, 2)),
 )
+METHODS = ("polar_express", "schatten", "fast")
 LEARNING_RATE, WEIGHT_DECAY = 0.02, 0.1
 ALONE, MATMUL = "teon K = 1", "matmul "
 # Figure -> (heading, unit, digits). All but times are the same in every run.
@@ -121,7 +122,7 @@ def expert_shapes(dtype: str, depth: int) -> Tree:
 
 def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
     """Makes the peers: Muon takes the leaves that TEON does, and both leave the rest to Adam."""
-    ours = {"teon polar_express": {}, "teon schatten": {"method": "schatten"}}
+    ours = {f"teon {method}": {"method": method} for method in METHODS}
     if jax.default_backend() == "gpu":  # whose default for float32 operands is TF32
         bf16 = {"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32}
         ours |= {f"{name}, bf16": bf16 | chosen for name, chosen in ours.items()}

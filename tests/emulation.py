@@ -6,6 +6,7 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 from jax.extend.core import primitives
 
@@ -68,7 +69,11 @@ def _rounded_product(bits: tuple[int, int], eqn: core.JaxprEqn, operands: Sequen
     )
     count = passes(eqn)
     if count == 6 or all(operand.dtype != jnp.float32 for operand in operands):
-        return multiply(*operands).astype(dtype)
+        # A CPU may lack the product of 16-bit operands in float32, which holds them exactly.
+        wider = [
+            operand.astype(np.promote_types(operand.dtype, np.float32)) for operand in operands
+        ]
+        return multiply(*wider).astype(dtype)
     parts = [_parts(operand, bits, 1 if count == 1 else 2) for operand in operands]
     pairs = [(a, b) for i, a in enumerate(parts[0]) for b in parts[1][: len(parts[0]) - i]]
     return functools.reduce(jnp.add, [multiply(a, b) for a, b in pairs]).astype(dtype)

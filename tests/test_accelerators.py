@@ -22,8 +22,8 @@ from tests.emulation import with_products_in
 
 # A backend, and what a one-pass product of that device multiplies.
 DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]
-METHODS = ["polar_express", "schatten"]
-LARGEST = {"polar_express": 1.3, "schatten": 1.15}
+METHODS = ["polar_express", "schatten", "fast"]
+LARGEST = {"polar_express": 1.3, "schatten": 1.15, "fast": 1.15}
 D = 32
 SHAPES = {"square": (D, D), "1:4": (D, 4 * D), "4:1": (4 * D, D)}
 STACKS = (1, 2, 4)
@@ -184,6 +184,7 @@ def worst_of_a_search(run, d, N, count=300, rounds=3):
         ("polar_express", (2, 1, 2), 1.2),
         ("polar_express", (2, 3), 1.3),
         ("schatten", (2, 2), 1.15),
+        ("fast", (2, 2), 1.15),
     ],
 )
 @pytest.mark.parametrize(("d", "N"), [(8, 32), (12, 26), (64, 135)])
@@ -231,7 +232,9 @@ def products(optimizer, backend, dtype):
 
 @pytest.mark.promotes_dtypes
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("method", "share"), [("polar_express", 0.75), ("schatten", 0.65)])
+@pytest.mark.parametrize(
+    ("method", "share"), [("polar_express", 0.75), ("schatten", 0.65), ("fast", 0.55)]
+)
 def test_a_tpu_takes_fewer_passes_than_for_optax_muon(method, share, dtype):
     ours, muon = products(method, "tpu", dtype), products("muon", "tpu", dtype)
     assert ours.passes <= share * muon.passes
@@ -239,7 +242,9 @@ def test_a_tpu_takes_fewer_passes_than_for_optax_muon(method, share, dtype):
 
 
 @pytest.mark.promotes_dtypes
-@pytest.mark.parametrize(("method", "share"), [("polar_express", 0.66), ("schatten", 0.55)])
+@pytest.mark.parametrize(
+    ("method", "share"), [("polar_express", 0.66), ("schatten", 0.55), ("fast", 0.475)]
+)
 def test_a_cpu_takes_fewer_flops_than_for_optax_muon(method, share):
     ours, muon = products(method, "cpu", "float32"), products("muon", "tpu", "float32")
     assert ours.flops <= share * muon.flops

@@ -50,7 +50,14 @@ def test_update_cost_writes_json_table_and_plot(small_model, tmp_path, capsys):
     assert {"commit", "device", "machine", "python", "versions"} <= set(record["environment"])
     assert {"jax", "optax"} <= set(record["environment"]["versions"])
     peers = record["optimizers"]
-    ours = {"optax muon", "teon polar_express", "teon schatten", "teon K = 1", "optax adamw"}
+    ours = {
+        "optax muon",
+        "teon polar_express",
+        "teon schatten",
+        "teon fast",
+        "teon K = 1",
+        "optax adamw",
+    }
     assert ours | {"matmul float32"} <= set(peers)
     for name in ours:
         assert {*update_cost.FIGURES, "wall_ratio"} <= set(peers[name])
@@ -97,6 +104,14 @@ def test_product_flops_of_teon_are_those_of_the_formula():
         assert counted["flops"] == (4 * steps + 1) * 2 * D**3
 
 
+def test_fast_saves_a_product_in_each_of_two_steps():
+    """Two quintics of 4 products and two cubics of 3; on a TPU in two segments."""
+    optimizer = teon(0.1, update_cost.RULES, method="fast")
+    counted = update_cost.products(optimizer, tree())
+    assert counted["flops"] == (2 * 4 + 2 * 3 + 1) * 2 * D**3
+    assert counted["tpu_passes"] == (2 * 4 + 2 * 3 + 2) * 2 * D**3
+
+
 def test_products_of_muon_are_three_a_step_and_those_of_adamw_none():
     found = update_cost.optimizers(plan(tree(), update_cost.RULES))
     muon = update_cost.products(found["optax muon"], tree())
@@ -121,7 +136,7 @@ def test_a_gpu_multiplies_in_bf16_as_well_and_at_the_matmuls_rate(monkeypatch):
         assert counted["tpu_passes"] == counted["flops"]
         assert counted["flops"] == (4 * steps + math.ceil(steps / 2)) * 2 * D**3
     kinds = [update_cost.kind_of(name, "bfloat16") for name in found]
-    ours = ["float32"] * 2 + ["float32, bf16"] * 2 + ["float32"]  # the last with K = 1
+    ours = ["float32"] * 3 + ["float32, bf16"] * 3 + ["float32"]  # the last with K = 1
     assert kinds == ["bfloat16", *ours, "bfloat16"]
     # Launches weigh nothing in a hundred products one after another.
     options = argparse.Namespace(model=update_cost.EXPERTS)

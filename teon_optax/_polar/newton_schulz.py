@@ -29,15 +29,15 @@ from teon_optax._polar.numerics import (
     Numerics,
     byte_limits,
     chunk_size,
-    is_bf16,
     is_exact,
+    rounds_operands,
     takes_one_more,
 )
 
 
 def _operand(M: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
     """Rounds a matrix once for all products of bf16 that read it; of others it is left as it is."""
-    return M.astype(jnp.bfloat16) if is_bf16(precision) and M.dtype == jnp.float32 else M
+    return M.astype(jnp.bfloat16) if rounds_operands(precision) and M.dtype == jnp.float32 else M
 
 
 def _product(A: jax.Array, B: jax.Array, precision: jax.lax.PrecisionLike) -> jax.Array:
@@ -130,7 +130,7 @@ def _factor(precision: jax.lax.PrecisionLike, steps: Sequence[Step], G: jax.Arra
         parts = [taken]
         if takes_one_more(len(steps), precision):
             first, second = _two_parts(Z)
-            parts = [taken if is_bf16(precision) else first, second]
+            parts = [taken if rounds_operands(precision) else first, second]
         G = next_gram(G, a, rounded, taken, parts)
         P, G = _loops(step, (P, G), steps[1:-1], G.dtype)
         a, Z = _polynomial(steps[-1], G, operand(G), multiply)

@@ -21,6 +21,9 @@ _LARGEST_GROWTH_OF_THE_LAST = 1100
 _DIRECT_BELOW = 1.5
 # By how much of itself a number changes when it becomes an operand of bf16.
 _ROUNDING = 2.0**-8
+# By how much a factor that enlarges by 1 errs then: at most twice as much, if all of its numbers
+# change by the most, and in such a way that they add up.
+_SHARE_OF_ROUNDING = 1.5 * _ROUNDING
 # How much a segment of one-pass products may enlarge a small singular value, and how much the last
 # two steps of a segment of three may.
 _LARGEST_GROWTH_OF_TWO = 40
@@ -107,8 +110,9 @@ def restarts(
     two of them. The factor P of a segment has norm g, and each of its numbers changes by eps of
     itself: P by up to 2 eps g, since numbers without their signs make a norm of 2 (1 - 1 / d) g of
     g (I - v v^T), which nearly equal rows have for P. It meets singular values of 1, so two steps
-    of Polar Express, g = 33, may end 26 % too large. What a segment leaves is therefore divided by
-    1 + 2 eps g, which costs nothing but as much of the reach, and two steps are a segment up to
+    of Polar Express, g = 33, may end 26 % too large. Numbers do not all change by the most: the
+    worst that a search has found is 1.4 eps g. What a segment leaves is therefore divided by
+    1 + 1.5 eps g, which costs nothing but as much of the reach, and two steps are a segment up to
     g = 40. (Divided by 1.05 alone, nearly equal rows ended at 5,700 and, of long methods, at
     infinity.) G itself is that of the rounded matrices, exactly, so that the bound of exact
     products holds from the second step on: a segment of three steps errs by eps g^2 / 2, g being
@@ -169,12 +173,12 @@ def _slowed(steps: Sequence[Step], restarts: Sequence[int]) -> tuple[Step, ...]:
     A quintic that is made for singular values up to u reaches far beyond 1 a little above u: 7 %
     above, Polar Express in its last two steps ends at 1e3. Its safety factor is for the errors of
     float32; those of a step of bf16 products come to some percent, and those of a segment to its
-    growth times twice the rounding of a number (see `restarts`).
+    growth times that of a number (see `restarts`).
     """
     factors = np.full(len(steps), _SLOWED_BY)
     ends = np.cumsum(restarts)
     for length, end in zip(restarts, ends, strict=True):
-        error = 2 * _ROUNDING * _growth(steps[end - length : end])
+        error = _SHARE_OF_ROUNDING * _growth(steps[end - length : end])
         factors[end - 1] = max(_SLOWED_BY, 1 + error)
     factors[-1] = 1
     slowed: Any = [
@@ -250,9 +254,12 @@ def is_exact(precision: jax.lax.PrecisionLike) -> bool:
     return precision in (_HIGHEST, "highest", "float32")
 
 
-def is_bf16(precision: jax.lax.PrecisionLike) -> bool:
-    """Tells whether products are asked for by the name of bf16 operands."""
-    return precision in (_BF16, _BF16.name)
+def rounds_operands(precision: jax.lax.PrecisionLike) -> bool:
+    """Tells whether products take operands of bf16: asked for by that name, and not on a CPU.
+
+    A CPU rounds operands of float32 in each product, and has no product of others in float32.
+    """
+    return precision in (_BF16, _BF16.name) and jax.default_backend() != "cpu"
 
 
 def takes_one_more(steps: int, precision: jax.lax.PrecisionLike) -> bool:
