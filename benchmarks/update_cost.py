@@ -122,7 +122,7 @@ def expert_shapes(dtype: str, depth: int) -> Tree:
 
 def optimizers(planned: Plan) -> dict[str, optax.GradientTransformation]:
     """Makes the peers: Muon takes the leaves that TEON does, and both leave the rest to Adam."""
-    ours = {f"teon {method}": {"method": method} for method in METHODS}
+    ours: dict[str, dict[str, Any]] = {f"teon {name}": {"method": name} for name in METHODS}
     if jax.default_backend() == "gpu":  # whose default for float32 operands is TF32
         bf16 = {"precision": jax.lax.DotAlgorithmPreset.BF16_BF16_F32}
         ours |= {f"{name}, bf16": bf16 | chosen for name, chosen in ours.items()}

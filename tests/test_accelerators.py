@@ -13,6 +13,7 @@ import oracles
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
+from benchmarks import worst_case
 from teon_optax import Rule, orthogonalize, polar, polar_express, teon
 from teon_optax._polar.coefficients import resolve
 from teon_optax._polar.newton_schulz import orthogonalize_together
@@ -206,6 +207,63 @@ def test_no_spectrum_makes_any_polar_express_diverge_with_one_pass_products(step
     with on("tpu"):
         run = with_products_in("bf16", functools.partial(polar, method=polar_express(steps, lower)))
         assert worst_of_a_search(jax.jit(run), d, N, rounds=1) < 1.2
+
+
+def nearly_equal_rows(rng, d, N):
+    """As of experts that are copies, and of duplicated heads: [matrices, d, N]."""
+    rows = rng.normal(size=(200, 2, N))
+    which = rng.integers(0, 2, (200, d))
+    noise = 10.0 ** rng.uniform(-7, -1, (200, 1, 1)) * rng.normal(size=(200, d, N))
+    return rows[np.arange(200)[:, None], which] + noise
+
+
+LONG = [(7, 1e-4), (8, 1e-5), (9, 1e-5), (10, 1e-6), (15, 1e-8), (30, 1e-12)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(3, 8), (4, 16), (6, 18), (12, 30)], ids=str)
+@pytest.mark.parametrize("method", ["polar_express", "schatten", "fast", *LONG], ids=str)
+def test_nearly_equal_rows_stay_in_the_band_of_one_pass_products(method, shape):
+    method = polar_express(*method) if isinstance(method, tuple) else method
+    batch = nearly_equal_rows(np.random.default_rng(0), *shape)
+    with on("tpu"):
+        run = with_products_in("bf16", functools.partial(polar, method=method))
+        assert largest(np.asarray(run(jnp.float32(batch)), np.float64)) < 1.3
+
+
+def test_two_rows_that_differ_in_the_fourth_digit_have_a_finite_factor():
+    rows = [[0.5224, 0.8225, 0.3802, 0.5309, 1], [0.5223, 0.8227, 0.3802, 0.5309, 1]]
+    with on("tpu"):
+        for method in ("polar_express", "fast", *(polar_express(*each) for each in LONG)):
+            run = with_products_in("bf16", functools.partial(polar, method=method))
+            assert largest(np.asarray(run(jnp.float32([rows])), np.float64)) < 1.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "shape", "most"),
+    [
+        ("polar_express", (4, 16), 1.3),
+        ("polar_express", (12, 30), 1.3),
+        ("schatten", (4, 12), 1.3),
+        ("fast", (8, 32), 1.3),
+        ((7, 1e-4), (6, 18), 1.3),
+        ((9, 1e-5), (3, 8), 1.3),
+        ((15, 1e-8), (6, 18), 1.3),
+        ((30, 1e-12), (6, 18), 1.3),
+        # Whose exact values reach 1.73, and 1.26.
+        ((5, 1e-4), (6, 18), 2.0),
+        ((6, 1e-4), (4, 16), 1.55),
+    ],
+    ids=str,
+)
+def test_no_matrix_that_evolution_finds_leaves_the_band(method, shape, most):
+    """Entries change little by little towards worse results: spectra alone find less."""
+    method = polar_express(*method) if isinstance(method, tuple) else method
+    found, _ = worst_case.search(
+        worst_case.run_of(method), worst_case.largest, shape, generations=60
+    )
+    assert found <= most
 
 
 def gpt(depth, width, dtype="float32"):
