@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -250,6 +251,12 @@ def test_readme_takes_a_page_where_it_has_a_place_for_it(tmp_path):
     )
     with pytest.raises(ValueError, match="no place"):
         results.update_readme("c", "new", readme)
+
+
+def test_an_update_visits_each_of_25_leaves_once(capsys):
+    planning.main(["--walk"])
+    functions, calls = map(int, re.findall(r"\d+", capsys.readouterr().out.splitlines()[-1]))
+    assert functions <= 70 and calls <= 800
 
 
 @pytest.mark.parametrize(
