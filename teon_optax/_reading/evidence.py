@@ -249,7 +249,7 @@ def projection(leaf: Leaf, net: Network) -> Said | None:
     if key and value and not leaf.in_attention and key.shape == value.shape[::-1] != value.shape:
         return None
     return Said(
-        lambda r: r.kind == "qkv" and not is_cut(r),
+        lambda r: r.kind == "qkv" and not has_parts(r),
         "projection, by name",
     )
 
@@ -307,7 +307,7 @@ def no_attention(leaf: Leaf, net: Network) -> Said | None:
     if unnamed(leaf, net) is not None:
         return None
     kinds = "qkv", "out"
-    return Said(lambda r: r.kind not in kinds or is_cut(r), "")
+    return Said(lambda r: r.kind not in kinds or has_parts(r), "")
 
 
 def _unnamed_heads(leaf: Leaf, net: Network) -> Said | None:
@@ -438,15 +438,15 @@ def fused(leaf: Leaf, net: Network) -> Said | None:
     if thirds or is_pair(leaf, net):
         why = "may be Q, K and V in one" + (", or gate and up" if is_pair(leaf, net) else "")
         return Said(is_part, why, True)
-    return Said(lambda r: r.kind != "qkv" or not is_cut(r), "")
+    return Said(lambda r: r.kind != "qkv" or not has_parts(r), "")
 
 
 def is_part(reading: Reading) -> bool:
     """Tells whether a reading is several of Q, K and V in one, or one whole matrix."""
-    return reading.kind == "hidden" or reading.kind == "qkv" and is_cut(reading)
+    return reading.kind == "hidden" or reading.kind == "qkv" and has_parts(reading)
 
 
-def is_cut(reading: Reading) -> bool:
+def has_parts(reading: Reading) -> bool:
     """Tells whether a reading has several parts."""
     return reading.split != 1 or "p" in reading.axes or reading.view is not None
 

@@ -24,7 +24,7 @@ class Network:
 
     Attributes:
       matrices: By home, the matrices there.
-      groups: The same by the module called attention, for what lies in modules inside of it.
+      attentions: The same by the module called attention, for what lies in modules inside of it.
       vectors: By module, the shapes of what is no matrix, by name.
       unscanned: Modules with a 1-D leaf inside, so that they are not scanned.
       blocks: By home inside a repeated block, the names on the way to it.
@@ -38,7 +38,7 @@ class Network:
         self.leaves = leaves
         self.floats = [leaf for leaf in leaves if leaf.is_float and 0 not in leaf.shape]
         self.matrices: dict[str, list[Leaf]] = {}
-        self.groups: dict[str, list[Leaf]] = {}
+        self.attentions: dict[str, list[Leaf]] = {}
         self.vectors: dict[str, dict[str, Shape]] = {}
         self.unscanned: set[str] = set()
         self.modules: set[str] = set()
@@ -46,7 +46,7 @@ class Network:
             self.modules.update(above(leaf.keys))
             if leaf.is_matrix:
                 self.matrices.setdefault(leaf.home, []).append(leaf)
-                self.groups.setdefault(_attention_of(leaf), []).append(leaf)
+                self.attentions.setdefault(_attention_of(leaf), []).append(leaf)
             else:
                 self.vectors.setdefault(leaf.module, {})[leaf.keys[-1]] = leaf.shape
             if len(leaf.shape) == 1:
@@ -361,7 +361,7 @@ class Network:
         """Tells whether a partner of a leaf is called as one of these rows of names says."""
         home = _attention_of(leaf)
         if (home, rows) not in self._called:
-            called = (other.says(*rows) for other in self.groups.get(home, []))
+            called = (other.says(*rows) for other in self.attentions.get(home, []))
             self._called[home, rows] = sum(called)
         return self._called[home, rows] > leaf.says(*rows)
 
@@ -369,7 +369,7 @@ class Network:
         """Gives a matrix of a leaf's attention for each of q, k and v that it has."""
         home = _attention_of(leaf)
         if home not in self._letters:
-            held = self.groups.get(home, [])
+            held = self.attentions.get(home, [])
             self._letters[home] = {other.letter: other for other in held if other.letter}
         return self._letters[home]
 
@@ -377,14 +377,16 @@ class Network:
         """Lists the partners of a leaf that are no Q, K or V by name, two at most."""
         home = _attention_of(leaf)
         if home not in self._unlike:
-            held = self.groups.get(home, [])
+            held = self.attentions.get(home, [])
             unnamed = [other for other in held if not other.letter]
             self._unlike[home], self._lettered[home] = unnamed[:3], len(held) - len(unnamed)
         return [other for other in self._unlike[home] if other is not leaf]
 
     def partners(self, leaf: Leaf) -> list[Leaf]:
         """Lists the other matrices of a leaf's attention, those in modules inside included."""
-        return [other for other in self.groups.get(_attention_of(leaf), []) if other is not leaf]
+        return [
+            other for other in self.attentions.get(_attention_of(leaf), []) if other is not leaf
+        ]
 
     def biases(self, leaf: Leaf) -> list[Shape]:
         """Lists the shapes of what is called the bias of a leaf, whatever the library."""
@@ -455,7 +457,7 @@ class Network:
     def output_of(self, leaf: Leaf) -> Leaf | None:
         """Finds the output projection beside Q, K and V, by its name or as all that is left."""
         home = _attention_of(leaf)
-        held = self.groups.get(home, [])
+        held = self.attentions.get(home, [])
         if home not in self._outputs:
             self._outputs[home] = [other for other in held if other.says("output")]
         named = [other for other in self._outputs[home] if other is not leaf]
