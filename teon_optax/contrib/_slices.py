@@ -49,7 +49,7 @@ def orthogonalize_slices(
       transform: "dct", "dft" or "haar": F along the group in its order, which is that of
         `Group.members`. A shorter last group has the transform of its own K.
       method: Polynomial of the polar factors, by name or as coefficients; see `polar`.
-      scale: Length of the update, "spectral", "muon" or a root mean square, that `orthogonalize`
+      scale: Size of the update, "spectral", "muon" or a root mean square, that `orthogonalize`
         gives to a matrix alone.
       shardings: How leaves lie on a mesh of type Auto, as `orthogonalize` takes it. Leaves are
         gathered to be mixed, and the slices shared out among the devices.
@@ -137,15 +137,15 @@ def _transformed(
 ) -> list[jax.Array]:
     """Mixes the groups of joint matrices, orthogonalizes them slice by slice, and mixes back."""
     done: list[Any] = [0] * len(joint)
-    for blocks in (1, 2):
+    for tiles in (1, 2):
         weights = {
-            index: found[blocks]
+            index: found[tiles]
             for index, batch in enumerate(batches)
-            if blocks in (found := real_weights(transform, batch.K))
+            if tiles in (found := real_weights(transform, batch.K))
         }
         mixed = [_mixed(weights[index], batches[index], joint[index]) for index in weights]
         dtypes = [batches[index].dtype for index in weights]
-        all_factors = _polar_factors(mixed, dtypes, blocks, numerics, located)
+        all_factors = _polar_factors(mixed, dtypes, tiles, numerics, located)
         for index, factors in zip(weights, all_factors, strict=True):
             batch = batches[index]
             size = scale(batch.fan_in, batch.fan_out, 1, min(_matrix(batch)))
@@ -159,7 +159,7 @@ def _matrix(batch: Batch) -> tuple[int, int]:
 
 
 def _mixed(weights: np.ndarray, batch: Batch, joint: jax.Array) -> jax.Array:
-    """Mixes joint matrices [groups, K x m, n] to slices [groups, slices, blocks x m, blocks x n].
+    """Mixes joint matrices [groups, K x m, n] to slices [groups, slices, tiles x m, tiles x n].
 
     They are in float32 at least. One matrix alone is not mixed.
     """
@@ -167,39 +167,39 @@ def _mixed(weights: np.ndarray, batch: Batch, joint: jax.Array) -> jax.Array:
     stacks = joint.reshape(-1, batch.K, m, n).astype(np.promote_types(joint.dtype, np.float32))
     if batch.K == 1:
         return stacks
-    slices, blocks, _, K = weights.shape
+    slices, tiles, _, K = weights.shape
     sums = weighted_sums(weights.reshape(-1, K), stacks)
-    grid = sums.reshape(-1, slices, blocks, blocks, m, n).transpose(0, 1, 2, 4, 3, 5)
-    return grid.reshape(-1, slices, blocks * m, blocks * n)
+    grid = sums.reshape(-1, slices, tiles, tiles, m, n).transpose(0, 1, 2, 4, 3, 5)
+    return grid.reshape(-1, slices, tiles * m, tiles * n)
 
 
 def _unmixed(weights: np.ndarray, slices: jax.Array) -> jax.Array:
     """Adds up what slices give to the matrices of each group, by the transposed weights."""
-    count, blocks, _, K = weights.shape
+    count, tiles, _, K = weights.shape
     if K == 1:
         return slices
-    m, n = (size // blocks for size in slices.shape[2:])
-    grid = slices.reshape(-1, count, blocks, m, blocks, n).transpose(0, 1, 2, 4, 3, 5)
-    return weighted_sums(weights.reshape(-1, K).T, grid.reshape(-1, count * blocks**2, m, n))
+    m, n = (size // tiles for size in slices.shape[2:])
+    grid = slices.reshape(-1, count, tiles, m, tiles, n).transpose(0, 1, 2, 4, 3, 5)
+    return weighted_sums(weights.reshape(-1, K).T, grid.reshape(-1, count * tiles**2, m, n))
 
 
 def _polar_factors(
     slices: Sequence[jax.Array],
     dtypes: Sequence[Any],
-    blocks: int,
+    tiles: int,
     numerics: Numerics,
     located: Located | None,
 ) -> list[jax.Array]:
     """Takes polar factors of slices, of which a mesh gives each device some.
 
     Args:
-      slices: Arrays [groups, slices, blocks x m, blocks x n].
+      slices: Arrays [groups, slices, tiles x m, tiles x n].
       dtypes: The dtypes of the leaves that each array is made of.
-      blocks: 1, or 2 of complex slices.
+      tiles: 1, or 2 of complex slices.
       numerics: The method, and the precision of its products.
       located: Where the leaves lie on a mesh, if that is known.
     """
-    if numerics.polynomial and blocks == 2:
+    if numerics.polynomial and tiles == 2:
         numerics = numerics._replace(method=_of_doubled(numerics.polynomial))
     pairs = zip(slices, dtypes, strict=True)
     types = [jax.ShapeDtypeStruct(array.shape, dtype) for array, dtype in pairs]

@@ -9,11 +9,11 @@ TRANSFORMS = ("dct", "dft", "haar")
 
 @functools.cache
 def real_weights(transform: str, K: int) -> dict[int, np.ndarray]:
-    """Makes the weights of K real matrices in the slices of their transform, by blocks of a slice.
+    """Makes the weights of K real matrices in the slices of their transform, by tiles of a slice.
 
-    A real slice is one block. A complex slice A + iB is the real matrix [[A, -B], [B, A]] of two by
-    two blocks, whose polar factor [[C, -D], [D, C]] is that of the slice, C + iD. Of two conjugate
-    slices one is computed, since the other's blocks would be the same with another sign of B.
+    A real slice is one tile. A complex slice A + iB is the real matrix [[A, -B], [B, A]] of two by
+    two tiles, whose polar factor [[C, -D], [D, C]] is that of the slice, C + iD. Of two conjugate
+    slices one is computed, since the other's tiles would be the same with another sign of B.
 
     All weights as one matrix have orthonormal columns, so their transpose undoes the transform.
 
@@ -34,8 +34,8 @@ def real_weights(transform: str, K: int) -> dict[int, np.ndarray]:
     is_real = 2 * k % K == 0  # frequencies 0 and K / 2, since the matrices are real
     real, waves = waves[is_real].real, waves[~is_real & (2 * k < K)]
     A, B = waves.real, waves.imag
-    blocks = np.stack([np.stack([A, -B], axis=1), np.stack([B, A], axis=1)], axis=1)
-    return {1: real[:, None, None]} | ({2: blocks} if len(blocks) else {})
+    tiles = np.stack([np.stack([A, -B], axis=1), np.stack([B, A], axis=1)], axis=1)
+    return {1: real[:, None, None]} | ({2: tiles} if len(tiles) else {})
 
 
 def _haar(K: int) -> np.ndarray:

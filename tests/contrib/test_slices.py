@@ -289,7 +289,7 @@ def test_the_products_are_those_of_k_polar_factors_and_two_mixtures(transform):
     rules = [Rule(f"{LAYER}/{SLICE}")]
     traced = counted(contrib.orthogonalize_slices(rules, transform).update, tree)
     size, K = tree["block_9"]["query"].size, 3
-    # Of the DFT's slices one is real; the complex one is a matrix of two by two blocks.
+    # Of the DFT's slices one is real; the complex one is a matrix of two by two tiles.
     factors, rows = (1 + 8, 1 + 4) if transform == "dft" else (K, K)
     assert traced == factors * alone + 2 * 2 * rows * K * size
 

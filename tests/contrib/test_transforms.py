@@ -44,9 +44,9 @@ def test_the_weights_are_those_of_an_orthonormal_transform(transform, K):
     # Of conjugate rows, the first; each of them as [[A, -B], [B, A]].
     waves = F[~is_real][: sum(~is_real) // 2]
     assert (2 in weights) == (len(waves) > 0)
-    for blocks, row in zip(weights.get(2, ()), waves, strict=True):
-        np.testing.assert_allclose(blocks[:, 0], [row.real, row.imag], atol=1e-12)
-        np.testing.assert_allclose(blocks[:, 1], [-row.imag, row.real], atol=1e-12)
+    for tiles, row in zip(weights.get(2, ()), waves, strict=True):
+        np.testing.assert_allclose(tiles[:, 0], [row.real, row.imag], atol=1e-12)
+        np.testing.assert_allclose(tiles[:, 1], [-row.imag, row.real], atol=1e-12)
 
 
 @pytest.mark.parametrize("K", range(1, 10))
