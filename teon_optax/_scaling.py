@@ -1,4 +1,4 @@
-"""How long an orthogonalized update is."""
+"""How large an orthogonalized update is."""
 
 import functools
 import math

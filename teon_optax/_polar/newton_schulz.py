@@ -69,7 +69,7 @@ def _scaled(
     found, each in its columns of M.
     """
     M = M.astype(np.promote_types(M.dtype, np.float32))
-    # The polar factor does not depend on the length of M, so neither does its derivative. `pmax`,
+    # The polar factor does not depend on the norm of M, so neither does its derivative. `pmax`,
     # which finds the largest of several devices, has no derivative in jax.
     peak = largest(jax.lax.stop_gradient(jnp.max(jnp.abs(M))))
     # XLA may multiply by the reciprocal: that of numbers beyond 8e37 is subnormal and becomes 0,
@@ -323,8 +323,8 @@ def _newton_schulz(
             lambda batches, step: further(batches, [step]), batches, steps[1:], batches[0].dtype
         )
     else:
-        for start, length in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
-            batches, _ = further(batches, steps[start : start + length])
+        for start, count in zip(itertools.accumulate(restarts), restarts[1:], strict=False):
+            batches, _ = further(batches, steps[start : start + count])
     return batches, jnp.split(norms[:, 0, 0], ends)
 
 

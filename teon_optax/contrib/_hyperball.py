@@ -74,7 +74,7 @@ def scale_to_param_norm(rules: Iterable[Rule] | None = None) -> optax.GradientTr
 
         update = u |W|_F / |u|_F
 
-    The learning rate behind it is then the length of a step relative to the matrix. It is
+    The learning rate behind it is then the norm of a step relative to the matrix. It is
     `optax.scale_by_trust_ratio` for each layer, head, expert and fused part instead of each leaf,
     and takes the place of `scale` of `orthogonalize`.
 

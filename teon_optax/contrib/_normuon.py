@@ -73,9 +73,9 @@ def scale_by_normuon(
         nu = nu + (1 - jnp.asarray(beta2, nu.dtype)) * (mean - nu)
         new = matrix / (jnp.sqrt(nu) + eps)
         axes = fan_in + fan_out
-        length = root_mean_square(new, axes)
-        own = root_mean_square(matrix, axes) if rms is None else jnp.asarray(rms, matrix.dtype)
-        return new / jnp.where(length == 0, jnp.ones_like(length), length) * own, nu
+        own_rms = root_mean_square(new, axes)
+        wanted = root_mean_square(matrix, axes) if rms is None else jnp.asarray(rms, matrix.dtype)
+        return new / jnp.where(own_rms == 0, jnp.ones_like(own_rms), own_rms) * wanted, nu
 
     def init_fn(params: optax.Params) -> optax.ScaleByRmsState:
         return optax.ScaleByRmsState(each_matrix(zero, rules, params)[1])
