@@ -8,7 +8,7 @@ from teon_optax._plan.plan import Group, Plan
 from teon_optax._planning import labels, plan
 from teon_optax._polar.coefficients import polar_express
 from teon_optax._polar.polar import mode_orthogonalize, polar
-from teon_optax._reading.default import default_rules
+from teon_optax._reading.default import default_rules, explain
 from teon_optax._rule import Rule
 from teon_optax._teon import teon
 from teon_optax._version import __version__
@@ -23,6 +23,7 @@ __all__ = [
     "alignment",
     "contrib",
     "default_rules",
+    "explain",
     "labels",
     "mode_orthogonalize",
     "orthogonalize",

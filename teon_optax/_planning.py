@@ -9,7 +9,7 @@ import numpy as np
 from teon_optax._paths import LeafType, leaf_types, paths_of, tree_types
 from teon_optax._plan.plan import Plan, is_taken, plan_of, rules_by_leaf
 from teon_optax._reading.default import default_rules
-from teon_optax._rule import Rule, checked_rules
+from teon_optax._rule import Rule, Rules, checked_rules
 
 _FALLBACK = "fallback"
 
@@ -42,7 +42,11 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
       >>> [group.layers for group in plan(params, rules).groups]
       [(0, 1), (2,)]
     """
-    return plan_of(*tree_types(params), rules_of(params, rules))
+    tree_rules = default_rules(params) if rules is None else rules
+    made = plan_of(*tree_types(params), checked_rules(tree_rules))
+    reasons = tree_rules.reasons if isinstance(tree_rules, Rules) else {}
+    told = (leaf._replace(reason=reasons.get(leaf.path, leaf.reason)) for leaf in made.untouched)
+    return made._replace(untouched=tuple(told))
 
 
 def plan_of_updates(

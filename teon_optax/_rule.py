@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar, overload
 
 from optax.contrib import MuonDimensionNumbers
@@ -195,7 +196,14 @@ class Rule:
 
 
 class Rules(tuple[Rule, ...]):
-    """Some rules. `print` shows code that makes them, a line each."""
+    """Some rules. `print` shows code that makes them, a line each.
+
+    Attributes:
+      reasons: By path, what the default rules took a leaf of the fallback for and by what. Rules
+        that differ in them alone are equal.
+    """
+
+    reasons: Mapping[str, str] = MappingProxyType({})
 
     def __str__(self) -> str:
         # Inside the parentheses, so that the text is one expression: `rules = ` may stand before.

@@ -11,6 +11,7 @@ from teon_optax._arguments import check_mask, check_rate, checked_mu_dtype
 from teon_optax._memory import check_typed, with_stable_state
 from teon_optax._mesh.placement import as_shardings
 from teon_optax._momentum import scale_by_teon
+from teon_optax._paths import leaf_paths
 from teon_optax._planning import rules_of, taken_as
 from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rule import Rule, checked_rules, takes_rules
@@ -152,6 +153,7 @@ def teon(
 
     # Default rules need the whole tree: what is an embedding tells what is a head.
     def init_fn(params: optax.Params) -> optax.OptState:
+        _refuse_functions(params)
         return partitioned(rules_of(params, rules)).init(params)
 
     def update_fn(
@@ -162,6 +164,17 @@ def teon(
         return partition.update(updates, state, params, **extra_args)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _refuse_functions(params: optax.Params) -> None:
+    """Raises where a model of Equinox still holds its activations."""
+    leaves = leaf_paths(params)
+    functions = [path for path, leaf in leaves if callable(leaf) and not hasattr(leaf, "dtype")]
+    if functions:
+        raise ValueError(
+            f"`teon(...).init(params)`: {', '.join(map(repr, functions))} are functions, no "
+            "arrays: pass `eqx.filter(params, eqx.is_inexact_array)`."
+        )
 
 
 def _is_zero(weight_decay: Any) -> bool:

@@ -61,6 +61,7 @@ ROOMS = {
         "_memory",
         "_mesh",
         "_momentum",
+        "_paths",
         "_planning",
         "_polar",
         "_rule",

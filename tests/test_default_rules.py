@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from listings import array, nested, parsed, readings, rules_in, trees
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax import Rule, default_rules, plan
+from teon_optax import Rule, default_rules, explain, plan, teon
 from teon_optax._paths import leaf_paths
 
 # No two sizes agree, so that a wrong reading cannot look right: width, heads, their size, both
@@ -146,7 +146,7 @@ def test_any_offered_rule_put_first_is_an_answer(name):
 def test_a_refusal_shows_the_rules_and_what_their_axes_are():
     message = refusal(nested({"layers/attn/query/kernel": array(L, D, A)}))
     assert message.splitlines()[1:] == [
-        '"layers/attn/query/kernel", shape (3, 6, 20): projection, by name; kernels of projections '
+        '"layers/attn/query/kernel", shape (3, 6, 20): by name; kernels of projections '
         "end with fan_out; which axes are heads, layers, fan_in? Write one of",
         "    # (layer, in, out)",
         r'    Rule(r"^layers/attn/query/kernel$", stack=2, layer_axis=0)',
@@ -574,3 +574,58 @@ def test_a_scanned_query_beside_a_scanned_mlp_is_asked_about():
     layers = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}
     with pytest.raises(ValueError, match="layers/query/kernel"):
         default_rules({"embed": {"embedding": jnp.zeros((1000, 64))}, "layers": layers})
+
+
+def test_projections_that_nothing_stacks_are_warned_of():
+    attention = {f"attn/{name}/kernel": (64, 64) for name in ("query", "key", "value", "out")}
+    with pytest.warns(UserWarning, match="Q, K and V are recognized, but none of them is stacked"):
+        default_rules(arrays(attention))
+    default_rules(
+        arrays({f"block_{i}/{path}": s for i in range(2) for path, s in attention.items()})
+    )
+
+
+def test_the_plan_says_what_a_leaf_was_taken_for():
+    params = arrays(
+        {f"block_{i}/up/kernel": (64, 256) for i in range(2)}
+        | {f"block_{i}/down/kernel": (256, 64) for i in range(2)}
+        | {
+            "block_0/moe/router": (64, 8),
+            "block_0/moe/up": (8, 64, 99),
+            "block_0/moe/down": (8, 99, 64),
+        }
+        | {"wte": (999, 64), "mix/kernel": (64, 50)}
+    )
+    why = {leaf.path: leaf.reason for leaf in plan(params).untouched}
+    assert why == {
+        "block_0/moe/router": "router of 8 experts",
+        "wte": "table, by name",
+        "mix/kernel": "head: nothing reads 50",
+    }
+
+
+def test_reasons_make_no_difference():
+    params = arrays(
+        {"block_0/up/kernel": (64, 256), "block_0/down/kernel": (256, 64), "wte": (9, 64)}
+    )
+    rules = default_rules(params)
+    assert rules.reasons == {"wte": "table, by name"}
+    assert rules == tuple(rules) and plan(params, tuple(rules)) == plan(params)
+
+
+def test_explain_says_what_each_leaf_is_and_why():
+    paths = {f"block_{i}/{n}/kernel": (64, 64) for i in range(2) for n in ("q", "k", "v", "o")}
+    lines = explain(arrays(paths | {"wte": (999, 64), "block_0/attn/key/kernel": (64, 3, 5)}))
+    assert [line.split("  ")[0] for line in lines.splitlines()][-1] == "wte"
+    assert re.search(r"block_\*/q/kernel +64 x 64 +query +by name", lines)
+    assert re.search(r"block_\*/attn/key/kernel +64 x 3 x 5 +asked: key", lines)
+    assert re.search(r"wte +999 x 64 +table +table, by name", lines)
+
+
+def test_a_model_with_functions_says_what_leaves_them_out():
+    model = {"up": {"kernel": jnp.ones((4, 8))}, "activation": jax.nn.gelu}
+    assert {u.path: u.reason for u in plan(model).untouched}["activation"] == (
+        "no array: eqx.filter it out"
+    )
+    with pytest.raises(ValueError, match="'activation' are functions.*eqx.filter"):
+        teon(0.1).init(model)

@@ -113,11 +113,19 @@ class Group(NamedTuple):
 
 
 class Untouched(NamedTuple):
-    """A leaf that goes to the fallback optimizer, and why."""
+    """A leaf that goes to the fallback optimizer, and why, which makes no difference."""
 
     path: str
     shape: tuple[int, ...]
     reason: str
+
+    def __eq__(self, other: object) -> bool:
+        """Compares all but the reason: rules that were pasted back do not know it."""
+        return isinstance(other, Untouched) and self[:2] == other[:2]
+
+    def __hash__(self) -> int:
+        """Hashes what is compared."""
+        return hash(self[:2])
 
 
 class Plan(NamedTuple):
@@ -172,7 +180,8 @@ def plan_of(structure: Any, types: tuple[LeafType, ...], rules: tuple[Rule, ...]
     paths, taking = paths_of(structure), rules_by_leaf(structure, rules)
     for index, (path, rule, (shape, dtype)) in enumerate(zip(paths, taking, types, strict=True)):
         if not is_taken(rule, shape):
-            untouched.append(Untouched(path, shape, _reason(rule, shape)))
+            reason = _reason(rule, shape, dtype)
+            untouched.append(Untouched(path, shape, reason))
             continue
         assert rule is not None
         try:
@@ -208,8 +217,10 @@ def is_taken(rule: Rule | None, shape: Collection[int]) -> bool:
     return rule is not None and rule.stack > 0 and len(shape) > 1
 
 
-def _reason(rule: Rule | None, shape: tuple[int, ...]) -> str:
+def _reason(rule: Rule | None, shape: tuple[int, ...], dtype: Any) -> str:
     """Says why a leaf goes to the fallback."""
+    if dtype is None:
+        return "no array: eqx.filter it out"
     if rule is None:
         return "no rule"
     return "stack=0" if rule.stack == 0 else f"{len(shape)}-D: no matrix"

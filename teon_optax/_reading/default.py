@@ -1,6 +1,7 @@
 """What `rules=None` means: concrete rules for one tree, as few as it has kinds of leaves."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -123,10 +124,74 @@ def _read(
     vectors = [leaf for leaf, case in found if case is None]
     drafts = drafts_of(members, vectors, stacks)
     error = _error([draft for draft in drafts if draft.question == "ask"])
-    warning = _warning(drafts, [leaf for leaf, _ in found], first)
+    warning = _warning(drafts, [leaf for leaf, _ in found], first, stacks)
     drafts.sort(key=lambda draft: -draft.choice.stack)
     rules = Rules((*first, *(rule_of(draft, draft.choice) for draft in drafts)))
+    rules.reasons = {
+        member.leaf.path: ("asked: " if draft.question else "") + _reason(member)
+        for draft in drafts
+        for member in draft.members
+        if not draft.choice.stack
+    }
     return rules, warning, error
+
+
+def explain(params: Any) -> str:
+    """Says what the default rules take every leaf for, and by what.
+
+    A leaf is one of several things: query, key or value (or several in one), the output projection
+    of attention, a hidden matrix; or of the fallback's a table, an input, a head, a vector, a
+    convolution, a router, a low-rank factor. Where more than one is left, it is asked.
+
+    Args:
+      params: Tree of arrays, or of anything with `shape` and `dtype`.
+
+    Returns:
+      A text with a line for every kind of leaf of two axes or more: its path with `*` for numbers,
+      its shape, what it is, and what told so.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from teon_optax import explain
+      >>> block = {name: {"kernel": jnp.zeros((64, 64))} for name in "qkvo"}
+      >>> params = {"block_0": block, "embed": {"embedding": jnp.zeros((256, 64))}}
+      >>> print(explain(params))
+      block_*/k/kernel  64 x 64   key                by name; kernels are (in, out)
+      block_*/o/kernel  64 x 64   output projection  by name; kernels are (in, out)
+      block_*/q/kernel  64 x 64   query              by name; kernels are (in, out)
+      block_*/v/kernel  64 x 64   value              by name; kernels are (in, out)
+      embed/embedding   256 x 64  table              table, by name
+    """
+    rows: dict[tuple[str, ...], None] = {}
+    for leaf, case in read(params):
+        if case is not None:
+            shape = " x ".join(map(str, leaf.array_shape))
+            reasons = "; ".join(dict.fromkeys(filter(None, case.reasons)))
+            rows[re.sub(r"\d+", "*", leaf.path), shape, _role(leaf, case.left), reasons] = None
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
+    lines = (
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    )
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _role(leaf: Leaf, left: Sequence[Reading]) -> str:
+    """Says what a leaf is, or what it may be."""
+    letters = {"q": "query", "k": "key", "v": "value"}
+    kinds = dict.fromkeys(reading.kind for reading in left)
+    if [*kinds] == ["qkv"] and leaf.letter:
+        words = [letters[leaf.letter]]
+    else:
+        words = [*dict.fromkeys(WORDS.get(kind, kind) for kind in kinds)]
+    is_open = len({reading[1:] for reading in left}) > 1
+    return ("asked: " if is_open else "") + " or ".join(words)
+
+
+def _reason(member: Member) -> str:
+    """Says in a few words why a leaf is the fallback's."""
+    told = [reason for reason in member.reasons if reason]
+    return told[-1] if told else _role(member.leaf, member.left)
 
 
 def _listing(draft: Draft) -> str:
@@ -200,19 +265,33 @@ def _error(drafts: list[Draft]) -> str:
     return "\n".join(lines)
 
 
-def _warning(drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule]) -> str:
-    """Writes a warning of what nothing tells of, and of a tree with nothing to orthogonalize."""
+def _warning(
+    drafts: list[Draft], leaves: list[Leaf], first: Sequence[Rule], stacks: Mapping[str, int]
+) -> str:
+    """Writes a warning of what nothing tells of, and of a tree with nothing to orthogonalize.
+
+    Also where projections are known, and none of them is stacked.
+    """
 
     def size(leaves: Iterable[Leaf]) -> int:
         return sum(math.prod(leaf.array_shape) for leaf in leaves)
 
     unknown = [draft for draft in drafts if draft.question == "warn"]
+    known = [draft.members for draft in drafts if not draft.question]
+    letters = {m.leaf.letter for some in known for m in some if m.left[0].kind == "qkv"}
+    is_known = len(letters) > 1 or letters == {""}  # by names, or by what they fit
+    is_stacked = any(draft.choice.stack > 1 for draft in drafts) or any(r.stack > 1 for r in first)
+    is_unstacked = is_known and not is_stacked and stacks.get("qkv", 0) > 1
     lines = []
     taken = (rule.search(leaf.path) for rule in first if rule.stack for leaf in leaves)
     left = [leaf for draft in drafts for leaf in draft.leaves if leaf.is_matrix]
     if left and not any(draft.choice.stack for draft in drafts) and not any(taken):
         if not all(says("convolution", *leaf.keys) for leaf in left):
             lines.append("No leaf is orthogonalized: the fallback optimizer gets them all.")
+    if is_unstacked:
+        lines.append(
+            "Q, K and V are recognized, but none of them is stacked: nothing counts their layers."
+        )
     if unknown:
         lines.append(
             "No name and no size tells what these leaves are, so the fallback optimizer gets them. "

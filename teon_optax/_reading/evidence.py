@@ -250,7 +250,7 @@ def projection(leaf: Leaf, net: Network) -> Said | None:
         return None
     return Said(
         lambda r: r.kind == "qkv" and not has_parts(r),
-        "projection, by name",
+        "by name",
     )
 
 
@@ -273,7 +273,7 @@ def output(leaf: Leaf, net: Network) -> Said | None:
     is_below = says("attention", above) and says("output", module)
     is_left = not net.unlike(leaf) and (in_module or len(leaf.shape) == 3)
     if is_below or is_called and (in_module or with_projections):
-        return only("output projection, by name", "out")
+        return only("by name", "out")
     if with_projections and is_left:
         return only("output projection: all that is left beside Q, K and V", "out")
     return None
