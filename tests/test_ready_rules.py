@@ -56,6 +56,7 @@ def expected(name, member, stack, counts_layers):
     return 3 if stack == 2 or (more and counts_layers) else 1
 
 
+@pytest.mark.filterwarnings("ignore:Q, K and V are recognized")
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_takes_the_leaves_of_the_default_rules_and_changes_k_alone(name):
     for family, tree in FAMILIES.items():
@@ -74,6 +75,7 @@ def test_a_set_takes_the_leaves_of_the_default_rules_and_changes_k_alone(name):
         assert not made.unused, family
 
 
+@pytest.mark.filterwarnings("ignore:Q, K and V are recognized")
 @pytest.mark.parametrize("name", SETS)
 def test_a_set_printed_is_code_that_makes_it(name):
     for family, tree in FAMILIES.items():

@@ -58,6 +58,7 @@ def test_a_leaf_is_read_as_its_listing_says_or_is_asked(tree):
 
 
 @each_tree
+@unstacked
 def test_joint_groups_are_pairs_of_neighbouring_layers_of_one_kind(tree):
     params, found = tree.params, found_in(tree.name)
     first = [Rule(f"^{re.escape(path)}$", stack=0) for path, what in found.items() if what.is_asked]

@@ -121,7 +121,9 @@ class Untouched(NamedTuple):
 
     def __eq__(self, other: object) -> bool:
         """Compares all but the reason: rules that were pasted back do not know it."""
-        return isinstance(other, Untouched) and self[:2] == other[:2]
+        if isinstance(other, Untouched):
+            return self[:2] == other[:2]
+        return tuple(self) == other
 
     def __hash__(self) -> int:
         """Hashes what is compared."""

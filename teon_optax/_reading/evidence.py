@@ -625,6 +625,8 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     if sizes[::-1] in net.vocabularies and not leaf.says("reads"):
         if sizes[0] == sizes[1]:
             return open_to("as large as a table", "head", "hidden")
+        if _is_inside_series(leaf, net):
+            return never("", *FALLBACK)
         return only("head: as wide as the vocabulary", "head")
     is_named = not net.blocks or leaf.says("mlp", "projection", "output", "reads", "writes")
     if net.widths.issuperset(sizes):
@@ -644,6 +646,22 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     verb = "writes" if into else "reads"
     kinds = ("input", "table") if into else ("head",)
     return only(f"{kinds[0]}: nothing {verb} {sizes[0] if into else sizes[1]}", *kinds)
+
+
+def _is_inside_series(leaf: Leaf, net: Network) -> bool:
+    """Tells whether a matrix of its own numbered series comes behind it, back from its width."""
+    column = next(
+        (c for c in range(leaf.depth, len(leaf.keys)) if leaf.numbers[c] is not None), None
+    )
+    if column is None:
+        return False
+    number, sizes = int(leaf.numbers[column] or 0), fans(leaf, net)
+    return any(
+        other.names == leaf.names
+        and int(other.numbers[column] or 0) > number
+        and fans(other, net) == sizes[::-1]
+        for other in net.beside(leaf)
+    )
 
 
 def chain_end(leaf: Leaf, net: Network) -> Said | None:

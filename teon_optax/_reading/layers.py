@@ -74,4 +74,7 @@ def _is_apart(leaf: Leaf, column: int, net: Network) -> bool:
     modules, held = net.repeats(leaf, column), net.matrices.get(leaf.home, [])
     are_heads = leaf.home == module and all(m.shape[-1] == leaf.shape[-1] for m in held)
     readers = [m for m in net.matrices.get(above, []) if len(modules) * leaf.shape[-1] in m.shape]
-    return bool(are_heads and readers) or 0 < len(_beside_two(leaf, column, net)) < 4
+    # One matrix reads the heads of a layer; as many as there are modules follow these.
+    return (are_heads and 0 < len(readers) < len(modules)) or 0 < len(
+        _beside_two(leaf, column, net)
+    ) < 4
