@@ -105,7 +105,11 @@ def _factor(precision: jax.lax.PrecisionLike, steps: Sequence[Step], G: jax.Arra
     operand = functools.partial(_operand, precision=precision)
 
     def next_gram(
-        G: jax.Array, a: jax.typing.ArrayLike, rounded: jax.Array, Z: jax.Array, parts: Sequence
+        G: jax.Array,
+        a: jax.typing.ArrayLike,
+        rounded: jax.Array,
+        Z: jax.Array,
+        parts: Sequence[jax.Array],
     ) -> jax.Array:
         GZ = functools.reduce(jnp.add, [multiply(rounded, part) for part in parts])
         W = (GZ if is_exact(precision) else (GZ + GZ.T) / 2) + a * G
