@@ -25,6 +25,8 @@ from tests.emulation import with_products_in
 DEVICES = [("tpu", "bf16"), ("gpu", "bf16"), ("gpu", "fp16"), ("gpu", "tf32")]
 METHODS = ["polar_express", "schatten", "fast"]
 LARGEST = {"polar_express": 1.3, "schatten": 1.15, "fast": 1.15}
+# Of directions above 3 % of the largest singular value; `fast` reaches less far down.
+LEAST = {"polar_express": 0.7, "schatten": 0.7, "fast": 0.5}
 D = 32
 SHAPES = {"square": (D, D), "1:4": (D, 4 * D), "4:1": (4 * D, D)}
 STACKS = (1, 2, 4)
@@ -128,7 +130,7 @@ EACH = [
 def test_joint_update_stays_in_its_bands(joint_updates, method, shape, K, dtype):
     updates = joint_updates[shape, K, dtype]
     assert largest(updates) <= LARGEST[method]
-    assert kept(gradients(dense)[shape, K, dtype], updates, 3e-2) > 0.7
+    assert kept(gradients(dense)[shape, K, dtype], updates, 3e-2) > LEAST[method]
 
 
 @pytest.mark.slow
@@ -143,7 +145,7 @@ def test_joint_update_stays_in_its_bands_where_few_coordinates_carry_the_gradien
     """Rounding errors of 8 coordinates do not average out."""
     for group, matrices in joint_updates.items():
         assert largest(matrices) <= LARGEST[method]
-        assert kept(gradients(sparse)[group], matrices, 3e-2) > 0.7
+        assert kept(gradients(sparse)[group], matrices, 3e-2) > LEAST[method]
 
 
 def few_levels(rng, d, levels, ends):
