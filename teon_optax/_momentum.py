@@ -84,7 +84,8 @@ def scale_by_teon(
         `NamedSharding`; see `orthogonalize`. A compiled `init` on such a mesh does not know where
         the momentum should lie: give it `out_shardings`, or do not compile it.
       precision: Precision of every product (`jax.lax.PrecisionLike`). None is exact on CPU, and one
-        pass, made accurate by the way it is used, on TPU and GPU.
+        pass, made accurate by the way it is used, on TPU and GPU, whatever
+        `jax.default_matmul_precision` says.
 
     Returns:
       An `optax.GradientTransformation` with state `TeonState(count, mu)`.

@@ -62,7 +62,7 @@ def orthogonalize(
         CPU, and with one-pass products, made accurate by the way they are used, on TPU (bf16) and
         GPU (TF32, or bf16 for leaves of bf16). "BF16_BF16_F32" is faster for large matrices on a
         GPU that has bf16 products, as NVIDIA's have from Ampere on: .83 of the time for those of a
-        LLaMA-1B.
+        LLaMA-1B. `jax.default_matmul_precision`, which is for the model, changes nothing here.
 
     Returns:
       An `optax.GradientTransformation`. Updates keep their dtypes. Layers are coupled by the dtypes

@@ -74,7 +74,8 @@ def teon(
         `NamedSharding`, such as `jax.tree.map(lambda leaf: leaf.sharding, params)`. Not needed on
         meshes of type Explicit, nor on one device; see `orthogonalize`.
       precision: Precision of every product (`jax.lax.PrecisionLike`). None is exact on CPU, and one
-        pass, made accurate by the way it is used, on TPU and GPU.
+        pass, made accurate by the way it is used, on TPU and GPU, whatever
+        `jax.default_matmul_precision` says.
 
     Returns:
       An `optax.GradientTransformationExtraArgs` whose `update` needs `params` if there is weight
