@@ -491,7 +491,13 @@ def _experts_along_axis(inside: Sequence[Leaf], width: int) -> list[Leaf]:
     ]
     is_of_one_rank = len({len(leaf.shape) for leaf in tall}) == 1
     is_image = all(leaf.shape[0] == leaf.shape[1] for leaf in tall)
-    if len(tall) < 2 or is_image or not (is_of_one_rank or any(m.says("gating") for m in tall)):
+    is_one_shape = len({leaf.shape for leaf in tall}) == 1 and {*tall[0].shape[1:]} != {width}
+    if (
+        len(tall) < 2
+        or is_image
+        or is_one_shape
+        or not (is_of_one_rank or any(m.says("gating") for m in tall))
+    ):
         return []
     return tall
 
