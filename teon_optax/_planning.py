@@ -8,6 +8,7 @@ import numpy as np
 
 from teon_optax._paths import LeafType, leaf_types, paths_of, tree_types
 from teon_optax._plan.plan import Plan, is_taken, plan_of, rules_by_leaf
+from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._reading.default import default_rules
 from teon_optax._rule import Rule, Rules, checked_rules
 
@@ -19,19 +20,24 @@ def rules_of(tree: Any, rules: Iterable[Rule] | None) -> tuple[Rule, ...]:
     return checked_rules(default_rules(tree) if rules is None else rules)
 
 
-def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
+def plan(
+    params: Any, rules: Iterable[Rule] | None = None, method: MethodLike = "polar_express"
+) -> Plan:
     r"""Assigns every leaf of `params` to a group or to the fallback.
 
     Args:
       params: Tree of arrays, or of anything with `shape` and `dtype` (`jax.eval_shape`).
       rules: The first rule whose pattern is found in a leaf's path takes it. None means
         `default_rules(params)`.
+      method: As `teon` takes it. Its matrix products are counted in the plan's last line and in
+        `as_dict`; which leaves go together does not depend on it.
 
     Returns:
       A `Plan`; every leaf is in exactly one place, members of its groups or `fallback`.
 
     Raises:
-      ValueError: If rules do not fit the leaves that they take; the message lists all of them.
+      ValueError: If rules do not fit the leaves that they take; the message lists all of them. Or
+        if the method is unknown.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -42,11 +48,12 @@ def plan(params: Any, rules: Iterable[Rule] | None = None) -> Plan:
       >>> [group.layers for group in plan(params, rules).groups]
       [(0, 1), (2,)]
     """
+    resolve(method)  # for its checks
     tree_rules = default_rules(params) if rules is None else rules
     made = plan_of(*tree_types(params), checked_rules(tree_rules))
     reasons = tree_rules.reasons if isinstance(tree_rules, Rules) else {}
     told = (leaf._replace(reason=reasons.get(leaf.path, leaf.reason)) for leaf in made.untouched)
-    return made._replace(untouched=tuple(told))
+    return made._replace(untouched=tuple(told), method=method)
 
 
 def plan_of_updates(

@@ -558,3 +558,30 @@ def test_sizes_of_numpy_are_json_and_share_no_plan():
         form = plan(each, rules).as_dict()
         assert json.loads(json.dumps(form)) == form
         assert json.loads(json.dumps(plan(each, []).as_dict()))["fallback"][0]["shape"] == [4, 6]
+
+
+def test_a_plan_counts_the_products_of_the_method_that_it_is_asked_about():
+    """For 8 x 32: 4 S + 2 r - 3 products of 8 x 8 in one segment of S quintics, 3 S of cubics."""
+    params, rules = {"w": jax.ShapeDtypeStruct((8, 32), jnp.float32)}, [Rule("w")]
+    product = 2 * 8**3
+    counted = {
+        method: plan(params, rules, method=method).as_dict()["flops"]
+        for method in ("polar_express", "schatten", "fast", "svd")
+    }
+    muon = 5 * (2 * 4 + 1) * product
+    assert counted == {
+        "polar_express": {"plan": (4 * 5 + 8 - 3) * product, "muon": muon},
+        "schatten": {"plan": (4 * 4 + 8 - 3) * product, "muon": muon},
+        "fast": {"plan": (4 * 2 + 3 * 2 + 8 - 3) * product, "muon": muon},
+        "svd": {"plan": None, "muon": muon},
+    }
+
+
+def test_the_last_line_of_a_plan_names_the_steps_of_its_method():
+    params, rules = {"w": jax.ShapeDtypeStruct((8, 32), jnp.float32)}, [Rule("w")]
+    last = str(plan(params, rules, method="schatten")).splitlines()[-1]
+    assert last.endswith("(4 polynomial steps, Muon's 5, on cpu)")
+    last = str(plan(params, rules, method="svd")).splitlines()[-1]
+    assert last.startswith("matrix products per step: not counted for method='svd'; Muon's are")
+    with pytest.raises(ValueError, match="`method='nope'` is unknown"):
+        plan(params, rules, method="nope")

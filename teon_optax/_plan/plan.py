@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from teon_optax._paths import LeafType, cached, paths_of
 from teon_optax._plan.layout import Layout, joint_shape, layout_of
 from teon_optax._plan.report import as_dict, table
+from teon_optax._polar.coefficients import MethodLike
 from teon_optax._rule import Rule
 
 # What the leaves of a series agree in: their path without the layer's number and the sibling's
@@ -138,12 +139,14 @@ class Plan(NamedTuple):
       series: The same matrices before they are divided into groups.
       untouched: The leaves that go to the fallback optimizer.
       unused: Rules that took no leaf.
+      method: The method whose products are counted.
     """
 
     groups: tuple[Group, ...]
     series: tuple[Series, ...]
     untouched: tuple[Untouched, ...]
     unused: tuple[Rule, ...]
+    method: MethodLike = "polar_express"
 
     @property
     def taken(self) -> set[int]:
@@ -162,15 +165,16 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         """Writes a table of series and fallback leaves, equal rows collapsed."""
-        return table(self.groups, self.untouched, self.unused)
+        return table(self.groups, self.untouched, self.unused, self.method)
 
     def as_dict(self) -> dict[str, Any]:
         """Writes the plan in full, as a dict of what JSON can hold.
 
         Its keys are `groups`, `fallback` and `unused`, and for totals `parameters` (by treatment)
-        and `flops` (of an update's matrix products, the plan's and Muon's).
+        and `flops` (of an update's matrix products, the plan's and Muon's; None for the plan's
+        where they are not known, as of an SVD).
         """
-        return as_dict(self.groups, self.untouched, self.unused)
+        return as_dict(self.groups, self.untouched, self.unused, self.method)
 
 
 @cached

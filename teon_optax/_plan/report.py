@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from teon_optax._plan.layout import joint_shape
-from teon_optax._polar.coefficients import resolve
+from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.numerics import Numerics
 
 _WIDTH = 100
@@ -19,10 +19,12 @@ _LEAST = 12  # columns for a path
 _MOST = 24  # columns for layers
 _NUMBER = re.compile(r"\d+")
 _UNITS = (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")
-_STEPS = 5  # of the paper's method, and of Muon
+_MUON = "jordan"
 
 
-def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]) -> str:
+def table(
+    groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any], method: MethodLike
+) -> str:
     """Writes a plan's table; series that differ in the numbers of their paths alone are one row."""
     taken: dict[tuple[Any, ...], list[Any]] = {}
     for group in groups:
@@ -43,20 +45,20 @@ def table(groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
             (taken_names[row], _layers(alike), *row[2:], str(sum(group.batch for group in alike)))
             for row, alike in taken.items()
         ],
-        notes=["", *(_note(alike[0]) for alike in taken.values())],
+        notes=["", *(_note(alike[0], method) for alike in taken.values())],
     )
     lines += columns(
         [("fallback", "shape", "why", "leaves")]
         + [(left_names[row], *row[1:], str(len(paths))) for row, paths in left.items()]
     )
     lines += [line for rule in unused for line in _wrapped(f"takes no leaf: {rule}", _WIDTH - 2)]
-    return "\n".join([*lines, *_totals(groups, untouched)])
+    return "\n".join([*lines, *_totals(groups, untouched, method)])
 
 
-def _note(group: Any) -> str:
+def _note(group: Any, method: MethodLike) -> str:
     """Says below a row what its columns cannot: the view of its leaves, and a cost above Muon's."""
     view = "" if group.rule.view is None else f"each layer seen as {group.rule.view}"
-    return "; ".join(filter(None, [view, _dearer_than_alone(group)]))
+    return "; ".join(filter(None, [view, _dearer_than_alone(group, method)]))
 
 
 def _layers(groups: Sequence[Any]) -> str:
@@ -65,10 +67,10 @@ def _layers(groups: Sequence[Any]) -> str:
 
 
 def as_dict(
-    groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any]
+    groups: Sequence[Any], untouched: Sequence[Any], unused: Sequence[Any], method: MethodLike
 ) -> dict[str, Any]:
     """Writes a plan in lists, dicts, strings and integers."""
-    flops, muon = _flops(groups)
+    flops, muon = _flops(groups, method)
     return {
         "groups": [
             {key: value for key, value in group._asdict().items() if key != "dtype"}
@@ -225,35 +227,50 @@ def _size(group: Any) -> int:
     return len(group.members) * group.fan_in * group.fan_out * group.batch
 
 
-def _flops(groups: Sequence[Any]) -> tuple[int, int]:
-    """Counts the FLOPs of an update's products, and of Muon's, which takes each matrix alone."""
+def _flops(groups: Sequence[Any], method: MethodLike) -> tuple[int | None, int]:
+    """Counts the FLOPs of an update's products, and of Muon's, which takes each matrix alone.
+
+    Those of an SVD or a function are not known: None.
+    """
     ours = muon = 0.0
+    numerics, of_muon = _numerics(method), _numerics(_MUON)
+    restarts = (1,) * len(of_muon.steps(()))
     for group in groups:
         alone = group.fan_in, group.fan_out
-        ours += group.batch * _polar_factor_flops(group.joint)
-        muon += group.batch * len(group.members) * _polar_factor_flops(alone, (1,) * _STEPS)
-    return round(ours), round(muon)
+        if numerics.polynomial is not None:
+            ours += group.batch * _polar_factor_flops(group.joint, numerics)
+        each = _polar_factor_flops(alone, of_muon, restarts)
+        muon += group.batch * len(group.members) * each
+    return None if numerics.polynomial is None else round(ours), round(muon)
 
 
-def _polar_factor_flops(shape: tuple[int, int], restarts: tuple[int, ...] | None = None) -> float:
-    """Counts the FLOPs of a polar factor, with this backend's restarts unless some are given."""
-    numerics = Numerics(resolve("polar_express")).of(np.dtype("float32"))
+def _numerics(method: MethodLike) -> Numerics:
+    """Finds how a method computes matrices of float32 on this backend."""
+    return Numerics(resolve(method)).of(np.dtype("float32"))
+
+
+def _polar_factor_flops(
+    shape: tuple[int, int], numerics: Numerics, restarts: tuple[int, ...] | None = None
+) -> float:
+    """Counts the FLOPs of a polar factor, with the method's restarts unless some are given."""
     d, ratio = min(shape), max(shape) / min(shape)
     restarts = restarts or numerics.restarts(*shape)
     return 2 * d**3 * numerics.product_count(restarts, ratio)
 
 
-def _dearer_than_alone(group: Any) -> str:
+def _dearer_than_alone(group: Any, method: MethodLike) -> str:
     """Says of a joint matrix that costs more than its layers alone by how much, and what would not.
 
     Mode 1 of kernels that are wider than high has a larger Gram matrix than these, and so has mode
     2 of those that are higher than wide.
     """
     K, alone, mode = len(group.members), (group.fan_in, group.fan_out), group.rule.mode
-    if K == 1:
+    numerics = _numerics(method)
+    if K == 1 or numerics.polynomial is None:
         return ""
+    each = _polar_factor_flops(alone, numerics)
     ratios = {
-        other: _polar_factor_flops(joint_shape(K, *alone, other)) / _polar_factor_flops(alone) / K
+        other: _polar_factor_flops(joint_shape(K, *alone, other), numerics) / each / K
         for other in (1, 2, 3)
     }
     if ratios[mode] < 1.005:
@@ -265,16 +282,21 @@ def _dearer_than_alone(group: Any) -> str:
     )
 
 
-def _totals(groups: Sequence[Any], untouched: Sequence[Any]) -> list[str]:
+def _totals(groups: Sequence[Any], untouched: Sequence[Any], method: MethodLike) -> list[str]:
     """Writes the lines below the table: who gets the parameters, and what an update costs."""
-    sizes, (flops, muon) = _parameters(groups, untouched), _flops(groups)
+    sizes, (flops, muon) = _parameters(groups, untouched), _flops(groups, method)
     total = max(1, sum(sizes.values()))
     shares = ", ".join(f"{name} {size:,} ({size / total:.0%})" for name, size in sizes.items())
-    return [
-        f"{shares} of the parameters",
-        f"matrix products per step: {_short(flops)}, {flops / max(1, muon):.0%} of Muon's "
-        f"{_short(muon)} ({_STEPS} polynomial steps each, on {jax.default_backend()})",
-    ]
+    cost = f"not counted for method={method!r}; Muon's are {_short(muon)}"
+    if flops is not None:
+        ours, of_muon = (len(_numerics(each).steps(())) for each in (method, _MUON))
+        steps = f"{ours} polynomial steps" + (" each" if ours == of_muon else f", Muon's {of_muon}")
+        backend = jax.default_backend()
+        cost = (
+            f"{_short(flops)}, {flops / max(1, muon):.0%} of Muon's {_short(muon)} "
+            f"({steps}, on {backend})"
+        )
+    return [f"{shares} of the parameters", f"matrix products per step: {cost}"]
 
 
 def _short(flops: int) -> str:
