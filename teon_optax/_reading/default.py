@@ -231,7 +231,7 @@ def _offers(draft: Draft) -> list[str]:
 
 def _question(draft: Draft) -> str:
     """Says what a leaf was taken for and by what, and what is open."""
-    leaf, left, columns, reasons = draft.members[0]
+    _, left, columns, reasons = draft.members[0]
     kinds = [reading.kind for reading in left if reading.is_matrix]
     splits = {reading.split for reading in left}
     known = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
