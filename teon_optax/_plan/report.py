@@ -193,7 +193,7 @@ def _runs(numbers: Sequence[int]) -> list[str]:
 
 
 def columns(rows: Sequence[tuple[str, ...]], notes: Iterable[str] = ()) -> list[str]:
-    """Aligns columns; a path that is too wide for its column goes on in the next line.
+    """Aligns columns, a line for each row; one whose path is too wide for its column is longer.
 
     Args:
       rows: The header comes first.
@@ -203,9 +203,8 @@ def columns(rows: Sequence[tuple[str, ...]], notes: Iterable[str] = ()) -> list[
     first = min(widths[0], max(_LEAST, _WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
     lines = []
     for (path, *cells), note in itertools.zip_longest(rows, notes, fillvalue=""):
-        head, *rest = _wrapped(path, first)
         cells = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        lines += ["  ".join([head.ljust(first), *cells]), *rest, *(["  " + note] if note else [])]
+        lines += ["  ".join([path.ljust(first), *cells]), *(["  " + note] if note else [])]
     return [*lines, ""]
 
 
