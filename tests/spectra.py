@@ -6,10 +6,13 @@ from typing import Any
 import numpy as np
 import oracles
 
-from teon_optax._polar.coefficients import resolve
+from teon_optax._polar.coefficients import Method, resolve
 
 
 def function_of(method: Any) -> Callable[[Any], Any]:
     """The polynomial of singular values that a method is; that of "svd" is one."""
     resolved = resolve(method)
-    return np.ones_like if resolved is None else oracles.polynomial(*resolved)
+    if resolved is None:
+        return np.ones_like
+    assert isinstance(resolved, Method)
+    return oracles.polynomial(*resolved)

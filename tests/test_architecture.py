@@ -34,7 +34,7 @@ ROOMS = {
     "_scaling": {"_arguments"},
     "_reading": {"_paths", "_rule"},
     "_plan": {"_paths", "_polar", "_rule", "_scaling"},
-    "_planning": {"_paths", "_plan", "_reading", "_rule"},
+    "_planning": {"_paths", "_plan", "_polar", "_reading", "_rule"},
     "_alignment": {"_plan", "_planning", "_rule"},
     "_mesh": {"_arguments", "_paths", "_plan", "_polar", "_scaling"},
     "_orthogonalize": {
@@ -119,8 +119,9 @@ def all_files():
 
 def functions(path):
     """Yields every function and method of a file, also one inside of another."""
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef
-    yield from (node for node in ast.walk(parse(path)) if isinstance(node, kinds))
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
 
 
 def room(path):

@@ -38,7 +38,7 @@ NAMES = "'polar_express', 'schatten', 'fast', 'jordan', 'dion', 'you', 'svd'"
 
 def polynomial(method) -> Method:
     resolved = resolve(method)
-    assert resolved is not None
+    assert isinstance(resolved, Method)
     return resolved
 
 

@@ -179,7 +179,12 @@ def injected(*args, **kwargs):
     return optax.GradientTransformationExtraArgs(optimizer.init, jax.jit(optimizer.update))
 
 
-HYPERPARAMETERS: dict[str, Any] = {"beta": 0.5, "scale": 0.25, "weight_decay": 0.25}
+HYPERPARAMETERS: dict[str, Any] = {
+    "beta": 0.5,
+    "eps": 1e-6,
+    "scale": 0.25,
+    "weight_decay": 0.25,
+}
 
 
 def test_every_number_can_be_injected_without_static_args():
