@@ -77,9 +77,10 @@ def test_the_norm_stays_for_a_thousand_steps(size):
 
     steps = jax.random.split(jax.random.key(0), 1000)
     new, _ = jax.jit(lambda start: jax.lax.scan(step, start, steps))({"w": jnp.asarray(params)})
-    # A random walk of 1,000 roundings of each entry.
+    # In each step, two norms, their quotient and the product are rounded, by eps / 2 at most each,
+    # and all entries have these in common: a random walk of 1,000 steps of 2 eps.
     error = np.linalg.norm(np.float64(new["w"])) / np.linalg.norm(np.float64(params)) - 1
-    assert abs(error) < 1000**0.5 * np.finfo(np.float32).eps
+    assert abs(error) < 1000**0.5 * 2 * np.finfo(np.float32).eps
     assert np.abs(new["w"] - params).max() > size * 0.1 or size == 100
 
 
