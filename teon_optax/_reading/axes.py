@@ -125,7 +125,10 @@ def by_stream(leaf: Leaf, net: Network, left: Left) -> Said | None:
 
 
 def einsum(leaf: Leaf, net: Network, left: Left) -> Said | None:
-    """Keeps heads that come first, as Gemma has them."""
+    """Keeps heads that come first, as Gemma has them.
+
+    It stands for einsums beside no other leaf that tells, of a model that was made smaller.
+    """
     if len(leaf.shape) < 3 or not leaf.says("einsum") or not _is_einsum(leaf, net):
         return None
     return matrices(lambda r: r.axes in ("oio", "poio", "iio"), "einsums keep heads first")
@@ -186,7 +189,10 @@ def _part_fits(leaf: Leaf, reading: Reading, partner: Leaf | None, net: Network)
 
 
 def alike(leaf: Leaf, net: Network, left: Left) -> Said | None:
-    """Keeps the axes that Q beside has, for a matrix of its shape that is no projection: a gate."""
+    """Keeps the axes that Q beside has, for a matrix of its shape that is no projection: a gate.
+
+    It stands for gates of attention with heads; trees of the tests show those otherwise, too.
+    """
     if len(leaf.shape) < 3 or leaf.letter or leaf.says("output"):
         return None
     for other in net.beside(leaf):

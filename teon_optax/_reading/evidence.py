@@ -31,7 +31,10 @@ def never(why: str, *kinds: str) -> Said:
 
 
 def no_matrix(leaf: Leaf, net: Network) -> Said | None:
-    """Keeps biases, norms, what is no array of floats, and what is longer than 1 along one axis."""
+    """Keeps biases, norms, what is no array of floats, and what is longer than 1 along one axis.
+
+    It stands for the reason that it gives: others would send these leaves to the fallback as well.
+    """
     if not leaf.is_float or 0 in leaf.shape:
         return only("no array of floats" if 0 not in leaf.shape else "empty", "constant")
     if leaf.is_vector:
@@ -282,7 +285,7 @@ def output(leaf: Leaf, net: Network) -> Said | None:
 def unnamed(leaf: Leaf, net: Network) -> Said | None:
     """Keeps Q, K, V or the output projection where the other matrices of a module show them.
 
-    Without such matrices it is none of them.
+    Without such matrices it is none of them. It stands for models that name no projection.
     """
     if leaf.says("output", "fused", "fused pair", "latent", "packed", "einsum"):
         return None
@@ -427,7 +430,10 @@ def _turned(
 
 
 def fused(leaf: Leaf, net: Network) -> Said | None:
-    """Keeps parts by name, or as thirds show them; without either, there are none."""
+    """Keeps parts by name, or as thirds show them; without either, there are none.
+
+    It stands for parts in turns under names that no library of the collection has.
+    """
     count = parts_of(leaf)
     if count > 1:
         name = {2: "K and V", 3: "Q, K and V"}[count]
@@ -549,7 +555,10 @@ def _fans_at(
 
 
 def halves(leaf: Leaf, net: Network) -> Said | None:
-    """Keeps gate and up side by side where the down projection shows them."""
+    """Keeps gate and up side by side where the down projection shows them.
+
+    It stands for bare trees, which name neither, and for names that no library has.
+    """
     if _halves(leaf, net) and not is_pair(leaf, net):
         return Said(lambda r: r.kind != "hidden" or r.split == 2, "gate and up in one")
     return None
