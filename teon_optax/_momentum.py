@@ -143,7 +143,9 @@ def scale_by_teon(
         new: list[Any] = [done.get(index, leaf) for index, leaf in enumerate(momentum)]
         mu = [_saturated(leaf, old) for leaf, old in zip(mu, kept, strict=True)]
         if located is not None:
-            new, mu = ([located.kept(*each) for each in enumerate(leaves)] for leaves in (new, mu))
+            new, mu = (
+                [located.settled(*each) for each in enumerate(leaves)] for leaves in (new, mu)
+            )
         new, mu = (list(map(as_given, *pair)) for pair in ((new, given), (mu, kept)))
         state = TeonState(as_given(jnp.asarray(count), state.count), structure.unflatten(mu))
         return structure.unflatten(new), state

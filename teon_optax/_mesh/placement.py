@@ -44,9 +44,9 @@ class Located(NamedTuple):
         return self._placed(leaf, PartitionSpec()) if restricted else leaf
 
     def settled(self, index: int, leaf: jax.Array) -> jax.Array:
-        """Holds a leaf where it lies until it is cut for the exchange, if types do not.
+        """Holds a leaf, or what is kept of it, such as its momentum, where the leaf lies.
 
-        The compiler would else compute it, and what it is made of, such as a momentum, as the
+        Types do that on explicit meshes. On others the compiler would else compute it as the
         exchange wants it cut, and leave states there.
         """
         return leaf if self.typed else self._placed(leaf, self.specs[index])
@@ -58,10 +58,6 @@ class Located(NamedTuple):
     def returned(self, index: int, leaf: jax.Array) -> jax.Array:
         """Puts an update where its leaf lay."""
         return self._placed(leaf, self.specs[index])
-
-    def kept(self, index: int, leaf: jax.Array) -> jax.Array:
-        """Puts what is kept of a leaf, such as its momentum, where the leaf lies."""
-        return leaf if self.typed else self._placed(leaf, self.specs[index])
 
     def is_mapped(self, leaf: jax.Array) -> bool:
         """Says whether `jax.vmap` maps over an axis that lies along an axis of the mesh.
