@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._memory import widened
 from teon_optax._plan.batches import pieces_of
 from teon_optax._plan.layout import to_matrices
 from teon_optax._plan.plan import Plan
@@ -180,7 +181,7 @@ def _of_size_one(stack: np.ndarray) -> np.ndarray:
 
     Devices would flush numbers of 1e-38 to zero, and squares of 1e20 are not finite.
     """
-    wide = stack.astype(np.promote_types(stack.dtype, np.float32))
+    wide = widened(stack)
     return wide / (np.max(np.abs(wide)) or 1)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from teon_optax._paths import leaf_paths
@@ -19,6 +20,11 @@ def on_device(leaf: jax.typing.ArrayLike) -> Any:
     """Moves a leaf to the memory of its device: accelerators compute with nothing else."""
     device = jax.memory.Space.Device
     return leaf if jax.typeof(leaf).memory_space == device else jax.device_put(leaf, device)
+
+
+def widened(array: Any) -> Any:
+    """Casts a real array, of NumPy or JAX, to float32, or leaves it in what is wider."""
+    return array.astype(np.promote_types(array.dtype, np.float32))
 
 
 def kept_beside(leaf: jax.Array, other: jax.typing.ArrayLike) -> jax.Array:
@@ -45,29 +51,29 @@ def with_stable_state(optimizer: optax.GradientTransformation) -> optax.Gradient
     """
 
     def init_fn(params: optax.Params) -> optax.OptState:
-        state = optimizer.init(jax.tree.map(_widened, jax.tree.map(on_device, params)))
+        state = optimizer.init(jax.tree.map(_out_of_half, jax.tree.map(on_device, params)))
         return optax.tree.map_params(optimizer, kept_beside, state, params)
 
     def update_fn(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         given, old_state, old_params = jax.tree.map(on_device, (updates, state, params))
-        wide, wide_params = jax.tree.map(_widened, (given, old_params))
+        wide, wide_params = jax.tree.map(_out_of_half, (given, old_params))
         new_updates, new_state = optimizer.update(wide, old_state, wide_params)
         _check_shapes((updates, state), (new_updates, new_state))
-        new_updates = jax.tree.map(_narrowed, new_updates, given)
+        new_updates = jax.tree.map(_back_to_half, new_updates, given)
         new_updates = jax.tree.map(kept_beside, new_updates, updates)
         return new_updates, jax.tree.map(as_given, new_state, state)
 
     return optax.GradientTransformation(init_fn, update_fn)
 
 
-def _widened(leaf: jax.Array) -> jax.Array:
+def _out_of_half(leaf: jax.Array) -> jax.Array:
     """Casts a leaf of float16 to float32, which has the exponents of squares."""
     return leaf.astype(jnp.float32) if jnp.result_type(leaf) == jnp.float16 else leaf
 
 
-def _narrowed(leaf: jax.Array, given: jax.Array) -> jax.Array:
+def _back_to_half(leaf: jax.Array, given: jax.Array) -> jax.Array:
     """Casts a leaf back to float16 where it was given in float16."""
     return leaf.astype(jnp.float16) if jnp.result_type(given) == jnp.float16 else leaf
 

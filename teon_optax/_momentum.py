@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from teon_optax._arguments import check_flag, check_number, checked_mu_dtype
-from teon_optax._memory import as_given, check_restored, kept_beside, on_device
+from teon_optax._memory import as_given, check_restored, kept_beside, on_device, widened
 from teon_optax._mesh.placement import as_shardings
 from teon_optax._orthogonalize import orthogonalizer
 from teon_optax._polar.coefficients import MethodLike
@@ -197,4 +197,4 @@ def _computable(leaf: jax.typing.ArrayLike) -> jax.Array:
     """Moves a leaf to the device, in float32 at least: corrected float16 gradients may overflow."""
     leaf = jnp.asarray(on_device(leaf))
     wide = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return leaf.astype(np.promote_types(leaf.dtype, np.float32)) if wide else leaf
+    return widened(leaf) if wide else leaf

@@ -35,7 +35,7 @@ ROOMS = {
     "_reading": {"_paths", "_rule"},
     "_plan": {"_paths", "_polar", "_rule", "_scaling"},
     "_planning": {"_paths", "_plan", "_polar", "_reading", "_rule"},
-    "_alignment": {"_plan", "_planning", "_rule"},
+    "_alignment": {"_memory", "_plan", "_planning", "_rule"},
     "_mesh": {"_arguments", "_paths", "_plan", "_polar", "_scaling"},
     "_orthogonalize": {
         "_arguments",

@@ -35,7 +35,7 @@ class Located(NamedTuple):
         spec, known = self.specs[index], AxisType.Explicit if self.typed else AxisType.Auto
         if spec is None or set(self.mesh.axis_types) != {known}:
             return None
-        given = [tuple(filter(self.sizes.__contains__, _names(names))) for names in spec]
+        given = [tuple(filter(self.sizes.__contains__, mesh_axes(names))) for names in spec]
         return given + [()] * (ndim - len(given))
 
     def gathered(self, index: int, leaf: jax.Array) -> jax.Array:
@@ -87,7 +87,7 @@ def _mesh_of(leaves: Iterable[Any]) -> Mesh | AbstractMesh:
     return next((mesh for mesh in meshes if not mesh.empty), meshes[-1])
 
 
-def _names(names: Any) -> tuple[str, ...]:
+def mesh_axes(names: Any) -> tuple[str, ...]:
     """Lists the axes of the mesh in one entry of a spec."""
     known = () if names is None or names is PartitionSpec.UNCONSTRAINED else names
     return (known,) if isinstance(known, str) else tuple(known)
@@ -95,12 +95,12 @@ def _names(names: Any) -> tuple[str, ...]:
 
 def _pieces(names: Any, mesh: Mesh | AbstractMesh) -> int:
     """Counts the pieces into which axes of the mesh cut an axis of an array."""
-    return math.prod(mesh.shape[name] for name in _names(names))
+    return math.prod(mesh.shape[name] for name in mesh_axes(names))
 
 
 def cutting_axes(spec: Iterable[Any]) -> list[str]:
     """Lists the axes of the mesh that a spec names."""
-    return [name for names in spec for name in _names(names)]
+    return [name for names in spec for name in mesh_axes(names)]
 
 
 class Shardings:

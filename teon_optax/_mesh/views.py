@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from teon_optax._mesh.placement import cutting_axes
+from teon_optax._mesh.placement import cutting_axes, mesh_axes
 from teon_optax._plan.layout import Layout, Stored, seen, unseen
 
 # The axes of the mesh that cut each axis of an array.
@@ -93,9 +93,7 @@ def leave_view(update: jax.Array, layout: Layout, leaf: jax.Array) -> jax.Array:
 
 def _cuts(own: NamedSharding) -> list[tuple[str, ...]]:
     """Lists the axes of an explicit mesh that cut each axis of an array, from its type."""
-    return [
-        () if names is None else (names,) if isinstance(names, str) else names for names in own.spec
-    ]
+    return [mesh_axes(names) for names in own.spec]
 
 
 def _sharding(own: NamedSharding, cuts: Cuts) -> NamedSharding:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from teon_optax._memory import widened
 from teon_optax._polar.coefficients import Function, Method, Step
 from teon_optax._polar.numerics import (
     Numerics,
@@ -68,7 +69,7 @@ def _scaled(
     Returns that magnitude too, 1 for zero. `largest` is that of the magnitudes that several devices
     found, each in its columns of M.
     """
-    M = M.astype(np.promote_types(M.dtype, np.float32))
+    M = widened(M)
     # The polar factor does not depend on the norm of M, so neither does its derivative. `pmax`,
     # which finds the largest of several devices, has no derivative in jax.
     peak = largest(jax.lax.stop_gradient(jnp.max(jnp.abs(M))))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from teon_optax._memory import kept_beside, on_device
+from teon_optax._memory import as_given, on_device
 from teon_optax._polar.coefficients import MethodLike, resolve
 from teon_optax._polar.newton_schulz import orthogonalize_batches
 from teon_optax._polar.numerics import Numerics
@@ -14,16 +14,19 @@ from teon_optax._polar.numerics import Numerics
 def _everywhere(array: jax.Array) -> jax.Array:
     """Gathers an array that a mesh of type Explicit cuts: its axes are about to be joined."""
     sharding = jax.typeof(array).sharding
-    is_cut = any(axis is not None for axis in sharding.spec)
     whole = NamedSharding(sharding.mesh, PartitionSpec())
-    return jax.sharding.reshard(array, whole) if is_cut else array
+    return jax.sharding.reshard(array, whole) if _is_cut(sharding) else array
 
 
-def _as_given(result: jax.Array, array: jax.Array) -> jax.Array:
+def _placed_as(array: jax.Array, result: jax.Array) -> jax.Array:
     """Returns a result in the dtype, the memory and the sharding of an array."""
-    result, sharding = kept_beside(result.astype(array.dtype), array), jax.typeof(array).sharding
-    is_cut = any(axis is not None for axis in sharding.spec)
-    return jax.sharding.reshard(result, sharding) if is_cut else result
+    result, sharding = as_given(result, array), jax.typeof(array).sharding
+    return jax.sharding.reshard(result, sharding) if _is_cut(sharding) else result
+
+
+def _is_cut(sharding: NamedSharding) -> bool:
+    """Tells whether a mesh of type Explicit cuts an array with this sharding in its type."""
+    return any(axis is not None for axis in sharding.spec)
 
 
 def _checked(call: str, array: jax.typing.ArrayLike, ndim: int) -> jax.Array:
@@ -65,7 +68,7 @@ def polar(matrix: jax.typing.ArrayLike, method: MethodLike = "polar_express") ->
     matrix, resolved = _checked("polar(matrix)", matrix, 2), resolve(method)
     batch = _everywhere(on_device(matrix)).reshape(-1, *matrix.shape[-2:])
     (result,) = orthogonalize_batches([batch], [1], Numerics(resolved))
-    return _as_given(result.reshape(matrix.shape), matrix)
+    return _placed_as(matrix, result.reshape(matrix.shape))
 
 
 def mode_orthogonalize(
@@ -104,4 +107,4 @@ def mode_orthogonalize(
     first = jnp.moveaxis(_everywhere(tensor), mode - 4, -3)
     unfolded = first.reshape(*first.shape[:-2], -1)
     folded = polar(unfolded, method).reshape(first.shape)
-    return _as_given(jnp.moveaxis(folded, -3, mode - 4), tensor)
+    return _placed_as(tensor, jnp.moveaxis(folded, -3, mode - 4))

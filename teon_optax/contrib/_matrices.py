@@ -6,10 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from teon_optax._memory import kept_beside, on_device
+from teon_optax._memory import kept_beside, on_device, widened
 from teon_optax._mesh.placement import merge_axes, placed_along, split_axis, splittable
 from teon_optax._mesh.views import enter_view, leave_view
 from teon_optax._plan.layout import Layout
@@ -96,7 +95,7 @@ def _wide(leaf: jax.Array, layout: Layout) -> jax.Array:
 
     What was kept of an update before has the axes of the view already.
     """
-    wide = on_device(leaf).astype(np.promote_types(leaf.dtype, np.float32))
+    wide = widened(on_device(leaf))
     is_whole = layout.stored is not None and leaf.shape == layout.stored.shape
     return enter_view(wide, layout) if is_whole else wide
 

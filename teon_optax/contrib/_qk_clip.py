@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from teon_optax._arguments import check_number
-from teon_optax._memory import kept_beside, on_device
+from teon_optax._memory import kept_beside, on_device, widened
 from teon_optax._paths import LeafType, cached, paths_of, tree_types
 from teon_optax._plan.layout import Layout, seen, to_leaf
 from teon_optax._plan.plan import plan_of
@@ -390,7 +390,7 @@ def _logits_by_stack(given: Any, stacks: Mapping[str, _Stack]) -> dict[str, Any]
 
 def _roots(logits: jax.Array, threshold: Any) -> jax.Array:
     """Computes what each layer and head is multiplied by, [layers, heads]."""
-    logits = logits.astype(np.promote_types(logits.dtype, np.float32))
+    logits = widened(logits)
     limit = jnp.asarray(threshold, logits.dtype)
     above = (logits > limit) & jnp.isfinite(logits)
     return jnp.sqrt(jnp.where(above, limit / jnp.where(above, logits, limit), 1))
@@ -442,7 +442,7 @@ def _as_leaf(vectors: Sequence[jax.Array], layout: Layout) -> jax.Array:
 
 def _shrunk(update: jax.Array, param: jax.Array, factor: jax.Array) -> jax.Array:
     """Changes an update so that it multiplies the stepped parameter: (W + u) f - W."""
-    wide = on_device(jnp.asarray(update)).astype(np.promote_types(update.dtype, np.float32))
+    wide = widened(on_device(jnp.asarray(update)))
     factor = placed_like(factor.astype(wide.dtype), wide)
     # A factor of 1 leaves the update as it is, bit for bit.
     new = wide * factor + on_device(jnp.asarray(param)).astype(wide.dtype) * (factor - 1)

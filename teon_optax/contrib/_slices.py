@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from optax.contrib import MuonDimensionNumbers
 
-from teon_optax._memory import as_given, on_device
+from teon_optax._memory import as_given, on_device, widened
 from teon_optax._mesh.placement import Located, as_shardings
 from teon_optax._orthogonalize import orthogonalize_leaves
 from teon_optax._plan.batches import Batch, batches_of, map_joint_matrices
@@ -164,7 +164,7 @@ def _mixed(weights: np.ndarray, batch: Batch, joint: jax.Array) -> jax.Array:
     They are in float32 at least. One matrix alone is not mixed.
     """
     m, n = _matrix(batch)
-    stacks = joint.reshape(-1, batch.K, m, n).astype(np.promote_types(joint.dtype, np.float32))
+    stacks = widened(joint.reshape(-1, batch.K, m, n))
     if batch.K == 1:
         return stacks
     slices, tiles, _, K = weights.shape
