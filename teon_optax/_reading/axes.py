@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from teon_optax._reading.leaves import Leaf
-from teon_optax._reading.names import is_known, says
-from teon_optax._reading.network import Network
+from teon_optax._reading.names import says
+from teon_optax._reading.network import Network, orientation, out_axis
 from teon_optax._reading.readings import Reading, fan, sizes
 
 Left = Callable[[Leaf], Sequence[Reading]]
@@ -27,49 +27,6 @@ class Said(NamedTuple):
 def matrices(keeps: Callable[[Reading], bool], why: str) -> Said:
     """Removes matrices that a test does not keep; kinds of the fallback have no axes to test."""
     return Said(lambda reading: not reading.is_matrix or keeps(reading), why)
-
-
-def orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
-    """Finds the fan_out axis of a matrix, once for each leaf."""
-    if leaf.path not in net.orientations:
-        net.orientations[leaf.path] = _orientation(leaf, net)
-    return net.orientations[leaf.path]
-
-
-def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
-    """Finds the fan_out axis of a matrix (0 or 1 of the last two), and why; None if it is unknown.
-
-    The bias beside it proves it. Otherwise all matrices in a block whose arrays have the same name
-    are taken to be alike, as two of them show at least and none denies; then all of the tree; then
-    it is as the library has it that uses this name.
-    """
-    axis = net.bias_axis(leaf)
-    if axis is not None:
-        return axis, "the bias is as long as fan_out"
-    if leaf.hides_axes:
-        return None, ""
-    votes = net.votes(leaf)
-    if len(votes) > 1 and len({*votes}) == 1:
-        return votes[0], "as the matrices beside it show"
-    shown = net.shown.get((len(leaf.shape), leaf.weight), set())
-    if len(shown) == 1:
-        return min(shown), "as the other matrices of the tree show"
-    if leaf.keys[-1].startswith("weight"):
-        return 0, "weights are (out, in)"
-    if leaf.is_bare and leaf.name and not is_known(leaf.name) and not leaf.name.isdecimal():
-        return None, ""
-    return 1, "kernels are (in, out)"
-
-
-def out_axis(leaf: Leaf, net: Network) -> int | None:
-    """Gives the fan_out axis of a matrix, 0 or 1 of the last two."""
-    return orientation(leaf, net)[0]
-
-
-def fans(leaf: Leaf, net: Network) -> tuple[int, int]:
-    """Gives (fan_in, fan_out) of a matrix in the last two axes."""
-    first, last = leaf.shape[-2:]
-    return (last, first) if out_axis(leaf, net) == 0 else (first, last)
 
 
 def by_bias(leaf: Leaf, net: Network, left: Left) -> Said | None:
@@ -264,12 +221,6 @@ def last_is_out(leaf: Leaf, net: Network, left: Left) -> Said | None:
     )
 
 
-def is_out_first(leaf: Leaf, net: Network) -> bool:
-    """Tells whether fan_out comes first in arrays of this name, as biases or libraries have it."""
-    shown = net.shown.get((2, leaf.weight), set())
-    return 0 in shown if len(shown) == 1 else leaf.weight == "weight"
-
-
 def by_convention(leaf: Leaf, net: Network, left: Left) -> Said | None:
     """Keeps (in, out) for kernels and (out, in) for weights, where the tree does not deny it."""
     if leaf.hides_axes:
@@ -278,17 +229,12 @@ def by_convention(leaf: Leaf, net: Network, left: Left) -> Said | None:
     is_parted = any("p" in r.axes or r.kind == "qkv" and (r.split != 1 or r.view) for r in found)
     if is_parted or len({reading.split for reading in found}) > 1:
         return None
-    if len(leaf.shape) == 2:
-        axis, why = orientation(leaf, net)
-        if axis is None and leaf.shape[0] != leaf.shape[1]:
-            return None
-        return matrices(lambda r: r.axes == ("oi", "io")[axis or 0], why)
-    out_first = is_out_first(leaf, net)
-    why = "weights are (out, in)" if out_first else "kernels are (in, out)"
+    axis, why = orientation(leaf, net)
+    if axis is None and len({*leaf.shape[-2:]}) > 1:
+        return None
 
     def keeps(reading: Reading) -> bool:
         axes = [letter for letter in reading.axes if letter in "io"]
-        is_turned = axes[-1] == "i"
-        return is_turned == out_first
+        return axes[-1] == ("i" if axis == 0 else "o")
 
     return matrices(keeps, why)

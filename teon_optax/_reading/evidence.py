@@ -7,11 +7,11 @@ overruled by what came before: a name never overrules a proof.
 import itertools
 from collections import Counter
 
-from teon_optax._reading.axes import Said, fans, fit
+from teon_optax._reading.axes import Said, fit
 from teon_optax._reading.blocks import is_end
 from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
-from teon_optax._reading.network import Network
+from teon_optax._reading.network import Network, fans
 from teon_optax._reading.readings import ENDS, FALLBACK, Reading, fan
 
 

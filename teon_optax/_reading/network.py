@@ -1,5 +1,6 @@
 """What stands around a leaf: its module, the blocks, the widths, routers and experts."""
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,7 @@ from teon_optax._reading.blocks import (
     stream_width,
 )
 from teon_optax._reading.leaves import Leaf, above
-from teon_optax._reading.names import match, says
+from teon_optax._reading.names import is_known, match, says
 
 Shape = tuple[int, ...]
 
@@ -138,12 +139,10 @@ class Network:
         steps: list[tuple[Leaf, int, int]] = []
         channels = set()
         for leaf in self.outside:
-            first, last = leaf.shape[0], leaf.shape[-1]
-            out, into = (first, last) if leaf.keys[-1].startswith("weight") else (last, first)
             if len(leaf.shape) > 2 and says("convolution", *leaf.keys):
-                channels.add(out)
+                channels.add(leaf.shape[0 if leaf.keys[-1].startswith("weight") else -1])
             elif len(leaf.shape) == 2 and (not is_end(leaf) or says("head", *leaf.keys[-2:])):
-                steps.append((leaf, into, out))
+                steps.append((leaf, *fans(leaf, self)))
         sources = {into for _, into, _ in steps}
         flat = {into for into in sources if any(into % size == 0 for size in channels - {1})}
         linked, inside = {*flat}, self.widths | flat
@@ -416,9 +415,14 @@ class Network:
         adapter go the other way.
         """
         stream = self.stream_of(leaf)
+        if len(stream) != 1 or leaf.home not in self.blocks:
+            return None
+        if len(leaf.shape) == 3 and leaf.letter:
+            ends = [leaf.shape[end] in stream for end in (0, -1)]
+            return ends[0] * 1 if ends[0] != ends[1] else None
         axes = [axis for axis, size in enumerate(leaf.shape[-2:]) if size in stream]
         reads, writes = leaf.says("reads"), leaf.says("writes")
-        if len(stream) != 1 or len(axes) != 1 or reads == writes or leaf.home not in self.blocks:
+        if len(axes) != 1 or reads == writes:
             return None
         is_wider = leaf.shape[-2:][1 - axes[0]] > leaf.shape[-2:][axes[0]]
         is_projection = match("projection", leaf.name) or match("output", leaf.name)
@@ -426,32 +430,38 @@ class Network:
 
     def votes(self, leaf: Leaf) -> list[int]:
         """Lists the fan_out axes that matrices in a leaf's block show whose arrays are alike."""
-        found = self._votes.get(self.blocks.get(leaf.home, ()), {})
-        return found.get((len(leaf.shape), leaf.weight), [])
+        return self._votes.get(self.blocks.get(leaf.home, ()), {}).get(leaf.weight, [])
 
     @cached_property
-    def _votes(self) -> dict[Names, dict[tuple[int, str], list[int]]]:
+    def _votes(self) -> dict[Names, dict[str, list[int]]]:
         """Lists by the names of blocks what their matrices show, a bias twice, a name once."""
-        found: dict[Names, dict[tuple[int, str], list[int]]] = {}
+        found: dict[Names, dict[str, list[int]]] = {}
         for names, inside in self.held.items():
             for leaf in inside:
                 if leaf.is_matrix:
                     each = (self._direction(leaf), self.bias_axis(leaf), self.bias_axis(leaf))
-                    votes = found.setdefault(names, {}).setdefault(
-                        (len(leaf.shape), leaf.weight), []
-                    )
+                    votes = found.setdefault(names, {}).setdefault(leaf.weight, [])
                     votes += [axis for axis in each if axis is not None]
         return found
 
     @cached_property
-    def shown(self) -> dict[tuple[int, str], set[int]]:
-        """Finds the fan_out axes that biases show, and chains, by rank and the array's name."""
-        found: dict[tuple[int, str], set[int]] = {}
-        for held in self.matrices.values():
-            plain = [leaf for leaf in held if len(leaf.shape) == 2]
-            for leaf in plain:
+    def shown(self) -> dict[str, set[int]]:
+        """Finds the fan_out axes that biases show, and chains of arrays, by the array's name."""
+        found: dict[str, set[int]] = {}
+        series: dict[Names, list[Leaf]] = {}
+        for leaf in self.floats:
+            if leaf.is_matrix and len(leaf.shape) == 2:
                 if (axis := self.bias_axis(leaf)) is not None:
-                    found.setdefault((2, leaf.weight), set()).add(axis)
+                    found.setdefault(leaf.weight, set()).add(axis)
+                if leaf.is_bare and len(self.varying[leaf.names]) == 1:
+                    series.setdefault(leaf.names, []).append(leaf)
+        for chain in series.values():
+            (column,) = self.varying[chain[0].names]
+            chain.sort(key=lambda leaf: int(leaf.numbers[column] or 0))
+            steps = [(a.shape, b.shape) for a, b in itertools.pairwise(chain)]
+            axes = {axis for axis in (0, 1) if all(a[axis] == b[1 - axis] for a, b in steps)}
+            if len(axes) == 1:
+                found.setdefault("", set()).update(axes)
         return found
 
     def output_of(self, leaf: Leaf) -> Leaf | None:
@@ -466,6 +476,50 @@ class Network:
         if not named and len(unlike) == 1 and (leaf.in_attention or lettered > 1):
             named = unlike
         return named[0] if named else None
+
+
+def orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
+    """Finds the fan_out axis of a matrix, once for each leaf."""
+    if leaf.path not in net.orientations:
+        net.orientations[leaf.path] = _orientation(leaf, net)
+    return net.orientations[leaf.path]
+
+
+def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
+    """Finds the fan_out axis of a matrix (0 or 1 of the last two), and why; None if it is unknown.
+
+    The bias beside it proves it. Otherwise all matrices in a block whose arrays have the same name
+    are taken to be alike, as two of them show at least and none denies; then all of the tree; then
+    it is as the library has it that uses this name. An array that is named as no library names the
+    weight of a module is as a chain of such arrays shows.
+    """
+    axis = net.bias_axis(leaf)
+    if axis is not None:
+        return axis, "the bias is as long as fan_out"
+    if leaf.hides_axes:
+        return None, ""
+    votes = net.votes(leaf)
+    if len(votes) > 1 and len({*votes}) == 1:
+        return votes[0], "as the matrices beside it show"
+    shown = net.shown.get(leaf.weight, set())
+    if len(shown) == 1:
+        return min(shown), "as the other matrices of the tree show"
+    if leaf.keys[-1].startswith("weight"):
+        return 0, "weights are (out, in)"
+    if leaf.is_bare and leaf.name and not is_known(leaf.name) and not leaf.name.isdecimal():
+        return None, ""
+    return 1, "kernels are (in, out)"
+
+
+def out_axis(leaf: Leaf, net: Network) -> int | None:
+    """Gives the fan_out axis of a matrix, 0 or 1 of the last two."""
+    return orientation(leaf, net)[0]
+
+
+def fans(leaf: Leaf, net: Network) -> tuple[int, int]:
+    """Gives (fan_in, fan_out) of a matrix in the last two axes."""
+    first, last = leaf.shape[-2:]
+    return (last, first) if out_axis(leaf, net) == 0 else (first, last)
 
 
 def _attention_of(leaf: Leaf) -> str:

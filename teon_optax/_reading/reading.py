@@ -8,7 +8,7 @@ from teon_optax._reading import axes, evidence
 from teon_optax._reading.layers import layer_columns
 from teon_optax._reading.leaves import Leaf, leaves_of
 from teon_optax._reading.names import says
-from teon_optax._reading.network import Network
+from teon_optax._reading.network import Network, out_axis
 from teon_optax._reading.readings import Reading, fan, readings_of
 
 # Pieces of evidence of axes, in the order of their strength.
@@ -154,7 +154,7 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
             ("l" in reading.axes) != is_called,
             reading.kind != "qkv" and 2 or (reading.view is None) == by_heads,
             is_packed and (reading.split == 1 or not is_long(reading)),
-            is_turned != axes.is_out_first(leaf, net),
+            is_turned != (out_axis(leaf, net) == 0),
         )
 
     def is_long(reading: Reading) -> bool:
