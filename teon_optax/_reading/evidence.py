@@ -107,7 +107,8 @@ def router(leaf: Leaf, net: Network) -> Said | None:
     modules = [key for key in leaf.keys[: leaf.depth] if not key.isdecimal()]
     module = ["", *modules][-1]
     if len(leaf.shape) != 2:
-        return never("", "router")
+        is_called = leaf.path not in net.experts and says("router", module, leaf.name)
+        return only("router, by name", "router") if is_called else never("", "router")
     is_gate = leaf.says("gate") and not says("shared", module)
     is_gate = is_gate and not any(other.says("router") for other in net.beside(leaf))
     has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in net.modules
@@ -129,7 +130,7 @@ def experts(leaf: Leaf, net: Network) -> Said | None:
     if any(says("shared", key) for key in words):
         return None
     is_expert = leaf.path in net.experts or says("experts", *words)
-    if not is_expert and not (says("mixture", module) and len(leaf.shape) > 2):
+    if not is_expert and not (says("mixture", module) and _has_way_back(leaf, net)):
         return None
     count = net.experts.get(leaf.path)
     why = f"one of {count} experts" if count else "expert, by name"
@@ -137,6 +138,16 @@ def experts(leaf: Leaf, net: Network) -> Said | None:
         return only(why, "hidden")
     batches = ("b", "p") if leaf.says("gating") else ("b",)
     return Said(lambda r: r.kind == "hidden" and r.axes[0] in batches and "l" not in r.axes, why)
+
+
+def _has_way_back(leaf: Leaf, net: Network) -> bool:
+    """Tells whether a matrix beside it leads back, for each of as many experts.
+
+    What sends tokens to slots, (d, experts, slots), has no such matrix.
+    """
+    beside = (other.shape for other in net.beside(leaf) if len(other.shape) > 2)
+    back = leaf.shape[:-3:-1]
+    return any(shape[0] == leaf.shape[0] and shape[-2:] == back for shape in beside)
 
 
 def counted(router: Leaf, leaf: Leaf) -> int:
