@@ -48,7 +48,9 @@ def no_matrix(leaf: Leaf, net: Network) -> Said | None:
 def low_rank(leaf: Leaf, net: Network) -> Said | None:
     """Keeps LoRA factors, by name or because two of them multiply to what is beside them."""
     if says("low rank", *leaf.keys):
-        is_second = any(key.lower().endswith(("b", "up")) for key in (leaf.keys[-1], leaf.name))
+        called = next(key for key in reversed(leaf.keys) if says("low rank", key))
+        names = called, leaf.keys[-1], leaf.name
+        is_second = any(key.lower().endswith(("b", "up")) for key in names)
         return only("low-rank factor, by name", "lora_b" if is_second else "lora_a")
     if (is_second := _is_second_factor(leaf, net)) is not None:
         why = "low-rank factor: two multiply to the shape of a matrix beside them"

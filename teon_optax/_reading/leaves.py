@@ -37,6 +37,7 @@ class Leaf:
     layer_axis: int | None = None
     scanned: str = ""  # the module whose leaves all have that axis
     is_factor: bool = False  # a "b" beside an "a", so no bias
+    is_alone: bool = False  # `q_proj/linear/kernel`, and no other matrix in `q_proj`
     block: str = ""  # `h0_`, where `h0_attn_q` and `h0_up` say it of themselves
 
     @cached_property
@@ -73,11 +74,14 @@ class Leaf:
 
     @cached_property
     def depth(self) -> int:
-        """Counts the keys above the leaf, or above the module that holds only its weight."""
+        """Counts the keys above the leaf, or above the module that holds only its weight.
+
+        That module may be called as a projection, with another inside that has the weight.
+        """
         depth = len(self.keys) - 1
         while depth and (WEIGHT.fullmatch(self.keys[depth]) or self.keys[depth].isdecimal()):
             depth -= 1
-        return depth
+        return depth - self.is_alone
 
     @cached_property
     def home(self) -> str:
@@ -171,6 +175,10 @@ def leaves_of(params: Any) -> list[Leaf]:
         dataclasses.replace(leaf, names=names, numbers=numbers, is_factor=leaf.path in factors)
         for leaf, (names, numbers) in zip(leaves, _taken_apart(leaves), strict=True)
     ]
+    alone = _alone(leaves)
+    leaves = [
+        dataclasses.replace(leaf, is_alone=True) if leaf.path in alone else leaf for leaf in leaves
+    ]
     blocks = _named_blocks(leaves)
     leaves = [
         dataclasses.replace(leaf, block=leaf.keys[leaf.depth][: found.end()])
@@ -225,6 +233,21 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
     for leaf, modules in zip(leaves, places, strict=True):
         pairs = [known[step] for step in zip(modules, leaf.segments, strict=True)]
         yield tuple(name for name, _ in pairs), tuple(number for _, number in pairs)
+
+
+def _alone(leaves: Sequence[Leaf]) -> set[str]:
+    """Finds weights in a module that is the only one inside of a projection, but for adapters."""
+    inside: dict[tuple[str, ...], list[Leaf]] = {}
+    for leaf in leaves:
+        is_adapter = sum(size > 1 for size in leaf.shape) < 2 or says("low rank", *leaf.keys)
+        for depth, key in enumerate(leaf.keys[: leaf.depth], 1):
+            if leaf.is_matrix and not is_adapter and says("projection", key) | says("output", key):
+                inside.setdefault(tuple(leaf.keys[:depth]), []).append(leaf)
+    return {
+        held[0].path
+        for module, held in inside.items()
+        if len(held) == 1 and len(module) == held[0].depth and not held[0].is_bare
+    }
 
 
 def _block_in(leaf: Leaf) -> re.Match[str] | None:
