@@ -130,11 +130,12 @@ class Network:
         """Finds the sizes by which matrices outside of blocks follow each other, and ends of them.
 
         Before them may be a convolution, whose channels are flattened together with the image, and
-        after them a head. In a numbered series of more than two, which may be an MLP, a matrix
-        follows those of lower numbers alone. A size may be an end where the matrices lead from it
-        back to it, as the pixels of an autoencoder do and the noise of a denoiser, unless it is the
-        width of a square matrix, lies inside a series, or between two that are called `up` and
-        `down`.
+        after them a head, or blocks that read what none of them writes. In a numbered series of
+        more than two, which may be an MLP, a matrix follows those of lower numbers alone, or reads
+        an input beside what the one before it makes. A size may be an end where the matrices lead
+        from it back to it, as the pixels of an autoencoder do and the noise of a denoiser, unless
+        it is the width of a square matrix, lies inside a series, or between two that are called
+        `up` and `down`.
         """
         steps: list[tuple[Leaf, int, int]] = []
         channels = set()
@@ -145,7 +146,7 @@ class Network:
                 steps.append((leaf, *fans(leaf, self)))
         sources = {into for _, into, _ in steps}
         flat = {into for into in sources if any(into % size == 0 for size in channels - {1})}
-        linked, inside = {*flat}, self.widths | flat
+        linked, inside = flat | self._read_by_blocks | _beside_inputs(steps), self.widths | flat
         lengths = Counter((leaf.home, leaf.names) for leaf, _, _ in steps)
         by_out: dict[int, list[Leaf]] = {}
         by_into: dict[int, list[Leaf]] = {}
@@ -172,6 +173,13 @@ class Network:
         for _, into, out in steps:
             ways.setdefault(into, set()).add(out)
         return linked, {size for size in linked - inside if _leads_back(size, ways)}
+
+    @cached_property
+    def _read_by_blocks(self) -> set[int]:
+        """Finds the sizes that matrices in blocks read, and that none of them writes."""
+        inside = (leaf for held in self.held.values() for leaf in held)
+        steps = [fans(leaf, self) for leaf in inside if leaf.is_matrix and len(leaf.shape) == 2]
+        return {into for into, _ in steps} - {out for _, out in steps}
 
     @property
     def linked(self) -> set[int]:
@@ -576,13 +584,38 @@ def is_vocabulary(leaf: Leaf) -> bool:
     return says("table", *leaf.keys[-2:]) and not says("positions", *leaf.keys)
 
 
+def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
+    """Finds the sizes between two neighbours of a series of which the second reads an input as well.
+
+    One of the sizes is between others, too. The input is one that another matrix reads alone; or
+    it is narrower than what the first makes, which no later one reads otherwise.
+    """
+    ins, outs = ({step[side] for step in steps} for side in (1, 2))
+    series: dict[tuple[str, Names], list[tuple[int, int]]] = {}
+    for leaf, into, out in sorted(steps, key=lambda step: _numbers(step[0])):
+        series.setdefault((leaf.home, leaf.names), []).append((into, out))
+    found: set[int] = set()
+    for chain in series.values():
+        for place, ((before, made), (into, _)) in enumerate(itertools.pairwise(chain)):
+            more, rest = into - made, {read - made for read, _ in chain[place + 2 :]}
+            is_unread = before == made and rest.isdisjoint({0, *outs})
+            is_between = made in ins or into in outs
+            if is_between and (more in ins - outs or is_unread and 0 < more < made):
+                found |= {made, into}
+    return found
+
+
+def _numbers(leaf: Leaf) -> list[int]:
+    return [int(number or 0) for number in leaf.numbers]
+
+
 def _numbers_of(
     leaves: Iterable[Leaf], choose: Callable[[list[int], list[int]], list[int]]
 ) -> dict[tuple[str, Names], list[int]]:
     """Gives for each series the numbers of its first leaf, or of its last."""
     found: dict[tuple[str, Names], list[int]] = {}
     for leaf in leaves:
-        numbers = [int(number) for number in leaf.numbers if number]
+        numbers = _numbers(leaf)
         series = leaf.home, leaf.names
         found[series] = choose(found.get(series, numbers), numbers)
     return found
