@@ -631,16 +631,15 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     """Keeps or removes tables, inputs and heads by the sizes that a matrix connects.
 
     Inside of a block it is none. Outside it is hidden where both sides are widths of the network; a
-    size of its own is that of an input, an output or a table. In a list of (weight, bias), which
-    has no names, only a square matrix shows a width; nothing does in a tree with one matrix.
+    size of its own is that of an input, an output or a table. Nothing shows one in a tree with one
+    matrix.
     """
     if len(leaf.shape) != 2:
         if leaf.hides_axes:
             return never("", *FALLBACK)
         is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in net.blocks
         return only("table: one for all", "table") if is_table else None
-    is_listed = all(key.isdecimal() for key in leaf.keys)
-    widths = net.widths if is_listed else net.widths | net.linked
+    widths = net.widths | net.linked
     if leaf.home in net.blocks or not widths or says("recurrent", *leaf.keys):
         return never("", *FALLBACK)
     sizes = fans(leaf, net)
@@ -654,7 +653,8 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     if net.widths.issuperset(sizes):
         return never("", *FALLBACK) if is_named else never("", "vector", "convolution")
     if widths.issuperset(sizes):
-        is_inside = leaf.says("mlp") and net.ends.isdisjoint(sizes)
+        is_layer = leaf.says("mlp") or net.bias_axis(leaf) is not None
+        is_inside = is_layer and net.ends.isdisjoint(sizes)
         return never("", *FALLBACK) if is_inside else never("", "vector", "convolution")
     into, out = (size not in widths for size in sizes)
     if into and out:
