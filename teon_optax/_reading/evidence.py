@@ -663,7 +663,7 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     is_several = any(sizes[0] % width == 0 for width in net.widths - {1})
     if into and is_several and leaf.says("mlp") and not is_image:
         return open_to(f"an input, or {sizes[0]} is several widths side by side", "input", "hidden")
-    if out and sizes[1] in net.bias_lengths:
+    if out and sizes[1] in net.channels:
         return open_to(f"a head, or another makes {sizes[1]} too", "head", "hidden")
     verb = "writes" if into else "reads"
     kinds = ("input", "table") if into else ("head",)

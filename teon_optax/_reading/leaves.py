@@ -106,10 +106,13 @@ class Leaf:
 
     @cached_property
     def is_vector(self) -> bool:
-        """Tells whether it is called as the biases and scales of a layer are."""
+        """Tells whether it is called as the biases and scales of a layer are, or lies in a norm.
+
+        A kernel in a norm is that of a layer which makes its scales.
+        """
         name = self.keys[-1]
         is_called = says("vector", name) or (name == "b" and not self.is_factor)
-        return is_called or says("norm", self.name)
+        return is_called or (says("norm", self.name) and self.weight != "kernel")
 
     def says(self, *rows: str) -> bool:
         """Tells whether its name is in one of these rows of the table of names."""

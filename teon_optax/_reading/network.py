@@ -141,7 +141,7 @@ class Network:
         channels = set()
         for leaf in self.outside:
             if len(leaf.shape) > 2 and says("convolution", *leaf.keys):
-                channels.add(leaf.shape[0 if leaf.keys[-1].startswith("weight") else -1])
+                channels.add(_made(leaf))
             elif len(leaf.shape) == 2 and (not is_end(leaf) or says("head", *leaf.keys[-2:])):
                 steps.append((leaf, *fans(leaf, self)))
         sources = {into for _, into, _ in steps}
@@ -288,10 +288,11 @@ class Network:
         }
 
     @cached_property
-    def bias_lengths(self) -> set[int]:
-        """Finds how long the biases of matrices with more than two axes are."""
-        tall = (m for held in self.matrices.values() for m in held if len(m.shape) > 2)
-        return {shape[0] for leaf in tall for shape in self.biases(leaf) if len(shape) == 1}
+    def channels(self) -> set[int]:
+        """Finds how many channels convolutions make, and what is biased like them."""
+        tall = [m for held in self.matrices.values() for m in held if len(m.shape) > 2]
+        found = {shape[0] for leaf in tall for shape in self.biases(leaf) if len(shape) == 1}
+        return found | {_made(leaf) for leaf in tall if says("convolution", *leaf.keys)}
 
     def series_numbers(self, leaf: Leaf, column: int) -> set[int]:
         """Lists the numbers of the modules that differ in one number from the one around a leaf."""
@@ -585,7 +586,7 @@ def is_vocabulary(leaf: Leaf) -> bool:
 
 
 def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
-    """Finds the sizes between two neighbours of a series of which the second reads an input as well.
+    """Finds the sizes between neighbours of a series of which the second reads an input as well.
 
     One of the sizes is between others, too. The input is one that another matrix reads alone; or
     it is narrower than what the first makes, which no later one reads otherwise.
@@ -603,6 +604,11 @@ def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
             if is_between and (more in ins - outs or is_unread and 0 < more < made):
                 found |= {made, into}
     return found
+
+
+def _made(convolution: Leaf) -> int:
+    """Gives the channels that a convolution makes."""
+    return convolution.shape[0 if convolution.keys[-1].startswith("weight") else -1]
 
 
 def _numbers(leaf: Leaf) -> list[int]:
