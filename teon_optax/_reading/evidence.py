@@ -640,7 +640,8 @@ def place(leaf: Leaf, net: Network) -> Said | None:
         is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in net.blocks
         return only("table: one for all", "table") if is_table else None
     widths = net.widths | net.linked
-    if leaf.home in net.blocks or not widths or says("recurrent", *leaf.keys):
+    is_cell = says("recurrent", *leaf.keys) or leaf.path in net.gates
+    if leaf.home in net.blocks or not widths or is_cell:
         return never("", *FALLBACK)
     sizes = fans(leaf, net)
     if sizes[::-1] in net.vocabularies and not leaf.says("reads"):
@@ -663,7 +664,8 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     is_several = any(sizes[0] % width == 0 for width in net.widths - {1})
     if into and is_several and leaf.says("mlp") and not is_image:
         return open_to(f"an input, or {sizes[0]} is several widths side by side", "input", "hidden")
-    if out and sizes[1] in net.channels:
+    is_twice = sizes in _beside_alike(leaf, net) and sizes[1] in (3 * sizes[0], 4 * sizes[0])
+    if out and (sizes[1] in net.channels or is_twice):
         return open_to(f"a head, or another makes {sizes[1]} too", "head", "hidden")
     verb = "writes" if into else "reads"
     kinds = ("input", "table") if into else ("head",)

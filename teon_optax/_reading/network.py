@@ -117,13 +117,47 @@ class Network:
         plain = [leaf for leaf in self.outside if len(leaf.shape) == 2 and not is_end(leaf)]
         squares = {leaf.shape[0] for leaf in plain if leaf.shape[0] == leaf.shape[1]}
         squares |= {min(leaf.shape) for leaf in plain if leaf.says("state")}
-        return set().union(squares, *self.streams.values())
+        return set().union(squares, self.gates.values(), *self.streams.values())
 
     @cached_property
     def vocabularies(self) -> set[Shape]:
         """Finds the shapes of embeddings, the vocabulary first."""
         tables = (leaf for leaf in self.outside if len(leaf.shape) == 2)
         return {leaf.shape for leaf in tables if is_vocabulary(leaf)}
+
+    @cached_property
+    def steps(self) -> list[tuple[Leaf, int, int]]:
+        """Lists the matrices outside of blocks that are no tables, with fan_in and fan_out."""
+        plain = (leaf for leaf in self.outside if len(leaf.shape) == 2)
+        steps = (leaf for leaf in plain if not is_end(leaf) or says("head", *leaf.keys[-2:]))
+        return [(leaf, *fans(leaf, self)) for leaf in steps]
+
+    @cached_property
+    def gates(self) -> dict[str, int]:
+        """Finds by path what makes the gates of a recurrent cell, and how wide its state is.
+
+        A GRU has three gates and an LSTM four, each as wide as the state. One matrix makes them
+        from the state, and another beside it from the input; or one does from both. Nothing else
+        reads the gates. Of two that read as much, nothing else may make it: they may be heads.
+        """
+        ins, outs = ({step[side] for step in self.steps} for side in (1, 2))
+        outs |= {width for _, width in self.vocabularies}
+        makers: dict[tuple[str, int], list[tuple[str, int]]] = {}
+        for leaf, into, out in self.steps:
+            if out not in ins:
+                makers.setdefault((leaf.home, out), []).append((leaf.path, into))
+        found = {}
+        for (_, out), cell in makers.items():
+            read = [into for _, into in cell]
+            for state in (out / 3, out / 4):
+                is_alone = len(cell) == 1 and state in ins - outs and read[0] - state in outs
+                is_pair = (
+                    len(cell) == 2 and state in read and (len({*read}) > 1 or state not in outs)
+                )
+                if is_alone or is_pair:
+                    inside = {state, read[0]} if is_alone else {state, *outs}
+                    found |= {path: int(state) for path, into in cell if into in inside}
+        return found
 
     @cached_property
     def chains(self) -> tuple[set[int], set[int]]:
@@ -137,13 +171,9 @@ class Network:
         it is the width of a square matrix, lies inside a series, or between two that are called
         `up` and `down`.
         """
-        steps: list[tuple[Leaf, int, int]] = []
-        channels = set()
-        for leaf in self.outside:
-            if len(leaf.shape) > 2 and says("convolution", *leaf.keys):
-                channels.add(_made(leaf))
-            elif len(leaf.shape) == 2 and (not is_end(leaf) or says("head", *leaf.keys[-2:])):
-                steps.append((leaf, *fans(leaf, self)))
+        steps = self.steps
+        tall = (leaf for leaf in self.outside if len(leaf.shape) > 2)
+        channels = {_made(leaf) for leaf in tall if says("convolution", *leaf.keys)}
         sources = {into for _, into, _ in steps}
         flat = {into for into in sources if any(into % size == 0 for size in channels - {1})}
         linked, inside = flat | self._read_by_blocks | _beside_inputs(steps), self.widths | flat
