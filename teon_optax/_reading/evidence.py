@@ -664,8 +664,9 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     is_several = any(sizes[0] % width == 0 for width in net.widths - {1})
     if into and is_several and leaf.says("mlp") and not is_image:
         return open_to(f"an input, or {sizes[0]} is several widths side by side", "input", "hidden")
-    is_twice = sizes in _beside_alike(leaf, net) and sizes[1] in (3 * sizes[0], 4 * sizes[0])
-    if out and (sizes[1] in net.channels or is_twice):
+    may_be_gates = sizes[1] in (3 * sizes[0], 4 * sizes[0])
+    may_be_gates = may_be_gates and _fans_at(leaf.home, 2, net)[0][sizes] == 2
+    if out and (sizes[1] in net.channels or may_be_gates):
         return open_to(f"a head, or another makes {sizes[1]} too", "head", "hidden")
     verb = "writes" if into else "reads"
     kinds = ("input", "table") if into else ("head",)
