@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.tree_util import FlattenedIndexKey, GetAttrKey
 
 from teon_optax._paths import leaf_paths
-from teon_optax._reading.names import WEIGHT, match, says
+from teon_optax._reading.names import WEIGHT, letter_of, rows_of, says
 
 HOLE = "\0"  # where a number was in a name
 _TUPLE = re.compile(r"(\('?)(.*, .*?)('?\))")  # a key that is a tuple, as text
@@ -89,7 +89,7 @@ class Leaf:
         block = [self.block] if self.block else []
         return "/".join([*self.keys[: self.depth], *block])
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Gives what the leaf, or the module that holds only its weight, is called at home."""
         return self.keys[self.depth].removeprefix(self.block)
@@ -116,23 +116,41 @@ class Leaf:
 
     def says(self, *rows: str) -> bool:
         """Tells whether its name is in one of these rows of the table of names."""
-        return any(match(row, self.name) for row in rows)
+        return not self.rows.isdisjoint(rows)
+
+    @cached_property
+    def rows(self) -> frozenset[str]:
+        """Lists the rows of the table of names that its name is in."""
+        return rows_of(self.name)
 
     @cached_property
     def letter(self) -> str:
         """Gives q, k or v for what is called as such a projection, nothing for others."""
-        if found := match("projection", self.name):
-            return found[1][:1]
-        rows = "latent", "fused", "fused pair", "low rank"
-        found = match("in attention", self.name) if self.weight and self.in_attention else None
-        return found[1][:1] if found and not self.says(*rows) else ""
+        if self.says("projection"):
+            return letter_of("projection", self.name)
+        is_other = self.says("latent", "fused", "fused pair", "low rank")
+        is_inside = self.weight and self.in_attention and not is_other
+        return letter_of("in attention", self.name) if is_inside else ""
 
     @cached_property
     def in_attention(self) -> bool:
         """Tells whether a module around is called attention."""
         return says("attention", *self.keys[: self.depth])
 
-    @property
+    @cached_property
+    def attention(self) -> str:
+        """Gives the module called attention around it, or its home where there is none.
+
+        Modules inside that are numbered may be heads, each with projections of its own.
+        """
+        depth = self.depth
+        while depth and self.numbers[depth - 1] is None:
+            if says("attention", self.keys[depth - 1]):
+                return "/".join(self.keys[:depth])
+            depth -= 1
+        return self.home
+
+    @cached_property
     def is_matrix(self) -> bool:
         """Tells whether one layer's part has two axes or more and no vector's name."""
         return self.is_float and len(self.shape) > 1 and not self.is_vector

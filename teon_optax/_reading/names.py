@@ -74,7 +74,6 @@ _ROWS = {row: re.compile(pattern) for row, pattern in NAMES.items()}
 WEIGHT = re.compile(r"kernel|weights?|w")
 
 
-@functools.lru_cache(8192)
 def spoken(key: str) -> str:
     """Joins the words of a segment with _ between them: `h0_attn` is h_attn."""
     snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", key)
@@ -82,16 +81,18 @@ def spoken(key: str) -> str:
 
 
 @functools.lru_cache(65536)
-def match(row: str, key: str) -> re.Match[str] | None:
-    """Matches a segment with a row of the table."""
-    return _ROWS[row].fullmatch(spoken(key))
+def rows_of(key: str) -> frozenset[str]:
+    """Lists the rows of the table that a segment's name is in."""
+    name = spoken(key)
+    return frozenset(row for row, pattern in _ROWS.items() if pattern.fullmatch(name))
+
+
+def letter_of(row: str, key: str) -> str:
+    """Gives q, k or v, the letter of the projection that a segment is called as in a row."""
+    found = _ROWS[row].fullmatch(spoken(key))
+    return found[1][:1] if found else ""
 
 
 def says(row: str, *keys: str) -> bool:
     """Tells whether the name of any of these segments is in a row."""
-    return any(match(row, key) for key in keys)
-
-
-def is_known(key: str) -> bool:
-    """Tells whether the name of a segment is in any row."""
-    return any(match(row, key) for row in NAMES)
+    return any(row in rows_of(key) for key in keys)

@@ -15,7 +15,7 @@ from teon_optax._reading.blocks import (
     stream_width,
 )
 from teon_optax._reading.leaves import Leaf, above
-from teon_optax._reading.names import is_known, match, says
+from teon_optax._reading.names import says
 
 Shape = tuple[int, ...]
 
@@ -47,7 +47,7 @@ class Network:
             self.modules.update(above(leaf.keys))
             if leaf.is_matrix:
                 self.matrices.setdefault(leaf.home, []).append(leaf)
-                self.attentions.setdefault(_attention_of(leaf), []).append(leaf)
+                self.attentions.setdefault(leaf.attention, []).append(leaf)
             else:
                 self.vectors.setdefault(leaf.module, {})[leaf.keys[-1]] = leaf.shape
             if len(leaf.shape) == 1:
@@ -299,7 +299,7 @@ class Network:
                 for leaf in inside
                 if len(leaf.shape) == 1
                 and leaf.module not in self.matrices
-                and not match("in attention", leaf.keys[-2] if len(leaf.keys) > 1 else "")
+                and not says("in attention", *leaf.keys[-2:-1])
             }
             plain = [{*leaf.shape} for leaf in inside if leaf.is_matrix and len(leaf.shape) == 2]
             shared = set.intersection(*plain) if plain else set()
@@ -308,11 +308,11 @@ class Network:
 
     def head_lengths(self, leaf: Leaf) -> set[int]:
         """Finds how long the norms of heads are inside a leaf's attention: its scales' lengths."""
-        home = _attention_of(leaf)
+        home = leaf.attention
         return {
             shape[0]
             for module, held in self.vectors.items()
-            if module.startswith(f"{home}/") and match("in attention", module.rpartition("/")[2])
+            if module.startswith(f"{home}/") and says("in attention", module.rpartition("/")[2])
             for shape in held.values()
             if len(shape) == 1
         }
@@ -397,7 +397,7 @@ class Network:
 
     def is_called_beside(self, leaf: Leaf, *rows: str) -> bool:
         """Tells whether a partner of a leaf is called as one of these rows of names says."""
-        home = _attention_of(leaf)
+        home = leaf.attention
         if (home, rows) not in self._called:
             called = (other.says(*rows) for other in self.attentions.get(home, []))
             self._called[home, rows] = sum(called)
@@ -405,7 +405,7 @@ class Network:
 
     def letters(self, leaf: Leaf) -> dict[str, Leaf]:
         """Gives a matrix of a leaf's attention for each of q, k and v that it has."""
-        home = _attention_of(leaf)
+        home = leaf.attention
         if home not in self._letters:
             held = self.attentions.get(home, [])
             self._letters[home] = {other.letter: other for other in held if other.letter}
@@ -413,7 +413,7 @@ class Network:
 
     def unlike(self, leaf: Leaf) -> list[Leaf]:
         """Lists the partners of a leaf that are no Q, K or V by name, two at most."""
-        home = _attention_of(leaf)
+        home = leaf.attention
         if home not in self._unlike:
             held = self.attentions.get(home, [])
             unnamed = [other for other in held if not other.letter]
@@ -422,9 +422,7 @@ class Network:
 
     def partners(self, leaf: Leaf) -> list[Leaf]:
         """Lists the other matrices of a leaf's attention, those in modules inside included."""
-        return [
-            other for other in self.attentions.get(_attention_of(leaf), []) if other is not leaf
-        ]
+        return [other for other in self.attentions.get(leaf.attention, []) if other is not leaf]
 
     def biases(self, leaf: Leaf) -> list[Shape]:
         """Lists the shapes of what is called the bias of a leaf, whatever the library."""
@@ -464,7 +462,7 @@ class Network:
         if len(axes) != 1 or reads == writes:
             return None
         is_wider = leaf.shape[-2:][1 - axes[0]] > leaf.shape[-2:][axes[0]]
-        is_projection = match("projection", leaf.name) or match("output", leaf.name)
+        is_projection = leaf.says("projection", "output")
         return (1 - axes[0] if reads else axes[0]) if is_wider or is_projection else None
 
     def votes(self, leaf: Leaf) -> list[int]:
@@ -505,7 +503,7 @@ class Network:
 
     def output_of(self, leaf: Leaf) -> Leaf | None:
         """Finds the output projection beside Q, K and V, by its name or as all that is left."""
-        home = _attention_of(leaf)
+        home = leaf.attention
         held = self.attentions.get(home, [])
         if home not in self._outputs:
             self._outputs[home] = [other for other in held if other.says("output")]
@@ -545,7 +543,7 @@ def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
         return min(shown), "as the other matrices of the tree show"
     if leaf.keys[-1].startswith("weight"):
         return 0, "weights are (out, in)"
-    if leaf.is_bare and leaf.name and not is_known(leaf.name) and not leaf.name.isdecimal():
+    if leaf.is_bare and leaf.name and not leaf.rows and not leaf.name.isdecimal():
         return None, ""
     return 1, "kernels are (in, out)"
 
@@ -559,19 +557,6 @@ def fans(leaf: Leaf, net: Network) -> tuple[int, int]:
     """Gives (fan_in, fan_out) of a matrix in the last two axes."""
     first, last = leaf.shape[-2:]
     return (last, first) if out_axis(leaf, net) == 0 else (first, last)
-
-
-def _attention_of(leaf: Leaf) -> str:
-    """Gives the module called attention around a leaf, or its home where there is none.
-
-    Modules inside that are numbered may be heads, each with projections of its own.
-    """
-    depth = leaf.depth
-    while depth and leaf.numbers[depth - 1] is None:
-        if says("attention", leaf.keys[depth - 1]):
-            return "/".join(leaf.keys[:depth])
-        depth -= 1
-    return leaf.home
 
 
 def _experts_along_axis(inside: Sequence[Leaf], width: int) -> list[Leaf]:
@@ -622,17 +607,19 @@ def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
     it is narrower than what the first makes, which no later one reads otherwise.
     """
     ins, outs = ({step[side] for step in steps} for side in (1, 2))
+    inputs = ins - outs
     series: dict[tuple[str, Names], list[tuple[int, int]]] = {}
     for leaf, into, out in sorted(steps, key=lambda step: _numbers(step[0])):
         series.setdefault((leaf.home, leaf.names), []).append((into, out))
     found: set[int] = set()
     for chain in series.values():
         for place, ((before, made), (into, _)) in enumerate(itertools.pairwise(chain)):
-            more, rest = into - made, {read - made for read, _ in chain[place + 2 :]}
-            is_unread = before == made and rest.isdisjoint({0, *outs})
-            is_between = made in ins or into in outs
-            if is_between and (more in ins - outs or is_unread and 0 < more < made):
-                found |= {made, into}
+            more = into - made
+            is_narrow = made == before and 0 < more < made
+            if (made in ins or into in outs) and (more in inputs or is_narrow):
+                rest = {read - made for read, _ in chain[place + 2 :]}
+                if more in inputs or rest.isdisjoint({0, *outs}):
+                    found |= {made, into}
     return found
 
 
