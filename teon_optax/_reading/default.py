@@ -10,7 +10,6 @@ import jax
 
 from teon_optax._paths import LeafType, cached, tree_types
 from teon_optax._reading.leaves import Leaf
-from teon_optax._reading.names import says
 from teon_optax._reading.reading import read
 from teon_optax._reading.readings import Reading
 from teon_optax._reading.writing import Choice, Draft, Member, drafts_of, rule_of
@@ -286,7 +285,7 @@ def _warning(
     taken = (rule.search(leaf.path) for rule in first if rule.stack for leaf in leaves)
     left = [leaf for draft in drafts for leaf in draft.leaves if leaf.is_matrix]
     if left and not any(draft.choice.stack for draft in drafts) and not any(taken):
-        if not all(says("convolution", *leaf.keys) for leaf in left):
+        if not all("convolution" in leaf.called for leaf in left):
             lines.append("No leaf is orthogonalized: the fallback optimizer gets them all.")
     if is_unstacked:
         lines.append(

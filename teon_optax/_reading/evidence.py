@@ -12,7 +12,7 @@ from teon_optax._reading.blocks import is_end
 from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
 from teon_optax._reading.network import Network, fans
-from teon_optax._reading.readings import ENDS, FALLBACK, Reading, fan
+from teon_optax._reading.readings import ENDS, FALLBACK, Reading, Splits, fan
 
 
 def only(why: str, *kinds: str) -> Said:
@@ -47,7 +47,7 @@ def no_matrix(leaf: Leaf, net: Network) -> Said | None:
 
 def low_rank(leaf: Leaf, net: Network) -> Said | None:
     """Keeps LoRA factors, by name or because two of them multiply to what is beside them."""
-    if says("low rank", *leaf.keys):
+    if "low rank" in leaf.called:
         called = next(key for key in reversed(leaf.keys) if says("low rank", key))
         names = called, leaf.keys[-1], leaf.name
         is_second = any(key.lower().endswith(("b", "up")) for key in names)
@@ -97,7 +97,7 @@ def _is_narrow(leaf: Leaf, net: Network) -> bool:
     if not is_leaf or any(net.biases(each) for each in held):
         return False
     sizes, stream = [fans(each, net) for each in held], net.stream_of(leaf)
-    is_mlp = len(stream) != 1 and sizes[0] == sizes[1][::-1] and not says("adapter", *leaf.keys)
+    is_mlp = len(stream) != 1 and sizes[0] == sizes[1][::-1] and "adapter" not in leaf.called
     return not is_mlp and any(
         first[1] == second[0] and 4 * first[1] <= min(first[0], second[1]) and stream != {first[1]}
         for first, second in (sizes, sizes[::-1])
@@ -171,10 +171,10 @@ def packed(leaf: Leaf, net: Network) -> list[int]:
     long as a router or a gate counts.
     """
     place = next((i for i, key in enumerate(leaf.keys) if says("experts", key)), None)
-    if len(leaf.shape) != 2 or says("shared", *leaf.keys):
+    if len(leaf.shape) != 2 or "shared" in leaf.called:
         return []
     if place is not None:
-        routers = [other for other in net.inside(leaf) if says("router", *other.keys)]
+        routers = [other for other in net.inside(leaf) if "router" in other.called]
         if any(number is not None for number in leaf.numbers[place : leaf.depth]):
             return []
     else:
@@ -382,19 +382,20 @@ def _attention_shapes(leaf: Leaf, net: Network) -> tuple[list[Leaf], list[Leaf]]
     return [other for other in beside if writers and other not in writers], writers
 
 
-def parts(leaf: Leaf, net: Network) -> dict[str, list[int | tuple[int, ...]]]:
+def parts(leaf: Leaf, net: Network) -> tuple[tuple[str, Splits], ...]:
     """Lists by kind what may lie one after another in a leaf: the splits that a rule may have."""
-    found: dict[str, list[int | tuple[int, ...]]] = {"hidden": [*packed(leaf, net)]}
+    whole: list[int | tuple[int, ...]] = []
+    halves: list[int | tuple[int, ...]] = [*packed(leaf, net)]
     if (count := parts_of(leaf)) > 1:
-        found["qkv"] = [*_unequal(leaf, net), *([] if leaf.says("gated") else [count])]
+        whole = [*_unequal(leaf, net), *([] if leaf.says("gated") else [count])]
     elif _thirds(leaf, net):
-        found["qkv"] = [3, *_unequal(leaf, net)]
+        whole = [3, *_unequal(leaf, net)]
     if is_pair(leaf, net):
-        found["qkv"] = [*found.get("qkv", ()), *_unequal(leaf, net)]
-        found["hidden"].append(2)
+        whole += _unequal(leaf, net)
+        halves.append(2)
     if _halves(leaf, net):
-        found["hidden"].append(2)
-    return found
+        halves.append(2)
+    return ("qkv", tuple(whole)), ("hidden", tuple(halves))
 
 
 def views(leaf: Leaf, net: Network) -> list[Reading]:
@@ -640,7 +641,7 @@ def place(leaf: Leaf, net: Network) -> Said | None:
         is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in net.blocks
         return only("table: one for all", "table") if is_table else None
     widths = net.widths | net.linked
-    is_cell = says("recurrent", *leaf.keys) or leaf.path in net.gates
+    is_cell = "recurrent" in leaf.called or leaf.path in net.gates
     if leaf.home in net.blocks or not widths or is_cell:
         return never("", *FALLBACK)
     sizes = fans(leaf, net)
@@ -660,7 +661,7 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     into, out = (size not in widths for size in sizes)
     if into and out:
         return only(f"nothing else is {sizes[0]} or {sizes[1]} wide", *ENDS)
-    is_image = says("convolution", *leaf.keys)  # patches
+    is_image = "convolution" in leaf.called  # patches
     is_several = any(sizes[0] % width == 0 for width in net.widths - {1})
     if into and is_several and leaf.says("mlp") and not is_image:
         return open_to(f"an input, or {sizes[0]} is several widths side by side", "input", "hidden")
@@ -682,10 +683,8 @@ def _is_inside_series(leaf: Leaf, net: Network) -> bool:
         return False
     number, sizes = int(leaf.numbers[column] or 0), fans(leaf, net)
     return any(
-        other.names == leaf.names
-        and int(other.numbers[column] or 0) > number
-        and fans(other, net) == sizes[::-1]
-        for other in net.beside(leaf)
+        int(other.numbers[column] or 0) > number and fans(other, net) == sizes[::-1]
+        for other in net.alike(leaf)
     )
 
 
@@ -719,7 +718,7 @@ def _starts_chain(leaf: Leaf, net: Network) -> bool:
     column = next((c for c in range(leaf.depth, len(leaf.keys)) if leaf.numbers[c]), None)
     if column is None or leaf.shape[0] == leaf.shape[1]:
         return False
-    series = [m for m in net.beside(leaf) if m.names == leaf.names]
+    series = [other for other in net.alike(leaf) if other is not leaf]
     into, out = fans(leaf, net)
     is_first = all(int(leaf.numbers[column] or 0) < int(m.numbers[column] or 0) for m in series)
     follows = any(fans(m, net)[0] == out for m in series)

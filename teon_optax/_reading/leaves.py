@@ -124,6 +124,11 @@ class Leaf:
         return rows_of(self.name)
 
     @cached_property
+    def called(self) -> frozenset[str]:
+        """Lists the rows of the table of names that any segment of its path is in."""
+        return frozenset().union(*map(rows_of, self.keys))
+
+    @cached_property
     def letter(self) -> str:
         """Gives q, k or v for what is called as such a projection, nothing for others."""
         if self.says("projection"):
@@ -260,7 +265,7 @@ def _alone(leaves: Sequence[Leaf]) -> set[str]:
     """Finds weights in a module that is the only one inside of a projection, but for adapters."""
     inside: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in leaves:
-        is_adapter = sum(size > 1 for size in leaf.shape) < 2 or says("low rank", *leaf.keys)
+        is_adapter = sum(size > 1 for size in leaf.shape) < 2 or "low rank" in leaf.called
         for depth, key in enumerate(leaf.keys[: leaf.depth], 1):
             if leaf.is_matrix and not is_adapter and says("projection", key) | says("output", key):
                 inside.setdefault(tuple(leaf.keys[:depth]), []).append(leaf)

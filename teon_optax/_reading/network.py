@@ -173,7 +173,7 @@ class Network:
         """
         steps = self.steps
         tall = (leaf for leaf in self.outside if len(leaf.shape) > 2)
-        channels = {_made(leaf) for leaf in tall if says("convolution", *leaf.keys)}
+        channels = {_made(leaf) for leaf in tall if "convolution" in leaf.called}
         sources = {into for _, into, _ in steps}
         flat = {into for into in sources if any(into % size == 0 for size in channels - {1})}
         linked, inside = flat | self._read_by_blocks | _beside_inputs(steps), self.widths | flat
@@ -268,7 +268,7 @@ class Network:
                 is_alone = len(held) == 1 and home in self.blocks
                 for module in (home, *([home.rpartition("/")[0]] if is_alone else [])):
                     found = _experts_along_axis(tall.get((module, count), []), width)
-                    is_inside = module in self.blocks or says("router", *router.keys)
+                    is_inside = module in self.blocks or "router" in router.called
                     if not found and (is_inside or says("mixture", *module.split("/")[-1:])):
                         found = _experts_as_modules(numbered.get(module, {}), count, width)
                     if found:
@@ -322,7 +322,7 @@ class Network:
         """Finds how many channels convolutions make, and what is biased like them."""
         tall = [m for held in self.matrices.values() for m in held if len(m.shape) > 2]
         found = {shape[0] for leaf in tall for shape in self.biases(leaf) if len(shape) == 1}
-        return found | {_made(leaf) for leaf in tall if says("convolution", *leaf.keys)}
+        return found | {_made(leaf) for leaf in tall if "convolution" in leaf.called}
 
     def series_numbers(self, leaf: Leaf, column: int) -> set[int]:
         """Lists the numbers of the modules that differ in one number from the one around a leaf."""
@@ -373,12 +373,27 @@ class Network:
 
     def inside(self, leaf: Leaf) -> list[Leaf]:
         """Lists the matrices of the block around a leaf, once for all its layers."""
-        found = self.held.get(self.blocks.get(leaf.home, ()), [])
-        return [other for other in found if other.is_matrix]
+        return self._inside.get(self.blocks.get(leaf.home, ()), [])
+
+    @cached_property
+    def _inside(self) -> dict[Names, list[Leaf]]:
+        return {names: [m for m in held if m.is_matrix] for names, held in self.held.items()}
 
     def beside(self, leaf: Leaf) -> list[Leaf]:
         """Lists the other matrices of a leaf's module."""
         return [other for other in self.matrices.get(leaf.home, []) if other is not leaf]
+
+    def alike(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the matrices of a leaf's module that differ from it in a number at most."""
+        return self._alike[leaf.home, leaf.names]
+
+    @cached_property
+    def _alike(self) -> dict[tuple[str, Names], list[Leaf]]:
+        found: dict[tuple[str, Names], list[Leaf]] = {}
+        for held in self.matrices.values():
+            for leaf in held:
+                found.setdefault((leaf.home, leaf.names), []).append(leaf)
+        return found
 
     def named_before(self, leaf: Leaf) -> list[Leaf]:
         """Lists the matrices beside a leaf whose name its own continues, as `q_a` does q."""
@@ -564,8 +579,7 @@ def _experts_along_axis(inside: Sequence[Leaf], width: int) -> list[Leaf]:
     tall = [
         leaf
         for leaf in inside
-        if width in leaf.shape[1:]
-        and not (says("attention", *leaf.keys) or says("convolution", *leaf.keys))
+        if width in leaf.shape[1:] and not {"attention", "convolution"} & leaf.called
     ]
     is_of_one_rank = len({len(leaf.shape) for leaf in tall}) == 1
     is_image = all(leaf.shape[0] == leaf.shape[1] for leaf in tall)
@@ -597,7 +611,7 @@ def _experts_as_modules(
 
 def is_vocabulary(leaf: Leaf) -> bool:
     """Tells whether it is called as an embedding, and not as one of positions."""
-    return says("table", *leaf.keys[-2:]) and not says("positions", *leaf.keys)
+    return says("table", *leaf.keys[-2:]) and "positions" not in leaf.called
 
 
 def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:

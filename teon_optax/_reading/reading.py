@@ -78,7 +78,7 @@ def read(params: Any) -> list[tuple[Leaf, Case | None]]:
 def _case(leaf: Leaf, net: Network) -> Case:
     """Removes from all readings of a leaf what its kind denies."""
     is_matrix = leaf.is_matrix and 0 not in leaf.shape
-    parts = evidence.parts(leaf, net) if is_matrix else {}
+    parts = evidence.parts(leaf, net) if is_matrix else ()
     is_batch = says("members", *leaf.keys[: leaf.depth])
     shape = leaf.shape if len(leaf.shape) > 1 else leaf.array_shape
     readings = readings_of(shape, parts, leaf.layer_axis is not None, is_batch)

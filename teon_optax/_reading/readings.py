@@ -1,7 +1,8 @@
 """All that the shape of a leaf allows it to be: its kind, and a letter for each of its axes."""
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from optax.contrib import MuonDimensionNumbers as D
@@ -23,6 +24,9 @@ _PARTED = {
 }
 _MIXERS = {4: ("iioo", "ooii")}
 _WRITERS = {2: ("io", "oi"), 3: ("iio", "oii"), 4: ("iiio", "oiii")}
+
+
+Splits = tuple[int | tuple[int, ...], ...]
 
 
 class Reading(NamedTuple):
@@ -81,23 +85,24 @@ def fan(axes: str, shape: Sequence[int], letters: str) -> int:
     return math.prod(sizes(axes, shape, letters))
 
 
+@functools.lru_cache(8192)
 def readings_of(
-    shape: Sequence[int],
-    parts: Mapping[str, Sequence[int | tuple[int, ...]]],
+    shape: tuple[int, ...],
+    parts: tuple[tuple[str, Splits], ...],
     is_scanned: bool = False,
     is_batch: bool = False,
-) -> list[Reading]:
+) -> tuple[Reading, ...]:
     """Lists all that a leaf may be.
 
     Args:
       shape: Of one layer, without the axis that is known to count layers.
-      parts: By kind, the splits of what may lie in one leaf, one after another.
+      parts: Kinds, and the splits of what may lie in one leaf of the kind, one after another.
       is_scanned: Whether an axis is known to count layers. If not, each of the first two may.
       is_batch: Whether something shows that a projection may have a batch axis, as in an ensemble.
     """
     found = []
     for kind in MATRICES:
-        splits = parts.get(kind, ())
+        splits = dict(parts).get(kind, ())
         layouts = [*_layouts(kind, shape, splits, is_batch)]
         if not is_scanned and 2 < len(shape) < 6 and not kind.startswith("lora"):
             for axis in (0, 1):
@@ -109,12 +114,10 @@ def readings_of(
             else:
                 fits = (split for split in splits if _divides(axes, shape, split))
                 found += [Reading(kind, axes, split) for split in (*fits, 1)]
-    return found + [Reading(kind) for kind in FALLBACK]
+    return *found, *(Reading(kind) for kind in FALLBACK)
 
 
-def _layouts(
-    kind: str, shape: Sequence[int], splits: Sequence[int | tuple[int, ...]], is_batch: bool
-) -> Iterator[str]:
+def _layouts(kind: str, shape: Sequence[int], splits: Splits, is_batch: bool) -> Iterator[str]:
     """Yields how one matrix of a kind, or a batch of them, may lie in an array, likely first."""
     rank = len(shape)
     batches = ["b" * (rank - 2) + matrix for matrix in ("io", "oi")] if rank > 2 else []
