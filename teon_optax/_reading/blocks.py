@@ -79,7 +79,9 @@ def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
         found = next((m for m in modules if m in repeated and m not in networks | listed), None)
         depth = depth or (len(found) if found else None)
         if depth is None and leaf.scanned:
-            depth = leaf.scanned.count("/") + 1
+            outermost = leaf.scanned.count("/")
+            is_ensemble = says("network", *leaf.keys[outermost : leaf.depth])
+            depth = None if is_ensemble else outermost + 1
         if depth is not None:
             blocks[leaf.home] = leaf.names[:depth]
         if leaf.block:

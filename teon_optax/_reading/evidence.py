@@ -132,7 +132,9 @@ def experts(leaf: Leaf, net: Network) -> Said | None:
     if any(says("shared", key) for key in words):
         return None
     is_expert = leaf.path in net.experts or says("experts", *words)
-    if not is_expert and not (says("mixture", module) and _has_way_back(leaf, net)):
+    if not is_expert and not (says("mixture", module) and len(leaf.shape) > 2):
+        return None
+    if not (is_expert or leaf.says("mlp") or _has_way_back(leaf, net)):
         return None
     count = net.experts.get(leaf.path)
     why = f"one of {count} experts" if count else "expert, by name"

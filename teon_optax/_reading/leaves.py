@@ -265,7 +265,8 @@ def _alone(leaves: Sequence[Leaf]) -> set[str]:
     """Finds weights in a module that is the only one inside of a projection, but for adapters."""
     inside: dict[tuple[str, ...], list[Leaf]] = {}
     for leaf in leaves:
-        is_adapter = sum(size > 1 for size in leaf.shape) < 2 or "low rank" in leaf.called
+        is_scale = leaf.is_bare and sum(size > 1 for size in leaf.shape) < 2
+        is_adapter = is_scale or "low rank" in leaf.called
         for depth, key in enumerate(leaf.keys[: leaf.depth], 1):
             if leaf.is_matrix and not is_adapter and says("projection", key) | says("output", key):
                 inside.setdefault(tuple(leaf.keys[:depth]), []).append(leaf)

@@ -55,7 +55,8 @@ NAMES = {
     "router": _any("router|routing|shared_expert_gate"),
     "gate": "gate|gating",
     "recurrent": _any("[a-z]*cell|lstm|gru|rnn"),
-    "state": _last("hh|dense_h|hi|hf|hg|ho|hn|hr|hz"),  # of a recurrent cell, to itself
+    # What goes from the state of a recurrent cell to itself.
+    "state": _last("hh|dense_h|hi|hf|hg|ho|hn|hr|hz|recurrent_kernel"),
     "low rank": _any("lora|lokr|loha|adalora"),
     "adapter": _any("adapters?"),
     "vector": _last("bias|scale|offset|mean|var|sinks|gains?|log")

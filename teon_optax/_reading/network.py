@@ -117,7 +117,8 @@ class Network:
         plain = [leaf for leaf in self.outside if len(leaf.shape) == 2 and not is_end(leaf)]
         squares = {leaf.shape[0] for leaf in plain if leaf.shape[0] == leaf.shape[1]}
         squares |= {min(leaf.shape) for leaf in plain if leaf.says("state")}
-        return set().union(squares, self.gates.values(), *self.streams.values())
+        looked_up = {width for _, width in self.vocabularies}
+        return set().union(squares, looked_up, self.gates.values(), *self.streams.values())
 
     @cached_property
     def vocabularies(self) -> set[Shape]:
@@ -206,10 +207,10 @@ class Network:
 
     @cached_property
     def _read_by_blocks(self) -> set[int]:
-        """Finds the sizes that matrices in blocks read, and that none of them writes."""
-        inside = (leaf for held in self.held.values() for leaf in held)
-        steps = [fans(leaf, self) for leaf in inside if leaf.is_matrix and len(leaf.shape) == 2]
-        return {into for into, _ in steps} - {out for _, out in steps}
+        """Finds the sizes that weights in blocks read, and that none of them writes."""
+        inside = (leaf for held in self._inside.values() for leaf in held if leaf.weight)
+        steps = [fans(m, self) for m in inside if len(m.shape) == 2 and not is_end(m)]
+        return {into for into, _ in steps} - {out for _, out in steps} - {1}
 
     @property
     def linked(self) -> set[int]:
@@ -298,7 +299,7 @@ class Network:
                 leaf.shape[0]
                 for leaf in inside
                 if len(leaf.shape) == 1
-                and leaf.module not in self.matrices
+                and (leaf.module not in self.matrices or leaf.says("norm"))
                 and not says("in attention", *leaf.keys[-2:-1])
             }
             plain = [{*leaf.shape} for leaf in inside if leaf.is_matrix and len(leaf.shape) == 2]
@@ -466,12 +467,12 @@ class Network:
         Only where one side is as wide as the stream, and the other wider: `down` and `up` of an
         adapter go the other way.
         """
+        if len(leaf.shape) == 3 and leaf.letter:
+            ends = [leaf.shape[end] in self.norm_widths(leaf) for end in (0, -1)]
+            return ends[0] * 1 if ends[0] != ends[1] else None
         stream = self.stream_of(leaf)
         if len(stream) != 1 or leaf.home not in self.blocks:
             return None
-        if len(leaf.shape) == 3 and leaf.letter:
-            ends = [leaf.shape[end] in stream for end in (0, -1)]
-            return ends[0] * 1 if ends[0] != ends[1] else None
         axes = [axis for axis, size in enumerate(leaf.shape[-2:]) if size in stream]
         reads, writes = leaf.says("reads"), leaf.says("writes")
         if len(axes) != 1 or reads == writes:
@@ -558,7 +559,8 @@ def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
         return min(shown), "as the other matrices of the tree show"
     if leaf.keys[-1].startswith("weight"):
         return 0, "weights are (out, in)"
-    if leaf.is_bare and leaf.name and not leaf.rows and not leaf.name.isdecimal():
+    is_called = leaf.rows or leaf.name.isdecimal() or leaf.name.endswith("kernel")
+    if leaf.is_bare and leaf.name and not is_called:
         return None, ""
     return 1, "kernels are (in, out)"
 
