@@ -26,17 +26,10 @@ MISREAD = {
     "Flax diffusers' U-Net": {
         "down_blocks_0/attentions_{0,1}/transformer_blocks_0/ff/net_0/proj/kernel"
     },
-    "jaxnerf": {"MLP_0/Dense_{5,10}/kernel"},
-    "LoRA as PEFT names it": {
-        "model/layers/{0..2}/self_attn/{q,v}_proj/base_layer/kernel",
-    },
-    "soft mixture of experts": {"blocks/{0..2}/moe/phi"},
     "talking heads": {"blocks/{0..2}/attn/mix_{pre,post}"},
     "interleaved grouped queries, as Megatron stores them": {
         "layers/{0..3}/self_attention/linear_qkv/kernel",
     },
-    "an actor-critic with a recurrent core in nnx": {"core/{in,recurrent}_proj/kernel"},
-    "heads of unlike width, (out, in) heads first": {"layer/{0..2}/ff/w{1,2}"},
 }
 each_tree = pytest.mark.parametrize("tree", TREES.values(), ids=list(TREES))
 FAMILIES = trees("kinds/families")
