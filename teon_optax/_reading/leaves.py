@@ -100,6 +100,14 @@ class Leaf:
         return "" if self.is_bare else self.keys[-1]
 
     @property
+    def is_out_first(self) -> bool:
+        """Tells whether libraries that call an array so keep fan_out first, as PyTorch does.
+
+        AlphaFold's `weights` are (in, out).
+        """
+        return self.keys[-1].startswith("weight") and self.keys[-1] != "weights"
+
+    @property
     def is_bare(self) -> bool:
         """Tells whether it is an array at home rather than the weight of a module there."""
         return self.depth == len(self.keys) - 1

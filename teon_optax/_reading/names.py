@@ -19,7 +19,10 @@ def _any(words: str) -> str:
 
 
 # What stands around the word of a projection: to_q, q_proj, attn_q, linear_v, wq.
-_AROUND = "(?:(?:w|to|linear|self|cross|attn|attention|add|mha|proj|dense|fc|lin)_)*{}(?:_(?:{}))*"
+_AROUND = (
+    "(?:.*_(?:attn|attention|mha)_)?"
+    "(?:(?:w|to|linear|self|cross|attn|attention|add|mha|proj|dense|fc|lin)_)*{}(?:_(?:{}))*"
+)
 _LAYER = "proj|projection|dense|linear|lin|layer|einsum|kernel|weight|w|head|heads"
 
 NAMES = {

@@ -557,7 +557,7 @@ def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
     shown = net.shown.get(leaf.weight, set())
     if len(shown) == 1:
         return min(shown), "as the other matrices of the tree show"
-    if leaf.keys[-1].startswith("weight"):
+    if leaf.is_out_first:
         return 0, "weights are (out, in)"
     is_called = leaf.rows or leaf.name.isdecimal() or leaf.name.endswith("kernel")
     if leaf.is_bare and leaf.name and not is_called:
@@ -641,7 +641,7 @@ def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
 
 def _made(convolution: Leaf) -> int:
     """Gives the channels that a convolution makes."""
-    return convolution.shape[0 if convolution.keys[-1].startswith("weight") else -1]
+    return convolution.shape[0 if convolution.is_out_first else -1]
 
 
 def _numbers(leaf: Leaf) -> list[int]:

@@ -13,7 +13,7 @@ from teon_optax._reading.readings import Reading, fan, readings_of
 
 # Pieces of evidence of axes, in the order of their strength.
 AXES = (
-    axes.by_bias, axes.unscanned, axes.last_is_out, axes.by_stream, axes.einsum, axes.by_parts,
+    axes.by_bias, axes.unscanned, axes.by_stream, axes.last_is_out, axes.einsum, axes.by_parts,
     axes.by_partner, axes.alike,
 )  # fmt: skip
 
@@ -37,10 +37,12 @@ class Case:
     def hear(self, said: evidence.Said | None, is_of_axes: bool = False) -> bool:
         """Removes what a piece of evidence denies, unless nothing would be left.
 
-        What tells of axes removes no kind but that of any matrix.
+        What tells of axes removes no kind but that of any matrix, and not all matrices.
         """
         kept = [reading for reading in self.left if said is None or said.keeps(reading)]
         if said is None or not kept or len(kept) == len(self.left):
+            return False
+        if is_of_axes and not any(reading.is_matrix for reading in kept):
             return False
         if is_of_axes and not _sure({r.kind for r in self.left}) <= {r.kind for r in kept}:
             return False
