@@ -35,7 +35,9 @@ NAMES = {
     "attention": _any("[a-z]*attn|[a-z]*attention|att|mha|mhsa"),
     "multi head": "multi_head_(?:dot_product_)?attention",
     "projection": _AROUND.format("w?(q|k|v|query|key|value|queries|keys|values)", _LAYER),
-    "in attention": "(?:.*_)?(q|k|v|query|key|value|queries|keys|values)(?:_.*)?",
+    # A gate of Q is none: AlphaFold's gating_query.
+    "in attention": "(?!(?:.*_)?gat)(?:.*_)?"
+    "(q|k|v|query|key|value|queries|keys|values)(?:_.*)?",
     "fused": _any("w?qkv[a-z]?|c_attn|query_key_value|key_query_value"),
     "by heads": _any("query_key_value|qkv[a-z]"),  # Megatron and Qwen3-Next order by heads first
     "gated": _any("qkvz"),
