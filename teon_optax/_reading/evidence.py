@@ -376,9 +376,9 @@ def _attention_shapes(leaf: Leaf, net: Network) -> tuple[list[Leaf], list[Leaf]]
     writers = []
     for place, (writer, (into, out)) in enumerate(zip(beside, sizes, strict=True)):
         ins, outs = zip(*(sizes[:place] + sizes[place + 1 :]) or [((), ())], strict=True)
-        closes = {*ins} == {out} and len({*outs}) < 3 and outs.count(into) in (0, 1, 3)
+        closes = {*ins} == {out} and len({*outs}) < 3 and outs.count(into) in (1, 3)
         if closes and len(beside) == 4 and not is_chain:
-            writers += [writer] if into in outs else beside
+            writers.append(writer)
     if leaf.in_attention and len(beside) == 3 and len({*sizes}) == 1:
         return [], beside
     return [other for other in beside if writers and other not in writers], writers
