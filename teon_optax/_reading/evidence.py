@@ -289,7 +289,7 @@ def output(leaf: Leaf, net: Network) -> Said | None:
     in_module = says("attention", module)
     is_called = leaf.says("output") or (in_module and leaf.name.startswith("linear"))
     is_below = says("attention", above) and says("output", module)
-    is_left = not net.unlike(leaf) and (in_module or len(leaf.shape) == 3)
+    is_left = not net.unlike(leaf) and (in_module or len(leaf.shape) == 3) and 1 not in leaf.shape
     if is_below or is_called and (in_module or with_projections):
         return only("by name", "out")
     if with_projections and is_left:
@@ -359,8 +359,8 @@ def _attention_shapes(leaf: Leaf, net: Network) -> tuple[list[Leaf], list[Leaf]]
     """Lists what is Q, K or V in a module without names, and what may be the output projection.
 
     Four matrices are attention if three read one width, two of these (K and V) are equal, and the
-    fourth goes back to that width, from that of the third or of all. If it comes from another, they
-    may be. In a module that is called attention, three equal ones may be too.
+    fourth goes back to that width, from that of the third or of all. In a module that is called
+    attention, three equal ones may be too.
     """
     beside = net.matrices[leaf.home]
     if not leaf.home or len(beside) not in (3, 4):
@@ -642,11 +642,12 @@ def place(leaf: Leaf, net: Network) -> Said | None:
             return never("", *FALLBACK)
         is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in net.blocks
         return only("table: one for all", "table") if is_table else None
-    widths = net.widths | net.linked
-    is_cell = "recurrent" in leaf.called or leaf.path in net.gates
+    sizes, widths = fans(leaf, net), net.widths | net.linked
+    written = widths | net.looked_up
+    reads_state = sizes[0] in net.states and sizes[1] % sizes[0] != 0
+    is_cell = leaf.path in net.gates or ("recurrent" in leaf.called and not reads_state)
     if leaf.home in net.blocks or not widths or is_cell:
         return never("", *FALLBACK)
-    sizes = fans(leaf, net)
     if sizes[::-1] in net.vocabularies and not leaf.says("reads"):
         if sizes[0] == sizes[1]:
             return open_to("as large as a table", "head", "hidden")
@@ -656,11 +657,11 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     is_named = not net.blocks or leaf.says("mlp", "projection", "output", "reads", "writes")
     if net.widths.issuperset(sizes):
         return never("", *FALLBACK) if is_named else never("", "vector", "convolution")
-    if widths.issuperset(sizes):
+    into, out = sizes[0] not in written, sizes[1] not in widths
+    if not (into or out):
         is_layer = leaf.says("mlp") or net.bias_axis(leaf) is not None
         is_inside = is_layer and net.ends.isdisjoint(sizes)
         return never("", *FALLBACK) if is_inside else never("", "vector", "convolution")
-    into, out = (size not in widths for size in sizes)
     if into and out:
         return only(f"nothing else is {sizes[0]} or {sizes[1]} wide", *ENDS)
     is_image = "convolution" in leaf.called  # patches

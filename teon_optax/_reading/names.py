@@ -28,7 +28,7 @@ _LAYER = "proj|projection|dense|linear|lin|layer|einsum|kernel|weight|w|head|hea
 NAMES = {
     "layers": _last("[a-z]*blocks?|layers|h|stack|stacked") + "|layer|.*layer_stack.*",
     "layer": "(?:.*_)?[a-z]*layer(?!_norm)(?:_[a-z]+)?",  # with a number: a `final_layer` is none
-    "scanned": "scan_.*",
+    "scanned": "scan_.*|.*layer_stack.*",
     "members": _last("members?|experts?|ensembles?|critics?|actors?|heads?|networks?|nets?")
     + "|vmap_.*",
     "network": _last("members?|ensembles?|critics?|actors?"),

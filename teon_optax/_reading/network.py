@@ -116,9 +116,7 @@ class Network:
         """Finds the sizes that a matrix outside of blocks may connect."""
         plain = [leaf for leaf in self.outside if len(leaf.shape) == 2 and not is_end(leaf)]
         squares = {leaf.shape[0] for leaf in plain if leaf.shape[0] == leaf.shape[1]}
-        squares |= {min(leaf.shape) for leaf in plain if leaf.says("state")}
-        looked_up = {width for _, width in self.vocabularies}
-        return set().union(squares, looked_up, self.gates.values(), *self.streams.values())
+        return set().union(squares, self.states, *self.streams.values())
 
     @cached_property
     def vocabularies(self) -> set[Shape]:
@@ -142,7 +140,7 @@ class Network:
         reads the gates. Of two that read as much, nothing else may make it: they may be heads.
         """
         ins, outs = ({step[side] for step in self.steps} for side in (1, 2))
-        outs |= {width for _, width in self.vocabularies}
+        outs |= self.looked_up
         makers: dict[tuple[str, int], list[tuple[str, int]]] = {}
         for leaf, into, out in self.steps:
             if out not in ins:
@@ -159,6 +157,17 @@ class Network:
                     inside = {state, read[0]} if is_alone else {state, *outs}
                     found |= {path: int(state) for path, into in cell if into in inside}
         return found
+
+    @cached_property
+    def states(self) -> set[int]:
+        """Finds the widths of the states of recurrent cells, by name or by their gates."""
+        called = (leaf.shape for leaf in self.outside if leaf.says("state"))
+        return {min(shape) for shape in called if len(shape) == 2} | {*self.gates.values()}
+
+    @property
+    def looked_up(self) -> set[int]:
+        """Gives the widths of embeddings, which a matrix may read."""
+        return {width for _, width in self.vocabularies}
 
     @cached_property
     def chains(self) -> tuple[set[int], set[int]]:
@@ -184,7 +193,7 @@ class Network:
         for leaf, into, out in steps:
             by_out.setdefault(out, []).append(leaf)
             by_into.setdefault(into, []).append(leaf)
-        for size in by_into.keys() & by_out.keys():
+        for size in (by_into.keys() & by_out.keys()) - {1}:
             first, last = _numbers_of(by_out[size], min), _numbers_of(by_into[size], max)
             follows = any(
                 lengths[series] == 2 or first[series] < last[series]
@@ -446,7 +455,8 @@ class Network:
         if not leaf.is_bare and not name.isdecimal():
             names = {"bias", "b"}
         elif name.isdecimal():  # a list [weight, bias] has numbers for names
-            names = {key for key in held if key.isdecimal() and len(held[key]) == 1}
+            following = str(int(name) + 1)
+            names = {following} if len(held.get(following, ())) == 1 else set()
         else:
             names = {f"{name}_bias", f"{name}_b"}
             for word, bias in (("w", "b"), ("W", "b"), ("weight", "bias"), ("kernel", "bias")):

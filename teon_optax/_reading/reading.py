@@ -145,6 +145,8 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
     is_called = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
     hidden_first = evidence.is_pair(leaf, net) and not leaf.in_attention
     by_heads = leaf.says("by heads")
+    axis = out_axis(leaf, net)
+    out_first = leaf.is_out_first if axis is None else axis == 0
     is_packed = any(r.kind == "hidden" and r.split not in (1, 2) for r in case.left)
 
     def place(reading: Reading) -> tuple[Any, ...]:
@@ -156,7 +158,7 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
             ("l" in reading.axes) != is_called,
             reading.kind != "qkv" and 2 or (reading.view is None) == by_heads,
             is_packed and (reading.split == 1 or not is_long(reading)),
-            is_turned != (out_axis(leaf, net) == 0),
+            is_turned != out_first,
         )
 
     def is_long(reading: Reading) -> bool:
