@@ -359,8 +359,9 @@ def _attention_shapes(leaf: Leaf, net: Network) -> tuple[list[Leaf], list[Leaf]]
     """Lists what is Q, K or V in a module without names, and what may be the output projection.
 
     Four matrices are attention if three read one width, two of these (K and V) are equal, and the
-    fourth goes back to that width, from that of the third or of all. In a module that is called
-    attention, three equal ones may be too.
+    fourth goes back to that width, from that of the third or of all. In a block, they may be if it
+    goes back from half of the third: Q lies beside a gate. In a module that is called attention,
+    three equal ones may be too.
     """
     beside = net.matrices[leaf.home]
     if not leaf.home or len(beside) not in (3, 4):
@@ -376,9 +377,11 @@ def _attention_shapes(leaf: Leaf, net: Network) -> tuple[list[Leaf], list[Leaf]]
     writers = []
     for place, (writer, (into, out)) in enumerate(zip(beside, sizes, strict=True)):
         ins, outs = zip(*(sizes[:place] + sizes[place + 1 :]) or [((), ())], strict=True)
-        closes = {*ins} == {out} and len({*outs}) < 3 and outs.count(into) in (1, 3)
-        if closes and len(beside) == 4 and not is_chain:
+        closes = {*ins} == {out} and len({*outs}) < 3 and len(beside) == 4 and not is_chain
+        if closes and outs.count(into) in (1, 3):
             writers.append(writer)
+        elif closes and outs.count(2 * into) == 1 and leaf.home in net.blocks:
+            writers += beside
     if leaf.in_attention and len(beside) == 3 and len({*sizes}) == 1:
         return [], beside
     return [other for other in beside if writers and other not in writers], writers
