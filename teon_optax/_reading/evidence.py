@@ -657,7 +657,8 @@ def place(leaf: Leaf, net: Network) -> Said | None:
         if _is_inside_series(leaf, net):
             return never("", *FALLBACK)
         return only("head: as wide as the vocabulary", "head")
-    is_named = not net.blocks or leaf.says("mlp", "projection", "output", "reads", "writes")
+    is_named = leaf.says("mlp", "projection", "output", "reads", "writes")
+    is_named |= not net.blocks and bool(leaf.weight or leaf.rows)
     if net.widths.issuperset(sizes):
         return never("", *FALLBACK) if is_named else never("", "vector", "convolution")
     into, out = sizes[0] not in written, sizes[1] not in widths

@@ -570,7 +570,7 @@ def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
     if leaf.is_out_first:
         return 0, "weights are (out, in)"
     is_called = leaf.rows or leaf.name.isdecimal() or leaf.name.endswith("kernel")
-    if leaf.is_bare and leaf.name and not is_called:
+    if (leaf.is_bare or leaf.weight.isdecimal()) and leaf.name and not is_called:
         return None, ""
     return 1, "kernels are (in, out)"
 
