@@ -568,7 +568,6 @@ def test_any_tree_is_planned_or_refused(params):
             assert fits[0].stack == 0 or jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-@pytest.mark.xfail(strict=True, reason="6 x 64 = 6 x 64 makes a chain of two scanned kernels")
 def test_a_scanned_query_beside_a_scanned_mlp_is_asked_about():
     shapes = {"query": (6, 64, 64), "up": (6, 64, 256)}
     layers = {name: {"kernel": jnp.zeros(shape)} for name, shape in shapes.items()}

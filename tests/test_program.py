@@ -414,7 +414,6 @@ of_blocks(
 # What the default rules read otherwise than the program uses it, by case. A leaf that is read
 # rightly again fails its test, and goes from here.
 MISREAD = {
-    "heads_everywhere": {"blocks/{0..2}/attention/o_proj/kernel"},  # it writes axis 0
     "denoiser": {"time/linear_1/kernel"},  # it reads as many sines as the stream is wide
 }
 

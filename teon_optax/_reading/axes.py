@@ -1,6 +1,7 @@
 """Which axes are fan_in, fan_out, layers, a batch or parts: what proves it, fits, or is usual."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ def by_bias(leaf: Leaf, net: Network, left: Left) -> Said | None:
         outs = [sizes(reading.axes, shape, letters) for letters in ("op", "opbl")]
         wanted = {tuple(size for size in each if size > 1) for each in outs}
         wanted |= {(fan(reading.axes, shape, letters),) for letters in ("op", "opb")}
-        return any(shape in wanted for shape in biases)
+        are_views = {(math.prod(bias),) for bias in biases if reading.view}
+        return not wanted.isdisjoint({*biases, *are_views})
 
     fused = [
         r
@@ -146,16 +148,20 @@ def _part_fits(leaf: Leaf, reading: Reading, partner: Leaf | None, net: Network)
 
 
 def alike(leaf: Leaf, net: Network, left: Left) -> Said | None:
-    """Keeps the axes that Q beside has, for a matrix of its shape that is no projection: a gate.
+    """Keeps the axes that Q beside has, for a gate that is as long as its heads together or apart.
 
     It stands for gates of attention with heads; trees of the tests show those otherwise, too.
     """
-    if len(leaf.shape) < 3 or leaf.letter or leaf.says("output"):
+    if leaf.letter or leaf.says("output") or "out" in _kinds(left(leaf)):
         return None
     for other in net.beside(leaf):
-        if other.letter == "q" and other.shape == leaf.shape and len(left(other)) == 1:
-            wanted = "hidden", left(other)[0].axes
-            return Said(lambda r, wanted=wanted: r[:2] == wanted, "as Q beside")
+        if other.letter == "q" and len(left(other)) == 1:
+            axes = left(other)[0].axes
+            flat = re.sub("o+", "o", axes)
+            shapes = {axes: list(other.shape), flat: [fan(axes, other.shape, x) for x in flat]}
+            for wanted, shape in shapes.items():
+                if [*leaf.shape] == shape and len(other.shape) > 2:
+                    return Said(lambda r, wanted=wanted: r[:2] == ("hidden", wanted), "as Q beside")
     return None
 
 
@@ -214,7 +220,9 @@ def fit(leaf: Leaf, reading: Reading, output: Leaf, other: Reading) -> bool:
 
 def last_is_out(leaf: Leaf, net: Network, left: Left) -> Said | None:
     """Keeps projections whose last axis is fan_out, for arrays that are called kernels."""
-    if len(leaf.shape) < 3 or leaf.hides_axes or leaf.weight in ("weight", ""):
+    if len(leaf.shape) < 3 or leaf.hides_axes or not leaf.weight:
+        return None
+    if leaf.weight.startswith("weight"):  # AlphaFold 3 has both orders
         return None
     return Said(
         lambda r: r.kind != "qkv" or r.axes[-1] != "i", "kernels of projections end with fan_out"
@@ -226,10 +234,15 @@ def by_convention(leaf: Leaf, net: Network, left: Left) -> Said | None:
     if leaf.hides_axes:
         return None
     found = [r for r in left(leaf) if r.is_matrix]
+    axis, why = orientation(leaf, net)
     is_parted = any("p" in r.axes or r.kind == "qkv" and (r.split != 1 or r.view) for r in found)
     if is_parted or len({reading.split for reading in found}) > 1:
-        return None
-    axis, why = orientation(leaf, net)
+        if axis is None or len(leaf.shape) != 2:
+            return None
+        turned = ("io", "oi")[axis]
+        return matrices(
+            lambda r: r.kind != "hidden" or r.split not in (1, 2) or r.axes != turned, why
+        )
     if axis is None and len({*leaf.shape[-2:]}) > 1:
         return None
 

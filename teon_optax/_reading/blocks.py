@@ -77,7 +77,8 @@ def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
             depth += 1
         modules = (tuple(leaf.keys[:d]) for d in range(leaf.depth, 0, -1))
         found = next((m for m in modules if m in repeated and m not in networks | listed), None)
-        depth = depth or (len(found) if found else None)
+        if found and (not depth or len(found) < depth and not _is_repeated(leaf, depth, repeated)):
+            depth = len(found)
         if depth is None and leaf.scanned:
             outermost = leaf.scanned.count("/")
             is_ensemble = says("network", *leaf.keys[outermost : leaf.depth])
@@ -88,6 +89,11 @@ def repeated_blocks(leaves: Sequence[Leaf]) -> Blocks:
             blocks[leaf.home] = *leaf.names[: leaf.depth], re.sub(r"\d+", HOLE, leaf.block)
     twins = {m: index for index, modules in enumerate(alike.values()) for m in modules}
     return Blocks(blocks, {"/".join(module) for module in networks}, twins)
+
+
+def _is_repeated(leaf: Leaf, depth: int, repeated: dict[tuple[str, ...], int]) -> bool:
+    """Tells whether what is called a layer is one of several, and no part as `MlpBlock_0` is."""
+    return leaf.scanned != "" or any(tuple(leaf.keys[:d]) in repeated for d in (depth, depth + 1))
 
 
 def _is_network(
@@ -104,7 +110,10 @@ def _is_network(
     if len(matrices) > 1 and says("network", name):
         return True
     if any(layer_depth(leaf) is not None for leaf in matrices):
-        return any((layer_depth(leaf) or 0) > depth for leaf in matrices)
+        return any(
+            (inner := layer_depth(leaf) or 0) > depth and _is_repeated(leaf, inner, repeated)
+            for leaf in matrices
+        )
     if any(is_end(leaf) for leaf in matrices):
         return True
     sizes = Counter(size for leaf in matrices for size in set(leaf.shape))

@@ -5,14 +5,15 @@ overruled by what came before: a name never overrules a proof.
 """
 
 import itertools
+import math
 from collections import Counter
 
 from teon_optax._reading.axes import Said, fit
 from teon_optax._reading.blocks import is_end
 from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
-from teon_optax._reading.network import Network, fans
-from teon_optax._reading.readings import ENDS, FALLBACK, Reading, Splits, fan
+from teon_optax._reading.network import Network, fans, out_axis
+from teon_optax._reading.readings import ENDS, FALLBACK, Reading, Splits, fan, readings_of
 
 
 def only(why: str, *kinds: str) -> Said:
@@ -43,6 +44,11 @@ def no_matrix(leaf: Leaf, net: Network) -> Said | None:
     if len(leaf.shape) < 2 or (is_narrow and leaf.shape != (1, 1)):
         return only("vector, by its shape", "vector")
     return None
+
+
+def mixer(leaf: Leaf, net: Network) -> Said | None:
+    """Asks about what mixes the heads of an attention rather than leads from a width to another."""
+    return open_to("may mix heads", "vector", "hidden") if leaf.path in net.mixers else None
 
 
 def low_rank(leaf: Leaf, net: Network) -> Said | None:
@@ -96,10 +102,13 @@ def _is_narrow(leaf: Leaf, net: Network) -> bool:
     is_leaf = not any(home.startswith(f"{leaf.home}/") for home in net.matrices)
     if not is_leaf or any(net.biases(each) for each in held):
         return False
-    sizes, stream = [fans(each, net) for each in held], net.stream_of(leaf)
+    sizes = [fans(each, net) for each in held]
+    stream = net.stream_of(leaf) | net.norm_widths(leaf)
     is_mlp = len(stream) != 1 and sizes[0] == sizes[1][::-1] and "adapter" not in leaf.called
     return not is_mlp and any(
-        first[1] == second[0] and 4 * first[1] <= min(first[0], second[1]) and stream != {first[1]}
+        first[1] == second[0]
+        and 4 * first[1] <= min(first[0], second[1])
+        and first[1] not in stream
         for first, second in (sizes, sizes[::-1])
     )
 
@@ -289,7 +298,8 @@ def output(leaf: Leaf, net: Network) -> Said | None:
     in_module = says("attention", module)
     is_called = leaf.says("output") or (in_module and leaf.name.startswith("linear"))
     is_below = says("attention", above) and says("output", module)
-    is_left = not net.unlike(leaf) and (in_module or len(leaf.shape) == 3) and 1 not in leaf.shape
+    is_several = len(net.letters(leaf)) != 1 and len(leaf.shape) == 3
+    is_left = not net.unlike(leaf) and (in_module or is_several) and 1 not in leaf.shape
     if is_below or is_called and (in_module or with_projections):
         return only("by name", "out")
     if with_projections and is_left:
@@ -400,14 +410,47 @@ def parts(leaf: Leaf, net: Network) -> tuple[tuple[str, Splits], ...]:
         halves.append(2)
     if _halves(leaf, net):
         halves.append(2)
-    return ("qkv", tuple(whole)), ("hidden", tuple(halves))
+    together = _together(leaf, net)
+    return ("qkv", tuple(together or whole)), ("hidden", tuple(together or halves))
+
+
+def _together(leaf: Leaf, net: Network) -> list[tuple[int, ...]]:
+    """Lists the parts of what may be Q, K, V and the way into a feed forward in one.
+
+    PaLM's parallel layers have one matrix for all that two others read, Flux's single blocks one
+    for all that another reads; gate and up are equal.
+    """
+    is_few = len(net.matrices[leaf.home]) < 5 and leaf.home in net.blocks
+    if len(leaf.shape) != 2 or not is_few or parts_of(leaf) > 1 or _halves(leaf, net):
+        return []
+    (into, out), beside = fans(leaf, net), _beside_alike(leaf, net)
+    read = [size for size, writes in beside if writes == into]
+    if len(read) == 1:
+        ways = read[0] - into
+        splits = [(into, into, into, *[ways] * count) for count in (1, 2) if ways > 0]
+        return [split for split in splits if sum(split) == out and out % read[0]]
+    found: list[tuple[int, ...]] = []
+    for heads, ways in itertools.permutations(read if len(beside) == 2 else (), 2):
+        for count in (2, 1):
+            keys = (out - heads - count * ways) // 2
+            split = (heads, keys, keys, *[ways] * count)
+            if keys > 0 and heads % keys == 0 and sum(split) == out:
+                found.append(split)
+    return found
 
 
 def views(leaf: Leaf, net: Network) -> list[Reading]:
     """Lists how Q, K and V may lie in turns: by heads, or by groups of queries with a K and a V.
 
-    The length of a head shows in the output projection, or in a norm of heads.
+    Gate and up may as well, one column of each after another.
+    The length of a head shows in the output projection, or in a norm of heads. Of a matrix beside
+    another, where neither shows it, three lengths are likely.
     """
+    if is_pair(leaf, net) or _halves(leaf, net) and _may_alternate(leaf, net):
+        *rest, first, last = leaf.shape
+        if out_axis(leaf, net) == 0:
+            return [Reading("hidden", "b" * len(rest) + "obi", 1, (*rest, first // 2, 2, last))]
+        return [Reading("hidden", "b" * len(rest) + "iob", 1, (*rest, first, last // 2, 2))]
     if parts_of(leaf) != 3 or len(leaf.shape) > 3:
         return []
     found, output = [], net.output_of(leaf)
@@ -423,21 +466,34 @@ def views(leaf: Leaf, net: Network) -> list[Reading]:
                 view = (d, heads, queries + 2, k)
                 found.append(Reading("qkv", "iopo", (queries, 1, 1), view))
         return found
+    read = {*output.shape} if output is not None and len(output.shape) == 2 else set()
     for axis in (0, 1):
         d, length = leaf.shape[1 - axis], leaf.shape[axis]
         for k in sorted(lengths):
             if length % (3 * k) == 0:
-                view = (length // (3 * k), 3, k)
-                found.append(_turned("obo", 1, view, d, axis))
-            read = {*output.shape} if output is not None and len(output.shape) == 2 else set()
-            for total in sorted(read, reverse=True):
-                groups = (length - total) // (2 * k)
-                is_even = (length - total) % (2 * k) == 0 and total % k == 0
-                if groups > 0 and is_even and (total // k) % groups == 0 and total // k > groups:
-                    queries = total // k // groups
-                    view = (groups, queries + 2, k)
+                found.append(_turned("obo", 1, (length // (3 * k), 3, k), d, axis))
+        for total in sorted(read, reverse=True):
+            keys = (length - total) // 2
+            if keys < 1 or total + 2 * keys != length or total % keys:
+                continue
+            queries = total // keys
+            for k in sorted(lengths) or _likely_lengths(total, keys):
+                if keys % k == 0 and queries > 1:
+                    view = (keys // k, queries + 2, k)
                     found.append(_turned("opo", (queries, 1, 1), view, d, axis))
+                elif keys % k == 0 and not lengths:
+                    found.append(_turned("obo", 1, (keys // k, 3, k), d, axis))
     return [*dict.fromkeys(found)]
+
+
+def _likely_lengths(queries: int, keys: int) -> list[int]:
+    """Lists three lengths that the heads of keys of this width may have, two heads at least.
+
+    The likely ones are about four times as many as there are heads of queries, as the 128 of 32
+    heads in Llama 3 8B (arXiv 2407.21783, table 3) are.
+    """
+    fits = [k for k in range(2, keys // 2 + 1) if keys % k == 0]
+    return sorted(fits, key=lambda k: abs(math.log(k * k / (4 * queries))))[:3]
 
 
 def _turned(
@@ -460,6 +516,8 @@ def fused(leaf: Leaf, net: Network) -> Said | None:
     if (thirds := _thirds(leaf, net)) == "certain":
         why = "Q, K and V in one: three times as wide as what it is beside"
         return Said(lambda r: r.kind == "qkv" and r.split == 3, why)
+    if _together(leaf, net):
+        return Said(is_part, "may be Q, K, V and a feed forward's way in", True)
     if thirds or is_pair(leaf, net):
         why = "may be Q, K and V in one" + (", or gate and up" if is_pair(leaf, net) else "")
         return Said(is_part, why, True)
@@ -533,9 +591,9 @@ def _unequal(leaf: Leaf, net: Network) -> list[tuple[int, ...]]:
 
 def _halves(leaf: Leaf, net: Network) -> bool:
     """Tells whether gate and up lie side by side: twice what the down projection reads."""
-    if leaf.says("packed", "recurrent", "latent", "projection") or len(leaf.shape) < 2:
+    if leaf.says("packed", "recurrent", "latent", "projection") or parts_of(leaf) > 1:
         return False
-    if _is_output(leaf) or says("writes", leaf.name, leaf.keys[-2:][0]):
+    if len(leaf.shape) < 2 or _is_output(leaf) or says("writes", leaf.name, leaf.keys[-2:][0]):
         return False
     into, out = fans(leaf, net)
     if out % 2:
@@ -547,14 +605,20 @@ def _halves(leaf: Leaf, net: Network) -> bool:
     is_plain = outs[out // 2] > (pairs[down] if into == out // 2 else 0)
     if is_plain or not (sum(outs.values()) - is_own < 4 or leaf.says("reads")):
         return False
-    stream = net.stream_of(leaf)
-    if len(stream) == 1 and into not in stream and leaf.home in net.blocks:
+    stream = net.stream_of(leaf) | (net.norm_widths(leaf) if out > into else set())
+    if len(net.stream_of(leaf)) == 1 and into not in stream and leaf.home in net.blocks:
         return False  # an MLP of positions, of which 2 come in
     return True
 
 
+def _may_alternate(leaf: Leaf, net: Network) -> bool:
+    """Tells whether gate and up may take turns, as in the experts with biases of gpt-oss."""
+    return len(leaf.shape) == 3 and net.bias_axis(leaf) is not None
+
+
 def _is_output(leaf: Leaf) -> bool:
-    return leaf.says("output") and leaf.in_attention
+    named = [key for key in leaf.keys[: leaf.depth] if not key.isdecimal()]
+    return leaf.says("output") and says("attention", *named[-1:])
 
 
 def _fans_at(
@@ -562,7 +626,7 @@ def _fans_at(
 ) -> tuple[Counter[tuple[int, int]], Counter[int], Counter[int]]:
     """Counts (fan_in, fan_out) of a module's matrices of a rank, but for projections, and each."""
     if (home, rank) not in net.fans:
-        held = (m for m in net.matrices[home] if len(m.shape) == rank)
+        held = (m for m in net.around[home] if len(m.shape) == rank)
         pairs = Counter(fans(m, net) for m in held if not m.letter and not _is_output(m))
         ins: Counter[int] = Counter()
         outs: Counter[int] = Counter()
@@ -579,32 +643,31 @@ def halves(leaf: Leaf, net: Network) -> Said | None:
     It stands for bare trees, which name neither, and for names that no library has.
     """
     if _halves(leaf, net) and not is_pair(leaf, net):
-        return Said(lambda r: r.kind != "hidden" or r.split == 2, "gate and up in one")
+        return Said(lambda r: r.kind != "hidden" or has_parts(r), "gate and up in one")
     return None
 
 
 def gating(leaf: Leaf, net: Network) -> Said | None:
     """Keeps gate and up along an axis of two, by name or as the down projection shows them."""
     rank, is_named = len(leaf.shape), leaf.says("gating")
-    if rank < 3 or 2 not in leaf.shape or not (is_named or leaf.is_bare):
+    if rank < 3 or 2 not in leaf.shape or leaf.letter or leaf.in_attention or parts_of(leaf) > 1:
         return None
-    beside = [other for other in net.beside(leaf) if len(other.shape) == rank - 1]
-    if not is_named and len(beside) != 1:
+    beside = [fans(m, net) for m in net.beside(leaf) if len(m.shape) == rank - 1]
+    if not is_named and not (len(beside) == 1 if leaf.is_bare else leaf.home in net.blocks):
         return None
-    downs = [m.shape[-2:] for m in beside]
+    is_first = is_named or leaf.is_bare and leaf.shape[0] == 2
+    downs = [(into, out) for into, out in beside if is_first or into != out]
 
     def keeps(reading: Reading) -> bool:
         return reading.kind == "hidden" and "p" in reading.axes
 
-    fits = {
-        axes
-        for axes in ("pio", "poi", "bpio", "bpoi")
-        if len(axes) == rank and (fan(axes, leaf.shape, "o"), fan(axes, leaf.shape, "i")) in downs
-    }
-    if fits:
-        return Said(
-            lambda r: keeps(r) and r.axes in fits, "gate and up, which the down projection reads"
-        )
+    def fits(reading: Reading) -> bool:
+        if not keeps(reading) or reading.axes.count("o") > 1:
+            return False
+        return (fan(reading.axes, leaf.shape, "o"), fan(reading.axes, leaf.shape, "i")) in downs
+
+    if any(fits(reading) for reading in readings_of(leaf.shape, ())):
+        return Said(fits, "gate and up, which the down projection reads")
     return Said(keeps, "gate and up, by name") if is_named else None
 
 
@@ -643,6 +706,9 @@ def place(leaf: Leaf, net: Network) -> Said | None:
     if len(leaf.shape) != 2:
         if leaf.hides_axes:
             return never("", *FALLBACK)
+        axis = net.bias_axis(leaf)
+        if axis is not None and leaf.shape[-2:][axis] == 1:
+            return only("head: leads to 1 number", "head")
         is_table = leaf.shape[0] == 1 and leaf.is_bare and leaf.home not in net.blocks
         return only("table: one for all", "table") if is_table else None
     sizes, widths = fans(leaf, net), net.widths | net.linked
@@ -735,8 +801,8 @@ def _starts_chain(leaf: Leaf, net: Network) -> bool:
 
 # In the order of their strength.
 EVIDENCE = (
-    no_matrix, low_rank, router, experts, end, fused, convolution, projection, latent, output,
-    unnamed, no_attention, halves, gating, bare, chain_end, place,
+    no_matrix, mixer, low_rank, router, experts, end, fused, convolution, projection, latent,
+    output, unnamed, no_attention, halves, gating, bare, chain_end, place,
 )  # fmt: skip
 
 

@@ -19,14 +19,16 @@ def layer_columns(leaf: Leaf, net: Network) -> tuple[int | None, ...]:
     if leaf.layer_axis is not None:  # a number too where the scan is over a pattern of blocks
         scans = [c for c in called if not says("scanned", leaf.keys[c]) or c in varying]
         return (None, *scans)
-    if called:
+    modules = [c for c in numbered if c < leaf.depth or leaf.is_bare and c == leaf.depth]
+    modules = [c for c in modules if not _is_apart(leaf, c, net)]
+    # A block alone in each of several modules is a part of a layer.
+    is_part = called and modules[:1] and modules[0] < called[0] and varying.isdisjoint(called)
+    if called and not (is_part and modules[0] in varying):
         candidates = dict.fromkeys([called[0], *(c for c in called if c in varying)])
         # Stages of other widths are no series: only the layers inside of each are.
         repeating = net.repeating[leaf.names, leaf.array_shape]
         alike = [c for c in candidates if c not in varying or c in repeating]
         return tuple(alike or candidates)
-    modules = [c for c in numbered if c < leaf.depth or leaf.is_bare and c == leaf.depth]
-    modules = [c for c in modules if not _is_apart(leaf, c, net)]
     if modules and modules[0] not in varying:
         return tuple(dict.fromkeys([modules[0], *(c for c in modules if c in varying)]))
     if not modules and all(key.isdecimal() for key in leaf.keys[:2]) and len(leaf.keys) > 1:

@@ -26,7 +26,9 @@ _AROUND = (
 _LAYER = "proj|projection|dense|linear|lin|layer|einsum|kernel|weight|w|head|heads"
 
 NAMES = {
-    "layers": _last("[a-z]*blocks?|layers|h|stack|stacked") + "|layer|.*layer_stack.*",
+    "layers": "(?!.*embed)"
+    + _last("[a-z]*blocks?|layers|h|stack|stacked")
+    + "|layer|.*layer_stack.*",
     "layer": "(?:.*_)?[a-z]*layer(?!_norm)(?:_[a-z]+)?",  # with a number: a `final_layer` is none
     "scanned": "scan_.*|.*layer_stack.*",
     "members": _last("members?|experts?|ensembles?|critics?|actors?|heads?|networks?|nets?")
@@ -39,7 +41,7 @@ NAMES = {
     "in attention": "(?!(?:.*_)?gat)(?:.*_)?"
     "(q|k|v|query|key|value|queries|keys|values)(?:_.*)?",
     "fused": _any("w?qkv[a-z]?|c_attn|query_key_value|key_query_value"),
-    "by heads": _any("query_key_value|qkv[a-z]"),  # Megatron and Qwen3-Next order by heads first
+    "by heads": _any("query_key_value|linear_qkv|qkv[a-z]"),  # Megatron, Qwen3-Next: by heads first
     "gated": _any("qkvz"),
     "fused pair": _any("w?kv|w?qk|key_value|query_key"),
     "packed": "in_proj(?:_weight)?",  # Q, K and V in attention only: Mamba has one as well

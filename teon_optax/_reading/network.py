@@ -1,6 +1,7 @@
 """What stands around a leaf: its module, the blocks, the widths, routers and experts."""
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -53,6 +54,10 @@ class Network:
             if len(leaf.shape) == 1:
                 self.unscanned.update(above(leaf.keys))
         self.blocks, self.networks, self.twins = repeated_blocks(self.floats)
+        self.mixers = {leaf.path: leaf for leaf in self._mixers()}
+        for leaf in self.mixers.values():
+            self.matrices[leaf.home].remove(leaf)
+            self.attentions[leaf.attention].remove(leaf)
         self._called: dict[tuple[str, tuple[str, ...]], int] = {}
         self._letters: dict[str, dict[str, Leaf]] = {}
         self._unlike: dict[str, list[Leaf]] = {}
@@ -61,6 +66,30 @@ class Network:
         self.fans: dict[tuple[str, int], tuple[Counter[Any], Counter[int], Counter[int]]] = {}
         self.packing: dict[str, list[Leaf]] = {}
         self.orientations: dict[str, tuple[int | None, str]] = {}
+
+    def _mixers(self) -> list[Leaf]:
+        """Lists squares of a block that no other matrix in it can stand before or behind.
+
+        Talking heads mix with them what the heads attend to. Whatever else there is is larger, and
+        has another size on both sides, or heads before the last axis.
+        """
+        found = []
+        for home, held in self.attentions.items():
+            is_attention = says("attention", home.rpartition("/")[2])
+            if not is_attention and held[0].home not in self.blocks:
+                continue
+            block = self.held.get(self.blocks.get(held[0].home, ()), ())
+            around = {leaf.shape for leaf in (*held, *block) if leaf.is_matrix}
+            for shape in [s for s in around if len(s) == 2 and s[0] == s[1] > 1]:
+                others = around - {shape}
+                heads = [other for other in others if len(other) > 2 and other.count(shape[0]) == 1]
+                edges = {s for o in others for s in (o[-1:] if o in heads else o)}
+                alike = [leaf for leaf in held if leaf.shape == shape]
+                is_least = all(math.prod(other) > math.prod(shape) for other in others)
+                is_apart = is_least and shape[0] not in edges and len(held) - len(alike) > 1
+                if is_apart and not any(leaf.letter for leaf in alike):
+                    found += alike
+        return found
 
     @cached_property
     def numbered(self) -> dict[tuple[str, str], list[str]]:
@@ -296,7 +325,8 @@ class Network:
     def norm_widths(self, leaf: Leaf) -> set[int]:
         """Finds how long the norms of a leaf's block are, but for those of heads.
 
-        Without norms, all matrices of the block that are no projections may share one width.
+        Without norms, two matrices of the block or more that are no projections may share one
+        width, or two sizes of which most have one.
         """
         return self._norm_widths.get(self.blocks.get(leaf.home, ()), set())
 
@@ -313,6 +343,8 @@ class Network:
             }
             plain = [{*leaf.shape} for leaf in inside if leaf.is_matrix and len(leaf.shape) == 2]
             shared = set.intersection(*plain) if plain else set()
+            if len(shared) > 1 and len(plain) > 1:
+                shared &= self.streams[names]
             found[names] = norms or (shared if len(shared) == 1 else set())
         return found
 
@@ -405,6 +437,22 @@ class Network:
                 found.setdefault((leaf.home, leaf.names), []).append(leaf)
         return found
 
+    @cached_property
+    def around(self) -> dict[str, list[Leaf]]:
+        """Lists the matrices of each home, with those inside that have a module to themselves.
+
+        The latter, as `net_0/proj` of GEGLU beside `net_2`, have those around them.
+        """
+        found: dict[str, list[Leaf]] = {}
+        above = {home: re.sub(r"/?[^/]*(/\d+)*$", "", home) for home in self.matrices}
+        around = {*above.values()}
+        for home, held in self.matrices.items():
+            is_inside = home in self.blocks and len(self.blocks[home]) <= home.count("/")
+            if len(held) > 1 or home in around or not is_inside:
+                above[home] = home
+            found.setdefault(above[home], []).extend(held)
+        return {home: found[place] for home, place in above.items()}
+
     def named_before(self, leaf: Leaf) -> list[Leaf]:
         """Lists the matrices beside a leaf whose name its own continues, as `q_a` does q."""
         words = leaf.name.split("_")
@@ -464,11 +512,12 @@ class Network:
         return [shape for key, shape in held.items() if key in names - {name}]
 
     def bias_axis(self, leaf: Leaf) -> int | None:
-        """Gives the axis of a matrix that is as long as the bias beside it: fan_out."""
-        if len(leaf.shape) != 2:
-            return None
-        found = {shape[0] for shape in self.biases(leaf) if len(shape) == 1}
-        axes = [axis for axis, size in enumerate(leaf.shape) if size in found]
+        """Gives which of a matrix's last two axes is as long as the bias beside it: fan_out.
+
+        The matrix may be one of a batch, whose biases are one too.
+        """
+        found = {shape[-1] for shape in self.biases(leaf) if shape[:-1] == leaf.shape[:-2] != shape}
+        axes = [axis for axis, size in enumerate(leaf.shape[-2:]) if size in found]
         return axes[0] if len(axes) == 1 else None
 
     def _direction(self, leaf: Leaf) -> int | None:

@@ -144,7 +144,7 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
     fallback_first = not is_inside if leaf.is_nameless else leaf.is_bare
     is_called = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
     hidden_first = evidence.is_pair(leaf, net) and not leaf.in_attention
-    by_heads = leaf.says("by heads")
+    by_heads, has_module = leaf.says("by heads"), leaf.weight != "" or len(leaf.shape) == 2
     axis = out_axis(leaf, net)
     out_first = leaf.is_out_first if axis is None else axis == 0
     is_packed = any(r.kind == "hidden" and r.split not in (1, 2) for r in case.left)
@@ -157,6 +157,8 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
             hidden_first and reading.kind != "hidden",
             ("l" in reading.axes) != is_called,
             reading.kind != "qkv" and 2 or (reading.view is None) == by_heads,
+            has_module and not evidence.has_parts(reading),
+            has_module and reading.kind == "hidden" and reading.view is not None,
             is_packed and (reading.split == 1 or not is_long(reading)),
             is_turned != out_first,
         )
