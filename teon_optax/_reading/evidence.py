@@ -638,10 +638,7 @@ def _fans_at(
 
 
 def halves(leaf: Leaf, net: Network) -> Said | None:
-    """Keeps gate and up side by side where the down projection shows them.
-
-    It stands for bare trees, which name neither, and for names that no library has.
-    """
+    """Keeps gate and up side by side where the down projection shows them."""
     if _halves(leaf, net) and not is_pair(leaf, net):
         return Said(lambda r: r.kind != "hidden" or has_parts(r), "gate and up in one")
     return None

@@ -357,7 +357,7 @@ def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
             else:
                 sizes.update(shape)
     vectors += [shape for shape, count in Counter(unnamed.values()).items() if count > 1]
-    return any(sizes.issuperset(shape) for shape in vectors)
+    return any({1} != {*shape} <= sizes for shape in vectors)
 
 
 def _one_layer(leaf: Leaf, axes: dict[str, int]) -> Leaf:

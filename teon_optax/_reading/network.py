@@ -215,6 +215,7 @@ class Network:
         channels = {_made(leaf) for leaf in tall if "convolution" in leaf.called}
         sources = {into for _, into, _ in steps}
         flat = {into for into in sources if any(into % size == 0 for size in channels - {1})}
+        flat |= sources & self.channels
         linked, inside = flat | self._read_by_blocks | _beside_inputs(steps), self.widths | flat
         lengths = Counter((leaf.home, leaf.names) for leaf, _, _ in steps)
         by_out: dict[int, list[Leaf]] = {}
