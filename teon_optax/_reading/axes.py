@@ -154,15 +154,14 @@ def alike(leaf: Leaf, net: Network, left: Left) -> Said | None:
     """
     if leaf.letter or leaf.says("output") or "out" in _kinds(left(leaf)):
         return None
-    for other in net.beside(leaf):
-        if other.letter == "q" and len(left(other)) == 1:
-            axes = left(other)[0].axes
-            flat = re.sub("o+", "o", axes)
-            shapes = {axes: list(other.shape), flat: [fan(axes, other.shape, x) for x in flat]}
-            for wanted, shape in shapes.items():
-                if [*leaf.shape] == shape and len(other.shape) > 2:
-                    return Said(lambda r, wanted=wanted: r[:2] == ("hidden", wanted), "as Q beside")
-    return None
+    other = net.letters(leaf).get("q")
+    if other is None or other.home != leaf.home or len(other.shape) < 3 or len(left(other)) > 1:
+        return None
+    axes = left(other)[0].axes
+    flat = re.sub("o+", "o", axes)
+    shapes = {axes: other.shape, flat: tuple(fan(axes, other.shape, letter) for letter in flat)}
+    wanted = [("hidden", each) for each, shape in shapes.items() if shape == leaf.shape]
+    return Said(lambda r: r[:2] in wanted, "as Q beside") if wanted else None
 
 
 def by_partner(leaf: Leaf, net: Network, left: Left) -> Said | None:

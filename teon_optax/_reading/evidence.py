@@ -70,12 +70,12 @@ def _is_second_factor(leaf: Leaf, net: Network) -> bool | None:
     """Tells whether it is the second of two factors of a matrix; None where it is neither."""
     count = len(net.matrices[leaf.home]) - 1
     above, _, module = leaf.home.rpartition("/")
-    bases = [base for base in net.matrices.get(above, []) if base.keys[base.depth] == module]
+    bases = net.named(above, module)
     named = net.named_before(leaf)
     if not (bases or named or count in (1, 2)):
         return None
     beside = net.beside(leaf)
-    bases += beside if len(beside) == 2 else named
+    bases = [*bases, *(beside if len(beside) == 2 else named)]
     for other in beside:
         for first, second in ((leaf, other), (other, leaf)):
             rank, inner, outer = first.shape[-1], first.shape[:-1], second.shape[1:]
@@ -688,7 +688,10 @@ def bare(leaf: Leaf, net: Network) -> Said | None:
 def _is_linked(axis: int, leaf: Leaf, net: Network) -> bool:
     """Tells whether a bare matrix follows another in the block, or a module there is as long."""
     size, others = leaf.shape[axis], [m for m in net.inside(leaf) if m.names != leaf.names]
+    is_width = size in net.stream_of(leaf)
     beside = [m for m in net.beside(leaf) if len(m.shape) == 2]
+    # Squares of one size, which is no width, follow each other alone: they may mix heads.
+    beside = [m for m in beside if is_width or m.shape != leaf.shape]
     follows = any(size == other.shape[1 - axis] for other in beside)
     return follows or any(other.weight and size in other.shape for other in others)
 

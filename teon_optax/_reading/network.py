@@ -458,8 +458,11 @@ class Network:
         """Lists the matrices beside a leaf whose name its own continues, as `q_a` does q."""
         words = leaf.name.split("_")
         stems = ["_".join(words[:count]) for count in range(1, len(words))]
-        found = (self._by_name.get((leaf.home, stem), ()) for stem in stems)
-        return [other for each in found for other in each]
+        return [other for stem in stems for other in self.named(leaf.home, stem)]
+
+    def named(self, home: str, name: str) -> list[Leaf]:
+        """Lists the matrices of a home that are called so."""
+        return self._by_name.get((home, name), [])
 
     @cached_property
     def _by_name(self) -> dict[tuple[str, str], list[Leaf]]:
