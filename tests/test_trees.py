@@ -1,13 +1,16 @@
 """Every tree of tests/trees/ is read as its listing says, and by rules that can be printed."""
 
+import collections
 import functools
+import itertools
 import os
 import pathlib
 import re
+import string
 import warnings
 
 import pytest
-from listings import expanded, leaf_of, read, stacked, trees, written, wrong
+from listings import array, expanded, leaf_of, nested, read, same, stacked, trees, written, wrong
 from optax.contrib import MuonDimensionNumbers
 
 from benchmarks.architectures import ARCHITECTURES
@@ -36,6 +39,25 @@ def test_a_leaf_is_read_as_its_listing_says_or_is_asked(tree):
     found = wrong(tree, found_in(tree.name))
     known = {path for each in MISREAD.get(tree.title, ()) for path in expanded(each)}
     assert found.keys() == known, found
+
+
+@each_tree
+def test_a_leaf_without_a_name_is_asked_or_the_fallbacks_or_read_rightly(tree):
+    """Each word of its path means nothing, even what the arrays are called; stacked or alone."""
+    pairs = itertools.product(string.ascii_lowercase, repeat=2)
+    words = collections.defaultdict(lambda: "zo{}{}x".format(*next(pairs)))
+
+    def renamed(path):
+        return re.sub("[A-Za-z]+", lambda word: words[word[0]], path)
+
+    leaves = {renamed(path): array(*line.shape) for path, line in tree.lines_by_path.items()}
+    found = read(nested(leaves))
+    for path, line in tree.lines_by_path.items():
+        what, answer = found[renamed(path)], line.answer
+        right = [each._replace(kind="M") for each in (*answer.readings, *answer.offered)]
+        if what.reading.kind != "F" and not what.is_asked:
+            reading = what.reading._replace(kind="M")
+            assert any(same(reading, each, line.shape) for each in right), (path, what)
 
 
 @each_tree
