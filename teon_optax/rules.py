@@ -263,7 +263,8 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     heads = []
 
     def by_heads(leaf: Leaf, left: Sequence[Reading]) -> Sequence[Reading]:
-        fused = [reading for reading in left if reading.kind == "qkv" and reading.split != 1]
+        parted = [each for each in left if each.kind == "qkv" and each.split != 1]
+        fused = [each for each in parted if each.view is None]
         if len({reading.axes for reading in fused}) == 1:
             left = fused[:1]
         if len(left) == 1 and left[0].kind in ("qkv", "latent"):

@@ -190,7 +190,7 @@ def test_a_fused_projection_is_offered_as_the_output_projection_shows_it():
     [
         (
             {"b/0/attn/in_proj_qkvz/kernel": (64, 224), "b/0/attn/out_proj/kernel": (96, 64)},
-            'attn/in_proj_qkvz/kernel$", stack=2, split=(16, 16, 96, 96))',
+            "output_axis=(2, 1, 3)), split=(1, 1, 6, 6), view=(64, 2, 14, 8))",
         ),
         (
             {"blocks/0/mlp/proj_1/kernel": (64, 128), "blocks/0/mlp/proj_2/kernel": (64, 64)}
@@ -202,7 +202,7 @@ def test_a_fused_projection_is_offered_as_the_output_projection_shows_it():
             'moe/w\\d+$", dims=MuonDimensionNumbers(reduction_axis=1, output_axis=0), split=8)',
         ),
     ],
-    ids=["Q, K, V and a gate", "gate and up", "experts"],
+    ids=["Q, K, V and a gate, by heads in Qwen3-Next", "gate and up", "experts"],
 )
 def test_the_likely_parts_of_a_matrix_are_offered_first(leaves, likely):
     _, entry = refusal(arrays(leaves)).split(" Write one of\n")

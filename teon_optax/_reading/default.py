@@ -209,14 +209,16 @@ def _listing(draft: Draft) -> str:
 
 
 def _axes(rule: Rule, rank: int) -> str:
-    """Says what a rule takes each axis for, as in (layer, in, out)."""
+    """Says what a rule takes each axis for, as in (layer, in, out), or those of its view."""
     if rule.stack == 0:
         return "fallback"
-    rest = [axis for axis in range(rank) if axis != rule.layer_axis]
+    layer, seen = (None, f" of {rule.view}") if rule.view else (rule.layer_axis, "")
+    axes = range(len(rule.view or range(rank)))
+    rest = [axis for axis in axes if axis != layer]
     fans = fan_axes(rule.dims) if rule.dims else (rest[:1], rest[1:])
-    words: dict[int | None, str] = {rule.layer_axis: "layer"}
+    words: dict[int | None, str] = {layer: "layer"}
     words |= dict.fromkeys(fans[0], "in") | dict.fromkeys(fans[1], "out")
-    return f"({', '.join(words.get(axis, 'batch') for axis in range(rank))})"
+    return f"({', '.join(words.get(axis, 'batch') for axis in axes)}){seen}"
 
 
 def _offers(draft: Draft) -> list[str]:

@@ -421,7 +421,9 @@ def _together(leaf: Leaf, net: Network) -> list[tuple[int, ...]]:
     for all that another reads; gate and up are equal.
     """
     is_few = len(net.matrices[leaf.home]) < 5 and leaf.home in net.blocks
-    if len(leaf.shape) != 2 or not is_few or parts_of(leaf) > 1 or _halves(leaf, net):
+    rows = "projection", "fused", "fused pair", "latent"
+    is_apart = leaf.says(*rows) or net.is_called_beside(leaf, *rows)
+    if len(leaf.shape) != 2 or not is_few or is_apart or _halves(leaf, net):
         return []
     (into, out), beside = fans(leaf, net), _beside_alike(leaf, net)
     read = [size for size, writes in beside if writes == into]
@@ -442,9 +444,9 @@ def _together(leaf: Leaf, net: Network) -> list[tuple[int, ...]]:
 def views(leaf: Leaf, net: Network) -> list[Reading]:
     """Lists how Q, K and V may lie in turns: by heads, or by groups of queries with a K and a V.
 
-    Gate and up may as well, one column of each after another.
-    The length of a head shows in the output projection, or in a norm of heads. Of a matrix beside
-    another, where neither shows it, three lengths are likely.
+    Gate and up may as well, one column of each after another. The length of a head shows in the
+    output projection, or in a norm of heads; where neither does, three lengths are likely. A gate
+    of heads lies behind their values.
     """
     if is_pair(leaf, net) or _halves(leaf, net) and _may_alternate(leaf, net):
         *rest, first, last = leaf.shape
@@ -467,22 +469,25 @@ def views(leaf: Leaf, net: Network) -> list[Reading]:
                 found.append(Reading("qkv", "iopo", (queries, 1, 1), view))
         return found
     read = {*output.shape} if output is not None and len(output.shape) == 2 else set()
+    is_gated = leaf.says("gated")
     for axis in (0, 1):
         d, length = leaf.shape[1 - axis], leaf.shape[axis]
-        for k in sorted(lengths):
+        for k in [] if is_gated else sorted(lengths):
             if length % (3 * k) == 0:
                 found.append(_turned("obo", 1, (length // (3 * k), 3, k), d, axis))
         for total in sorted(read, reverse=True):
-            keys = (length - total) // 2
-            if keys < 1 or total + 2 * keys != length or total % keys:
+            wide = 2 * total if is_gated else total
+            keys = (length - wide) // 2
+            if keys < 1 or wide + 2 * keys != length or total % keys:
                 continue
-            queries = total // keys
+            each = total // keys
+            split = (1, 1, each, each) if is_gated else (each, 1, 1)
             for k in sorted(lengths) or _likely_lengths(total, keys):
-                if keys % k == 0 and queries > 1:
-                    view = (keys // k, queries + 2, k)
-                    found.append(_turned("opo", (queries, 1, 1), view, d, axis))
+                if keys % k == 0 and len({*split}) > 1:
+                    view = (keys // k, sum(split), k)
+                    found.append(_turned("opo", split, view, d, axis))
                 elif keys % k == 0 and not lengths:
-                    found.append(_turned("obo", 1, (keys // k, 3, k), d, axis))
+                    found.append(_turned("obo", 1, (keys // k, len(split), k), d, axis))
     return [*dict.fromkeys(found)]
 
 
