@@ -276,7 +276,8 @@ def _alone(leaves: Sequence[Leaf]) -> set[str]:
         is_scale = leaf.is_bare and sum(size > 1 for size in leaf.shape) < 2
         is_adapter = is_scale or "low rank" in leaf.called
         for depth, key in enumerate(leaf.keys[: leaf.depth], 1):
-            if leaf.is_matrix and not is_adapter and says("projection", key) | says("output", key):
+            is_called = any(says(row, key) for row in ("projection", "fused", "output"))
+            if leaf.is_matrix and not is_adapter and is_called:
                 inside.setdefault(tuple(leaf.keys[:depth]), []).append(leaf)
     return {
         held[0].path
