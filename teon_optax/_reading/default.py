@@ -1,5 +1,6 @@
 """What `rules=None` means: concrete rules for one tree, as few as it has kinds of leaves."""
 
+import dataclasses
 import math
 import re
 import warnings
@@ -9,10 +10,10 @@ from typing import Any
 import jax
 
 from teon_optax._paths import LeafType, cached, tree_types
-from teon_optax._reading.leaves import Leaf
-from teon_optax._reading.reading import read
+from teon_optax._reading.leaves import Leaf, grouped
+from teon_optax._reading.reading import Case, read
 from teon_optax._reading.readings import Reading
-from teon_optax._reading.writing import Choice, Draft, Member, drafts_of, rule_of
+from teon_optax._reading.writing import Choice, Draft, drafts_of, rule_of
 from teon_optax._rule import Rule, Rules, checked_rules, fan_axes
 
 PAPER = {"qkv": 2, "latent": 1, "out": 1, "hidden": 1}  # K by kind; all else is the fallback's
@@ -67,11 +68,7 @@ def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
           Rule(r"^embed/embedding$", stack=0),
       )
     """
-    rules, warning, error = _kept(*tree_types(params), checked_rules(first, "first"))
-    if error:
-        raise ValueError(error)
-    _warn(warning)
-    return rules
+    return _told(*_kept(*tree_types(params), checked_rules(first, "first")))
 
 
 @cached
@@ -95,16 +92,16 @@ def rules_by_role(
 
     `change` may give a leaf that `first` does not take other readings before the rules are made.
     """
-    rules, warning, error = _read(params, checked_rules(first, "first"), stacks, change)
+    return _told(*_read(params, checked_rules(first, "first"), stacks, change))
+
+
+def _told(rules: Rules, warning: str, error: str) -> Rules:
+    """Raises the error if there is one, or warns, and gives the rules."""
     if error:
         raise ValueError(error)
-    _warn(warning)
+    if warning:
+        warnings.warn(warning, UserWarning, stacklevel=3)
     return rules
-
-
-def _warn(text: str) -> None:
-    if text:
-        warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _read(
@@ -114,22 +111,21 @@ def _read(
     change: Change = lambda leaf, left: left,
 ) -> tuple[Rules, str, str]:
     """Makes the rules by kind, what to warn of, and the error of what cannot be read, if any."""
-    found = read(params)
-    members = [
-        Member(leaf, tuple(change(leaf, case.left)), case.columns, tuple(case.reasons))
-        for leaf, case in found
-        if case is not None and not any(rule.search(leaf.path) for rule in first)
+    cases = read(params)
+    told = [
+        dataclasses.replace(case, left=[*change(case.leaf, case.left)])
+        for case in cases
+        if case.left and not any(rule.search(case.leaf.path) for rule in first)
     ]
-    vectors = [leaf for leaf, case in found if case is None]
-    drafts = drafts_of(members, vectors, stacks)
+    drafts = drafts_of(told, [case.leaf for case in cases if not case.left], stacks)
     error = _error([draft for draft in drafts if draft.question == "ask"])
-    warning = _warning(drafts, [leaf for leaf, _ in found], first, stacks)
+    warning = _warning(drafts, [case.leaf for case in cases], first, stacks)
     drafts.sort(key=lambda draft: -draft.choice.stack)
     rules = Rules((*first, *(rule_of(draft, draft.choice) for draft in drafts)))
     rules.reasons = {
-        member.leaf.path: ("asked: " if draft.question else "") + _reason(member)
+        case.leaf.path: ("asked: " if draft.question else "") + _reason(case)
         for draft in drafts
-        for member in draft.members
+        for case in draft.cases
         if not draft.choice.stack
     }
     return rules, warning, error
@@ -162,11 +158,11 @@ def explain(params: Any) -> str:
       embed/embedding   256 x 64  table              table, by name
     """
     rows: dict[tuple[str, ...], None] = {}
-    for leaf, case in read(params):
-        if case is not None:
-            shape = " x ".join(map(str, leaf.array_shape))
-            reasons = "; ".join(dict.fromkeys(filter(None, case.reasons)))
-            rows[re.sub(r"\d+", "*", leaf.path), shape, _role(leaf, case.left), reasons] = None
+    for case in read(params):
+        if case.left:
+            shape = " x ".join(map(str, case.leaf.array_shape))
+            path, reasons = re.sub(r"\d+", "*", case.leaf.path), "; ".join(case.reasons)
+            rows[path, shape, _role(case), reasons] = None
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
     lines = (
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
@@ -175,31 +171,26 @@ def explain(params: Any) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _role(leaf: Leaf, left: Sequence[Reading]) -> str:
+def _role(case: Case) -> str:
     """Says what a leaf is, or what it may be."""
     letters = {"q": "query", "k": "key", "v": "value"}
-    kinds = dict.fromkeys(reading.kind for reading in left)
-    if [*kinds] == ["qkv"] and leaf.letter:
-        words = [letters[leaf.letter]]
-    else:
-        words = [*dict.fromkeys(WORDS.get(kind, kind) for kind in kinds)]
-    is_open = len({reading[1:] for reading in left}) > 1
+    kinds = dict.fromkeys(reading.kind for reading in case.left)
+    words = dict.fromkeys(WORDS.get(kind, kind) for kind in kinds)
+    if [*kinds] == ["qkv"] and case.leaf.letter:
+        words = [letters[case.leaf.letter]]
+    is_open = len({reading[1:] for reading in case.left}) > 1
     return ("asked: " if is_open else "") + " or ".join(words)
 
 
-def _reason(member: Member) -> str:
+def _reason(case: Case) -> str:
     """Says in a few words why a leaf is the fallback's."""
-    told = [reason for reason in member.reasons if reason]
-    return told[-1] if told else _role(member.leaf, member.left)
+    return case.reasons[-1] if case.reasons else _role(case)
 
 
 def _listing(draft: Draft) -> str:
     """Names the leaves of a draft, of many layers the first alone, and their shapes."""
-    alike_leaves: dict[tuple[Any, ...], list[Leaf]] = {}
-    for leaf in draft.leaves:
-        alike_leaves.setdefault((leaf.names, leaf.shape), []).append(leaf)
     paths = []
-    for alike in alike_leaves.values():
+    for alike in grouped(draft.leaves, lambda leaf: [(leaf.names, leaf.shape)]).values():
         some = alike if len(alike) < 5 else alike[:1]
         more = len(alike) - len(some)
         paths += [f'"{leaf.path}"' for leaf in some]
@@ -223,7 +214,7 @@ def _axes(rule: Rule, rank: int) -> str:
 
 def _offers(draft: Draft) -> list[str]:
     """Lists the rules to choose from, what each takes the axes for in a line above it."""
-    rank = len(draft.members[0].leaf.array_shape)
+    rank = len(draft.leaves[0].array_shape)
     rules = dict.fromkeys(rule_of(draft, choice) for choice in draft.choices)
     if not any(rule.stack == 0 for rule in rules):
         rules |= {rule_of(draft, Choice(None, 0, Reading("table"))): None}
@@ -232,10 +223,9 @@ def _offers(draft: Draft) -> list[str]:
 
 def _question(draft: Draft) -> str:
     """Says what a leaf was taken for and by what, and what is open."""
-    _, left, columns, reasons = draft.members[0]
-    kinds = [reading.kind for reading in left if reading.is_matrix]
+    left, columns, known = draft.cases[0].left, draft.cases[0].columns, draft.cases[0].reasons
+    kinds = dict.fromkeys(reading.kind for reading in left if reading.is_matrix)
     splits = {reading.split for reading in left}
-    known = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
     if len({(reading.axes, reading.split) for reading in left}) == 1 and len(columns) > 1:
         question = "which number counts the layers?"
     elif any(isinstance(split, tuple) for split in splits) or len(splits) > 1:
@@ -243,13 +233,13 @@ def _question(draft: Draft) -> str:
             "where do its parts lie? `split` is for parts one after another; in turns, by heads or "
             "groups, they need a `view`."
         )
-    elif {*kinds} == {"qkv"}:
+    elif [*kinds] == ["qkv"]:
         question = "which axes are heads, layers, fan_in?"
-    elif len({*kinds}) > 1 and "qkv" in kinds:
+    elif "qkv" in kinds:
         question = f"{' or '.join(dict.fromkeys(WORDS[kind] for kind in kinds))}?"
     else:
         question = "what is each axis?"
-    return f"{known}; {question}" if known else question
+    return "; ".join([*known, question])
 
 
 def _error(drafts: list[Draft]) -> str:
@@ -278,8 +268,8 @@ def _warning(
         return sum(math.prod(leaf.array_shape) for leaf in leaves)
 
     unknown = [draft for draft in drafts if draft.question == "warn"]
-    known = [draft.members for draft in drafts if not draft.question]
-    letters = {m.leaf.letter for some in known for m in some if m.left[0].kind == "qkv"}
+    known = [case for draft in drafts if not draft.question for case in draft.cases]
+    letters = {case.leaf.letter for case in known if case.left[0].kind == "qkv"}
     is_known = len(letters) > 1 or letters == {""}  # by names, or by what they fit
     is_stacked = any(draft.choice.stack > 1 for draft in drafts) or any(r.stack > 1 for r in first)
     is_unstacked = is_known and not is_stacked and stacks.get("qkv", 0) > 1

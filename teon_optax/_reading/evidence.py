@@ -9,7 +9,6 @@ import math
 from collections import Counter
 
 from teon_optax._reading.axes import Said, fit
-from teon_optax._reading.blocks import is_end
 from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
 from teon_optax._reading.network import Network, fans, out_axis
@@ -205,7 +204,7 @@ def _packing(home: str, net: Network) -> list[Leaf]:
 
 def end(leaf: Leaf, net: Network) -> Said | None:
     """Keeps embeddings and heads by name, but for a module in a block that joins its widths."""
-    if not is_end(leaf):
+    if not leaf.is_end:
         return None
     is_module = leaf.home in net.blocks and leaf.weight != "" and len(leaf.shape) == 2
     if is_module and all(size in net.linked or is_shared(size, leaf, net) for size in leaf.shape):
@@ -293,9 +292,9 @@ def latent(leaf: Leaf, net: Network) -> Said | None:
 def output(leaf: Leaf, net: Network) -> Said | None:
     """Keeps the output projection of attention: so called, or all that is left beside Q, K, V."""
     above, module = ["", "", *leaf.keys[: leaf.depth]][-2:]
-    rows = ("projection", "fused", "fused pair", "latent")
-    with_projections = net.is_called_beside(leaf, *rows)
     in_module = says("attention", module)
+    projections = net.attentions[leaf.attention].projections
+    with_projections = any(other is not leaf for other in projections)
     is_called = leaf.says("output") or (in_module and leaf.name.startswith("linear"))
     is_below = says("attention", above) and says("output", module)
     is_several = len(net.letters(leaf)) != 1 and len(leaf.shape) == 3
@@ -378,7 +377,7 @@ def _attention_shapes(leaf: Leaf, net: Network) -> tuple[list[Leaf], list[Leaf]]
         return [], []
     rows = ("projection", "output", "fused", "gate", "recurrent", "reads", "writes")
     is_named = any(says(row, key) for row in rows for m in beside for key in (m.name, *m.keys[:-1]))
-    is_named |= any(is_end(other) or len(other.shape) != 2 for other in beside)
+    is_named |= any(other.is_end or len(other.shape) != 2 for other in beside)
     if is_named:
         return [], []
     sizes = [fans(other, net) for other in beside]
@@ -421,8 +420,7 @@ def _together(leaf: Leaf, net: Network) -> list[tuple[int, ...]]:
     for all that another reads; gate and up are equal.
     """
     is_few = len(net.matrices[leaf.home]) < 5 and leaf.home in net.blocks
-    rows = "projection", "fused", "fused pair", "latent"
-    is_apart = leaf.says(*rows) or net.is_called_beside(leaf, *rows)
+    is_apart = net.attentions[leaf.attention].projections != []
     if len(leaf.shape) != 2 or not is_few or is_apart or _halves(leaf, net):
         return []
     (into, out), beside = fans(leaf, net), _beside_alike(leaf, net)

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-from teon_optax._reading.blocks import called_layers, is_end, nouns
 from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
 from teon_optax._reading.network import Network
@@ -14,7 +13,7 @@ def layer_columns(leaf: Leaf, net: Network) -> tuple[int | None, ...]:
     None among them means that a scanned axis counts, or that nothing does.
     """
     numbered = [c for c, number in enumerate(leaf.numbers) if number is not None]
-    called = [depth - 1 for depth in called_layers(leaf) if depth - 1 in numbered]
+    called = [depth - 1 for depth in leaf.layer_depths if depth - 1 in numbered]
     varying = net.varying[leaf.names]
     if leaf.layer_axis is not None:  # a number too where the scan is over a pattern of blocks
         scans = [c for c in called if not says("scanned", leaf.keys[c]) or c in varying]
@@ -48,7 +47,7 @@ def _beside_two(leaf: Leaf, column: int, net: Network) -> list[Leaf]:
     two matrices of every shape, they are one in each of two layers.
     """
     modules = net.repeats(leaf, column)
-    module, above = ("/".join(leaf.keys[:depth]) for depth in (column + 1, column))
+    above, module = leaf.places[column : column + 2]
     if len(modules) != 2 or leaf.home != module or len(net.matrices.get(module, [])) > 4:
         return []
     beside = [
@@ -56,7 +55,7 @@ def _beside_two(leaf: Leaf, column: int, net: Network) -> list[Leaf]:
         for home, held in net.matrices.items()
         for other in held
         if f"{home}/".startswith(f"{above}/".lstrip("/"))
-        and not is_end(other)
+        and not other.is_end
         and not any(f"{home}/".startswith(f"{two}/") for two in modules)
     ]
     shapes = Counter(other.shape for other in beside)
@@ -69,9 +68,14 @@ def _is_apart(leaf: Leaf, column: int, net: Network) -> bool:
     They may be experts, members of an ensemble, whole networks, heads whose results a matrix beside
     them reads side by side, or two attentions of one block.
     """
-    module, above = ("/".join(leaf.keys[:depth]) for depth in (column + 1, column))
-    noun = next((noun for depth, noun in nouns(leaf) if depth == column + 1), "")
-    if says("members", noun) or above in net.mixtures or module in net.networks:
+    above, module = leaf.places[column : column + 2]
+    is_module = column + 1 < len(leaf.keys)
+    if (
+        is_module
+        and says("members", leaf.noun(column + 1))
+        or above in net.mixtures
+        or module in net.networks
+    ):
         return True
     modules, held = net.repeats(leaf, column), net.matrices.get(leaf.home, [])
     are_heads = leaf.home == module and all(m.shape[-1] == leaf.shape[-1] for m in held)

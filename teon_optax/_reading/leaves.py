@@ -4,9 +4,9 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jax.tree_util import FlattenedIndexKey, GetAttrKey
 from teon_optax._paths import leaf_paths
 from teon_optax._reading.names import WEIGHT, letter_of, rows_of, says
 
+Item = TypeVar("Item")
+Key = TypeVar("Key")
+Names = tuple[str, ...]  # of the segments of a path, numbers left out
 HOLE = "\0"  # where a number was in a name
 _TUPLE = re.compile(r"(\('?)(.*, .*?)('?\))")  # a key that is a tuple, as text
 
@@ -63,14 +66,19 @@ class Leaf:
         return keys
 
     @cached_property
-    def place(self) -> str:
-        """Joins the keys: the path, however the tree separates them."""
-        return "/".join(self.keys)
+    def places(self) -> list[str]:
+        """Joins the keys to the paths of the root, of each module around and of the leaf itself."""
+        return [*above([*self.keys, ""])]
 
     @cached_property
+    def place(self) -> str:
+        """Joins the keys: the path, however the tree separates them."""
+        return self.places[-1]
+
+    @property
     def module(self) -> str:
         """Gives the place of what holds the array."""
-        return self.place.rpartition("/")[0]
+        return self.places[-2]
 
     @cached_property
     def depth(self) -> int:
@@ -86,8 +94,8 @@ class Leaf:
     @cached_property
     def home(self) -> str:
         """Gives the path of the module around, which for `h0_attn_q` ends with its block, `h0_`."""
-        block = [self.block] if self.block else []
-        return "/".join([*self.keys[: self.depth], *block])
+        around = self.places[self.depth]
+        return f"{around}/{self.block}".lstrip("/") if self.block else around
 
     @cached_property
     def name(self) -> str:
@@ -152,18 +160,42 @@ class Leaf:
 
     @cached_property
     def attention(self) -> str:
-        """Gives the module called attention around it, or its home where there is none.
+        """Gives the place of the module called attention around it, or its home without one.
 
         Modules inside that are numbered may be heads, each with projections of its own.
         """
         depth = self.depth
         while depth and self.numbers[depth - 1] is None:
             if says("attention", self.keys[depth - 1]):
-                return "/".join(self.keys[:depth])
+                return self.places[depth]
             depth -= 1
         return self.home
 
     @cached_property
+    def is_end(self) -> bool:
+        """Tells whether it, its module or the one around is called an embedding or a head."""
+        return any(says(row, *self.keys[-2:], self.name) for row in ("table", "head"))
+
+    def noun(self, depth: int) -> str:
+        """Gives what the module at a depth is called; of a mere number, the module around."""
+        return self.names[depth - 1].partition(HOLE)[0] or self.keys[max(depth - 2, 0)]
+
+    @cached_property
+    def layer_depths(self) -> list[int]:
+        """Lists the depths of the modules around that are called layers or blocks."""
+        return [
+            depth
+            for depth in range(1, len(self.keys))
+            if says("layers", self.noun(depth))
+            or (self.numbers[depth - 1] is not None and says("layer", self.noun(depth)))
+        ]
+
+    @cached_property
+    def layer_depth(self) -> int:
+        """Gives the first of these depths that is no deeper than the home, 0 without one."""
+        return next((depth for depth in self.layer_depths if depth <= self.depth), 0)
+
+    @property
     def is_matrix(self) -> bool:
         """Tells whether one layer's part has two axes or more and no vector's name."""
         return self.is_float and len(self.shape) > 1 and not self.is_vector
@@ -189,6 +221,15 @@ def _split(path: str) -> list[str]:
     if found := _TUPLE.fullmatch(path):
         return re.split(r"('?, '?)", found[2])
     return re.split(r"(/|(?<=[\w)\]])\.(?=[A-Za-z_]|\d+(?:[./]|$)))", path)
+
+
+def grouped(items: Iterable[Item], keys: Callable[[Item], Iterable[Key]]) -> dict[Key, list[Item]]:
+    """Lists items by each of their keys, in their order."""
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        for key in keys(item):
+            found.setdefault(key, []).append(item)
+    return found
 
 
 def above(keys: Sequence[str]) -> Iterator[str]:
@@ -271,18 +312,18 @@ def _taken_apart(leaves: Sequence[Leaf]) -> Iterator[tuple[tuple[Any, ...], tupl
 
 def _alone(leaves: Sequence[Leaf]) -> set[str]:
     """Finds weights in a module that is the only one inside of a projection, but for adapters."""
-    inside: dict[tuple[str, ...], list[Leaf]] = {}
-    for leaf in leaves:
+
+    def projections(leaf: Leaf) -> Iterator[str]:
         is_scale = leaf.is_bare and sum(size > 1 for size in leaf.shape) < 2
-        is_adapter = is_scale or "low rank" in leaf.called
-        for depth, key in enumerate(leaf.keys[: leaf.depth], 1):
-            is_called = any(says(row, key) for row in ("projection", "fused", "output"))
-            if leaf.is_matrix and not is_adapter and is_called:
-                inside.setdefault(tuple(leaf.keys[:depth]), []).append(leaf)
+        if leaf.is_matrix and not is_scale and "low rank" not in leaf.called:
+            for module, key in zip(leaf.places[1:], leaf.keys[: leaf.depth], strict=False):
+                if not rows_of(key).isdisjoint(("projection", "fused", "output")):
+                    yield module
+
     return {
         held[0].path
-        for module, held in inside.items()
-        if len(held) == 1 and len(module) == held[0].depth and not held[0].is_bare
+        for module, held in grouped(leaves, projections).items()
+        if len(held) == 1 and module == held[0].places[held[0].depth] and not held[0].is_bare
     }
 
 

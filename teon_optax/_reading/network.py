@@ -4,21 +4,43 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from teon_optax._reading.blocks import (
-    Names,
-    held_by_blocks,
-    is_end,
-    repeated_blocks,
-    stream_width,
-)
-from teon_optax._reading.leaves import Leaf, above
+from teon_optax._reading.blocks import repeated_blocks
+from teon_optax._reading.leaves import Leaf, Names, grouped
 from teon_optax._reading.names import says
 
 Shape = tuple[int, ...]
+
+
+class Attention:
+    """Holds the matrices of a module called attention, or of a module that lies in none."""
+
+    def __init__(self, matrices: list[Leaf]):
+        self.matrices = matrices
+
+    @cached_property
+    def letters(self) -> dict[str, Leaf]:
+        """Gives a matrix for each of q, k and v that it has."""
+        return {leaf.letter: leaf for leaf in self.matrices if leaf.letter}
+
+    @cached_property
+    def projections(self) -> list[Leaf]:
+        """Lists what is called Q, K or V, several of them in one, or latent."""
+        rows = "projection", "fused", "fused pair", "latent"
+        return [leaf for leaf in self.matrices if leaf.says(*rows)]
+
+    @cached_property
+    def unlike(self) -> list[Leaf]:
+        """Lists what is no Q, K or V by name."""
+        return [leaf for leaf in self.matrices if not leaf.letter]
+
+    @cached_property
+    def outputs(self) -> list[Leaf]:
+        """Lists what is called an output projection."""
+        return [leaf for leaf in self.matrices if leaf.says("output")]
 
 
 class Network:
@@ -26,46 +48,49 @@ class Network:
 
     Attributes:
       matrices: By home, the matrices there.
-      attentions: The same by the module called attention, for what lies in modules inside of it.
+      within: By module, the matrices in it, those of modules inside included.
+      attentions: The matrices by the module called attention, or by home outside of such modules.
       vectors: By module, the shapes of what is no matrix, by name.
       unscanned: Modules with a 1-D leaf inside, so that they are not scanned.
       blocks: By home inside a repeated block, the names on the way to it.
       networks: Numbered modules that are no layers, but whole networks.
       twins: Modules, the same number where all inside is the same.
-      numbered: By the module around and the name, the modules that differ in a number alone.
-      varying: By the names of a path, the segments whose number differs.
+      linked: Sizes that are fan_out of one matrix outside of blocks and fan_in of another.
+      ends: Those of them that may as well be the input and the output of a network.
+      routers: The paths of routers.
+      mixtures: The modules that hold a router and its experts.
+      experts: The paths of experts, and how many there are.
     """
 
     def __init__(self, leaves: Sequence[Leaf]):
         self.leaves = leaves
         self.floats = [leaf for leaf in leaves if leaf.is_float and 0 not in leaf.shape]
-        self.matrices: dict[str, list[Leaf]] = {}
-        self.attentions: dict[str, list[Leaf]] = {}
+        matrices = [leaf for leaf in self.floats if leaf.is_matrix]
+        self.matrices = grouped(matrices, lambda leaf: [leaf.home])
+        self.within = grouped(matrices, lambda leaf: dict.fromkeys([*leaf.places[:-1], leaf.home]))
+        attentions = grouped(matrices, lambda leaf: [leaf.attention])
+        self.attentions = {place: Attention(held) for place, held in attentions.items()}
         self.vectors: dict[str, dict[str, Shape]] = {}
-        self.unscanned: set[str] = set()
-        self.modules: set[str] = set()
         for leaf in self.floats:
-            self.modules.update(above(leaf.keys))
-            if leaf.is_matrix:
-                self.matrices.setdefault(leaf.home, []).append(leaf)
-                self.attentions.setdefault(leaf.attention, []).append(leaf)
-            else:
+            if not leaf.is_matrix:
                 self.vectors.setdefault(leaf.module, {})[leaf.keys[-1]] = leaf.shape
-            if len(leaf.shape) == 1:
-                self.unscanned.update(above(leaf.keys))
+        self.unscanned = {
+            module for leaf in self.floats if len(leaf.shape) == 1 for module in leaf.places[:-1]
+        }
+        self.modules = {module for leaf in self.floats for module in leaf.places[:-1]}
         self.blocks, self.networks, self.twins = repeated_blocks(self.floats)
         self.mixers = {leaf.path: leaf for leaf in self._mixers()}
         for leaf in self.mixers.values():
             self.matrices[leaf.home].remove(leaf)
-            self.attentions[leaf.attention].remove(leaf)
-        self._called: dict[tuple[str, tuple[str, ...]], int] = {}
-        self._letters: dict[str, dict[str, Leaf]] = {}
-        self._unlike: dict[str, list[Leaf]] = {}
-        self._outputs: dict[str, list[Leaf]] = {}
-        self._lettered: dict[str, int] = {}
+            self.attentions[leaf.attention].matrices.remove(leaf)
         self.fans: dict[tuple[str, int], tuple[Counter[Any], Counter[int], Counter[int]]] = {}
         self.packing: dict[str, list[Leaf]] = {}
         self.orientations: dict[str, tuple[int | None, str]] = {}
+        self.linked, self.ends = self._chains()
+        self.routers: set[str] = set()
+        self.mixtures: set[str] = set()
+        self.experts: dict[str, int] = {}
+        self._find_mixtures()
 
     def _mixers(self) -> list[Leaf]:
         """Lists squares of a block that no other matrix in it can stand before or behind.
@@ -74,7 +99,8 @@ class Network:
         has another size on both sides, or heads before the last axis.
         """
         found = []
-        for home, held in self.attentions.items():
+        for home, attention in self.attentions.items():
+            held = attention.matrices
             is_attention = says("attention", home.rpartition("/")[2])
             if not is_attention and held[0].home not in self.blocks:
                 continue
@@ -92,48 +118,50 @@ class Network:
         return found
 
     @cached_property
-    def numbered(self) -> dict[tuple[str, str], list[str]]:
-        """Lists modules that differ in a number alone, by what is around and the name."""
-        found: dict[tuple[str, str], dict[str, None]] = {}
+    def numbered(self) -> dict[str, dict[str, dict[str, str]]]:
+        """Gives by module and name the modules in it that differ in a number, and that number."""
+        found: dict[str, dict[str, dict[str, str]]] = {}
         for leaf in self.leaves:
-            places = [*above(leaf.keys), leaf.place]
-            for column in range(len(leaf.keys)):
-                if leaf.numbers[column] is not None:
-                    series = places[column], leaf.names[column]
-                    found.setdefault(series, {})[places[column + 1]] = None
-        return {series: [*modules] for series, modules in found.items()}
+            steps = zip(leaf.places, leaf.places[1:], leaf.names, leaf.numbers, strict=False)
+            for around, module, name, number in steps:
+                if number is not None:
+                    found.setdefault(around, {}).setdefault(name, {})[module] = number
+        return found
 
     @cached_property
     def varying(self) -> dict[Names, set[int]]:
         """Finds the segments whose number differs, by the names of a path."""
-        numbers: dict[Names, set[tuple[str | None, ...]]] = {}
-        for leaf in self.leaves:
-            numbers.setdefault(leaf.names, set()).add(leaf.numbers)
-        return {
-            names: {c for c, column in enumerate(zip(*held, strict=True)) if len({*column}) > 1}
-            for names, held in numbers.items()
-        }
+        found = grouped(self.leaves, lambda leaf: [leaf.names])
+        return {names: _varying(alike) for names, alike in found.items()}
 
     @cached_property
     def repeating(self) -> dict[tuple[Names, Shape], set[int]]:
         """Finds the segments whose number differs between leaves of one shape."""
-        numbers: dict[tuple[Names, Shape], set[tuple[str | None, ...]]] = {}
-        for leaf in self.leaves:
-            numbers.setdefault((leaf.names, leaf.array_shape), set()).add(leaf.numbers)
-        return {
-            kind: {c for c, column in enumerate(zip(*held, strict=True)) if len({*column}) > 1}
-            for kind, held in numbers.items()
-        }
+        found = grouped(self.leaves, lambda leaf: [(leaf.names, leaf.array_shape)])
+        return {kind: _varying(alike) for kind, alike in found.items()}
 
     @cached_property
     def held(self) -> dict[Names, list[Leaf]]:
         """Lists what blocks of some names hold, once for all layers."""
-        return held_by_blocks(self.floats, self.blocks)
+        blocks, inside = self.blocks, [leaf for leaf in self.floats if leaf.home in self.blocks]
+        kinds = grouped(inside, lambda leaf: [(blocks[leaf.home], leaf.names, leaf.shape)])
+        firsts = [alike[0] for alike in kinds.values()]
+        return grouped(firsts, lambda leaf: [blocks[leaf.home]])
 
     @cached_property
     def streams(self) -> dict[Names, set[int]]:
-        """Finds the size, or the sizes, that most matrices in blocks of some names have."""
-        return {names: stream_width(inside, self.matrices) for names, inside in self.held.items()}
+        """Finds the size, or the sizes, that occur most in the matrices and norms of a block."""
+        found = {}
+        for names, inside in self.held.items():
+            counts: Counter[int] = Counter()
+            for leaf in inside:
+                is_norm = len(leaf.shape) == 1 and leaf.module not in self.matrices
+                if (leaf.is_matrix and not leaf.is_end) or is_norm:
+                    weight = 2 if len(leaf.shape) == 2 else 1
+                    counts.update(dict.fromkeys(leaf.shape, weight))
+            most = max(counts.values(), default=0)
+            found[names] = {size for size, count in counts.items() if count == most > 1}
+        return found
 
     @cached_property
     def outside(self) -> list[Leaf]:
@@ -143,21 +171,22 @@ class Network:
     @cached_property
     def widths(self) -> set[int]:
         """Finds the sizes that a matrix outside of blocks may connect."""
-        plain = [leaf for leaf in self.outside if len(leaf.shape) == 2 and not is_end(leaf)]
+        plain = [leaf for leaf in self.outside if len(leaf.shape) == 2 and not leaf.is_end]
         squares = {leaf.shape[0] for leaf in plain if leaf.shape[0] == leaf.shape[1]}
         return set().union(squares, self.states, *self.streams.values())
 
     @cached_property
     def vocabularies(self) -> set[Shape]:
-        """Finds the shapes of embeddings, the vocabulary first."""
-        tables = (leaf for leaf in self.outside if len(leaf.shape) == 2)
-        return {leaf.shape for leaf in tables if is_vocabulary(leaf)}
+        """Finds the shapes of embeddings, but for those of positions; the vocabulary is first."""
+        tables = [leaf for leaf in self.outside if says("table", *leaf.keys[-2:])]
+        tables = [leaf for leaf in tables if "positions" not in leaf.called]
+        return {leaf.shape for leaf in tables if len(leaf.shape) == 2}
 
     @cached_property
     def steps(self) -> list[tuple[Leaf, int, int]]:
         """Lists the matrices outside of blocks that are no tables, with fan_in and fan_out."""
         plain = (leaf for leaf in self.outside if len(leaf.shape) == 2)
-        steps = (leaf for leaf in plain if not is_end(leaf) or says("head", *leaf.keys[-2:]))
+        steps = (leaf for leaf in plain if not leaf.is_end or says("head", *leaf.keys[-2:]))
         return [(leaf, *fans(leaf, self)) for leaf in steps]
 
     @cached_property
@@ -170,13 +199,10 @@ class Network:
         """
         ins, outs = ({step[side] for step in self.steps} for side in (1, 2))
         outs |= self.looked_up
-        makers: dict[tuple[str, int], list[tuple[str, int]]] = {}
-        for leaf, into, out in self.steps:
-            if out not in ins:
-                makers.setdefault((leaf.home, out), []).append((leaf.path, into))
+        makers = [step for step in self.steps if step[2] not in ins]
         found = {}
-        for (_, out), cell in makers.items():
-            read = [into for _, into in cell]
+        for (_, out), cell in grouped(makers, lambda step: [(step[0].home, step[2])]).items():
+            read = [into for _, into, _ in cell]
             for state in (out / 3, out / 4):
                 is_alone = len(cell) == 1 and state in ins - outs and read[0] - state in outs
                 is_pair = (
@@ -184,7 +210,7 @@ class Network:
                 )
                 if is_alone or is_pair:
                     inside = {state, read[0]} if is_alone else {state, *outs}
-                    found |= {path: int(state) for path, into in cell if into in inside}
+                    found |= {leaf.path: int(state) for leaf, into, _ in cell if into in inside}
         return found
 
     @cached_property
@@ -198,8 +224,7 @@ class Network:
         """Gives the widths of embeddings, which a matrix may read."""
         return {width for _, width in self.vocabularies}
 
-    @cached_property
-    def chains(self) -> tuple[set[int], set[int]]:
+    def _chains(self) -> tuple[set[int], set[int]]:
         """Finds the sizes by which matrices outside of blocks follow each other, and ends of them.
 
         Before them may be a convolution, whose channels are flattened together with the image, and
@@ -213,90 +238,43 @@ class Network:
         steps = self.steps
         tall = (leaf for leaf in self.outside if len(leaf.shape) > 2)
         channels = {_made(leaf) for leaf in tall if "convolution" in leaf.called}
-        sources = {into for _, into, _ in steps}
-        flat = {into for into in sources if any(into % size == 0 for size in channels - {1})}
-        flat |= sources & self.channels
+        writers = grouped(steps, lambda step: [step[2]])
+        readers = grouped(steps, lambda step: [step[1]])
+        flat = {into for into in readers if any(into % size == 0 for size in channels - {1})}
+        flat |= readers.keys() & self.channels
         linked, inside = flat | self._read_by_blocks | _beside_inputs(steps), self.widths | flat
-        lengths = Counter((leaf.home, leaf.names) for leaf, _, _ in steps)
-        by_out: dict[int, list[Leaf]] = {}
-        by_into: dict[int, list[Leaf]] = {}
-        for leaf, into, out in steps:
-            by_out.setdefault(out, []).append(leaf)
-            by_into.setdefault(into, []).append(leaf)
-        for size in (by_into.keys() & by_out.keys()) - {1}:
-            first, last = _numbers_of(by_out[size], min), _numbers_of(by_into[size], max)
+        lengths = Counter(_series(step) for step in steps)
+        for size in (readers.keys() & writers.keys()) - {1}:
+            before = grouped(writers[size], lambda step: [_series(step)])
+            behind = grouped(readers[size], lambda step: [_series(step)])
             follows = any(
-                lengths[series] == 2 or first[series] < last[series]
-                for series in first.keys() & last.keys()
+                lengths[series] == 2
+                or min(map(_numbers, before[series])) < max(map(_numbers, behind[series]))
+                for series in before.keys() & behind.keys()
             )
-            ways_in = {leaf.home: leaf.shape for leaf in by_out[size] if leaf.says("reads")}
-            mlps = [
-                ways_in[leaf.home]
-                for leaf in by_into[size]
-                if leaf.says("writes") and leaf.home in ways_in
-            ]
-            if follows or len(first.keys() | last.keys()) > 1:
+            ups = {leaf.home: leaf.shape for leaf, *_ in writers[size] if leaf.says("reads")}
+            downs = [leaf.home for leaf, *_ in readers[size] if leaf.says("writes")]
+            mlps = [ups[home] for home in downs if home in ups]
+            if follows or len(before.keys() | behind.keys()) > 1:
                 linked.add(size)
             if follows or mlps:
                 inside.update({size}, *mlps)
-        ways: dict[int, set[int]] = {}
-        for _, into, out in steps:
-            ways.setdefault(into, set()).add(out)
+        ways = {into: {out for _, _, out in those} for into, those in readers.items()}
         return linked, {size for size in linked - inside if _leads_back(size, ways)}
 
     @cached_property
     def _read_by_blocks(self) -> set[int]:
         """Finds the sizes that weights in blocks read, and that none of them writes."""
         inside = (leaf for held in self._inside.values() for leaf in held if leaf.weight)
-        steps = [fans(m, self) for m in inside if len(m.shape) == 2 and not is_end(m)]
+        steps = [fans(m, self) for m in inside if len(m.shape) == 2 and not m.is_end]
         return {into for into, _ in steps} - {out for _, out in steps} - {1}
 
-    @property
-    def linked(self) -> set[int]:
-        """Gives fan_out of one matrix outside of blocks that is fan_in of another."""
-        return self.chains[0]
-
-    @property
-    def ends(self) -> set[int]:
-        """Gives those of them that may as well be the input and the output of a network."""
-        return self.chains[1]
-
-    @property
-    def routers(self) -> set[str]:
-        """Gives the paths of routers."""
-        return self._mixtures[0]
-
-    @property
-    def mixtures(self) -> set[str]:
-        """Gives the modules that hold a router and its experts."""
-        return self._mixtures[1]
-
-    @property
-    def experts(self) -> dict[str, int]:
-        """Gives the paths of experts, and how many there are."""
-        return self._mixtures[2]
-
-    @cached_property
-    def _mixtures(self) -> tuple[set[str], set[str], dict[str, int]]:
-        """Finds paths of routers, the modules that hold one, and experts with their number.
+    def _find_mixtures(self) -> None:
+        """Finds routers, the modules that hold one, and its experts.
 
         Experts are two leaves at least of one rank, three or more, that begin with E and have the
         router's width behind it; or numbered modules, E in all, of three matrices at most.
         """
-        tall: dict[tuple[str, int], list[Leaf]] = {}
-        numbered: dict[str, dict[str, dict[str, list[Leaf]]]] = {}
-        for held in self.matrices.values():
-            for leaf in held:
-                count = leaf.shape[0] if len(leaf.shape) > 2 and not leaf.letter else None
-                for depth, module in enumerate(dict.fromkeys([*above(leaf.keys), leaf.home])):
-                    if count is not None:
-                        tall.setdefault((module, count), []).append(leaf)
-                    if len(leaf.numbers) > depth + 1 and leaf.numbers[depth] is not None:
-                        series = numbered.setdefault(module, {}).setdefault(leaf.names[depth], {})
-                        series.setdefault(leaf.keys[depth], []).append(leaf)
-        routers: set[str] = set()
-        mixtures: set[str] = set()
-        experts: dict[str, int] = {}
         for home, held in self.matrices.items():
             if says("attention", *home.split("/")[-1:]):
                 continue
@@ -307,16 +285,54 @@ class Network:
                 # A router may have a module to itself, beside the experts.
                 is_alone = len(held) == 1 and home in self.blocks
                 for module in (home, *([home.rpartition("/")[0]] if is_alone else [])):
-                    found = _experts_along_axis(tall.get((module, count), []), width)
+                    found = self._experts_along_axis(module, count, width)
                     is_inside = module in self.blocks or "router" in router.called
                     if not found and (is_inside or says("mixture", *module.split("/")[-1:])):
-                        found = _experts_as_modules(numbered.get(module, {}), count, width)
+                        found = self._experts_as_modules(module, count, width)
                     if found:
-                        routers.add(router.path)
-                        mixtures.add(module)
-                        experts.update({leaf.path: count for leaf in found})
+                        self.routers.add(router.path)
+                        self.mixtures.add(module)
+                        self.experts.update({leaf.path: count for leaf in found})
                         break
-        return routers, mixtures, experts
+
+    def _experts_along_axis(self, module: str, count: int, width: int) -> list[Leaf]:
+        """Lists leaves that begin with the number of experts, if two or more have that width."""
+        tall = [
+            leaf
+            for leaf in self._tall.get((module, count), ())
+            if width in leaf.shape[1:] and not {"attention", "convolution"} & leaf.called
+        ]
+        is_of_one_rank = len({len(leaf.shape) for leaf in tall}) == 1
+        is_image = all(leaf.shape[0] == leaf.shape[1] for leaf in tall)
+        is_one_shape = len({leaf.shape for leaf in tall}) == 1 and {*tall[0].shape[1:]} != {width}
+        is_mixture = is_of_one_rank or any(leaf.says("gating") for leaf in tall)
+        return tall if len(tall) > 1 and is_mixture and not (is_image or is_one_shape) else []
+
+    @cached_property
+    def _tall(self) -> dict[tuple[str, int], list[Leaf]]:
+        """Lists what has three axes or more, by each module around and the size of the first."""
+        leaves = (leaf for held in self.matrices.values() for leaf in held)
+        tall = (leaf for leaf in leaves if len(leaf.shape) > 2 and not leaf.letter)
+        return grouped(
+            tall,
+            lambda leaf: dict.fromkeys((m, leaf.shape[0]) for m in (*leaf.places[:-1], leaf.home)),
+        )
+
+    def _experts_as_modules(self, module: str, count: int, width: int) -> list[Leaf]:
+        """Lists the matrices of numbered modules, as many as there are experts."""
+        for modules in self.numbered.get(module, {}).values():
+            held = [leaf for each in modules for leaf in self.within.get(each, ())]
+            few = len(held) <= 3 * count and all(width in leaf.shape for leaf in held)
+            if (
+                len(modules) != count
+                or not few
+                or any(says("layers", m.rpartition("/")[2]) for m in modules)
+            ):
+                continue
+            letters = {leaf.letter for leaf in held}
+            if not ({"q", "k"} <= letters or any(leaf.in_attention for leaf in held)):
+                return held
+        return []
 
     def stream_of(self, leaf: Leaf) -> set[int]:
         """Gives the width of the residual stream around a leaf, or several that it may be."""
@@ -351,11 +367,11 @@ class Network:
 
     def head_lengths(self, leaf: Leaf) -> set[int]:
         """Finds how long the norms of heads are inside a leaf's attention: its scales' lengths."""
-        home = leaf.attention
         return {
             shape[0]
             for module, held in self.vectors.items()
-            if module.startswith(f"{home}/") and says("in attention", module.rpartition("/")[2])
+            if module.startswith(f"{leaf.attention}/")
+            and says("in attention", module.rpartition("/")[2])
             for shape in held.values()
             if len(shape) == 1
         }
@@ -369,17 +385,8 @@ class Network:
 
     def series_numbers(self, leaf: Leaf, column: int) -> set[int]:
         """Lists the numbers of the modules that differ in one number from the one around a leaf."""
-        return self._series.get((leaf.names[: column + 1], leaf.numbers[:column]), set())
-
-    @cached_property
-    def _series(self) -> dict[Any, set[int]]:
-        found: dict[Any, set[int]] = {}
-        for leaf in self.floats:
-            for column, number in enumerate(leaf.numbers):
-                if number and leaf.is_matrix:
-                    series = leaf.names[: column + 1], leaf.numbers[:column]
-                    found.setdefault(series, set()).add(int(number))
-        return found
+        modules = self.numbered[leaf.places[column]][leaf.names[column]]
+        return {int(number) for each, number in modules.items() if number and each in self.within}
 
     def is_own(self, size: int, module: str) -> bool:
         """Tells whether all matrices that have a size lie in one module, on one side of each."""
@@ -393,7 +400,7 @@ class Network:
     def is_source(self, leaf: Leaf, size: int) -> bool:
         """Tells whether no matrix but those of a leaf's kind has a size, and no vector either."""
         names = leaf.names[leaf.depth - 1 :]
-        others = (other for other in self._by_size[size] if not is_end(other))
+        others = (other for other in self._by_size[size] if not other.is_end)
         alike = all(other.names[other.depth - 1 :] == names for other in others)
         return alike and size not in self._lengths
 
@@ -403,16 +410,13 @@ class Network:
 
     @cached_property
     def _by_size(self) -> dict[int, list[Leaf]]:
-        found: dict[int, list[Leaf]] = {}
-        for leaf in self.floats:
-            if leaf.is_matrix:
-                for size in {*leaf.shape}:
-                    found.setdefault(size, []).append(leaf)
-        return found
+        """Lists the matrices that have a size."""
+        matrices = (leaf for leaf in self.floats if leaf.is_matrix)
+        return grouped(matrices, lambda leaf: {*leaf.shape})
 
     def repeats(self, leaf: Leaf, column: int) -> list[str]:
         """Lists the modules that differ from the one around a leaf in one number at most."""
-        return self.numbered["/".join(leaf.keys[:column]), leaf.names[column]]
+        return [*self.numbered[leaf.places[column]][leaf.names[column]]]
 
     def inside(self, leaf: Leaf) -> list[Leaf]:
         """Lists the matrices of the block around a leaf, once for all its layers."""
@@ -432,11 +436,8 @@ class Network:
 
     @cached_property
     def _alike(self) -> dict[tuple[str, Names], list[Leaf]]:
-        found: dict[tuple[str, Names], list[Leaf]] = {}
-        for held in self.matrices.values():
-            for leaf in held:
-                found.setdefault((leaf.home, leaf.names), []).append(leaf)
-        return found
+        matrices = (leaf for held in self.matrices.values() for leaf in held)
+        return grouped(matrices, lambda leaf: [(leaf.home, leaf.names)])
 
     @cached_property
     def around(self) -> dict[str, list[Leaf]]:
@@ -466,40 +467,29 @@ class Network:
 
     @cached_property
     def _by_name(self) -> dict[tuple[str, str], list[Leaf]]:
-        found: dict[tuple[str, str], list[Leaf]] = {}
-        for held in self.matrices.values():
-            for leaf in held:
-                found.setdefault((leaf.home, leaf.name), []).append(leaf)
-        return found
-
-    def is_called_beside(self, leaf: Leaf, *rows: str) -> bool:
-        """Tells whether a partner of a leaf is called as one of these rows of names says."""
-        home = leaf.attention
-        if (home, rows) not in self._called:
-            called = (other.says(*rows) for other in self.attentions.get(home, []))
-            self._called[home, rows] = sum(called)
-        return self._called[home, rows] > leaf.says(*rows)
-
-    def letters(self, leaf: Leaf) -> dict[str, Leaf]:
-        """Gives a matrix of a leaf's attention for each of q, k and v that it has."""
-        home = leaf.attention
-        if home not in self._letters:
-            held = self.attentions.get(home, [])
-            self._letters[home] = {other.letter: other for other in held if other.letter}
-        return self._letters[home]
-
-    def unlike(self, leaf: Leaf) -> list[Leaf]:
-        """Lists the partners of a leaf that are no Q, K or V by name, two at most."""
-        home = leaf.attention
-        if home not in self._unlike:
-            held = self.attentions.get(home, [])
-            unnamed = [other for other in held if not other.letter]
-            self._unlike[home], self._lettered[home] = unnamed[:3], len(held) - len(unnamed)
-        return [other for other in self._unlike[home] if other is not leaf]
+        """Lists the matrices of one name in a home."""
+        matrices = (leaf for held in self.matrices.values() for leaf in held)
+        return grouped(matrices, lambda leaf: [(leaf.home, leaf.name)])
 
     def partners(self, leaf: Leaf) -> list[Leaf]:
         """Lists the other matrices of a leaf's attention, those in modules inside included."""
-        return [other for other in self.attentions.get(leaf.attention, []) if other is not leaf]
+        return [m for m in self.attentions[leaf.attention].matrices if m is not leaf]
+
+    def letters(self, leaf: Leaf) -> dict[str, Leaf]:
+        """Gives a matrix of a leaf's attention for each of q, k and v that it has."""
+        return self.attentions[leaf.attention].letters
+
+    def unlike(self, leaf: Leaf) -> list[Leaf]:
+        """Lists the partners of a leaf that are no Q, K or V by name, two or three at most."""
+        return [m for m in self.attentions[leaf.attention].unlike[:3] if m is not leaf]
+
+    def output_of(self, leaf: Leaf) -> Leaf | None:
+        """Finds the output projection beside Q, K and V, by its name or as all that is left."""
+        attention, unlike = self.attentions[leaf.attention], self.unlike(leaf)
+        named = next((other for other in attention.outputs if other is not leaf), None)
+        lettered = len(attention.matrices) - len(attention.unlike) - (leaf.letter != "")
+        is_left = len(unlike) == 1 and (leaf.in_attention or lettered > 1)
+        return unlike[0] if named is None and is_left else named
 
     def biases(self, leaf: Leaf) -> list[Shape]:
         """Lists the shapes of what is called the bias of a leaf, whatever the library."""
@@ -544,20 +534,18 @@ class Network:
         is_projection = leaf.says("projection", "output")
         return (1 - axes[0] if reads else axes[0]) if is_wider or is_projection else None
 
-    def votes(self, leaf: Leaf) -> list[int]:
-        """Lists the fan_out axes that matrices in a leaf's block show whose arrays are alike."""
-        return self._votes.get(self.blocks.get(leaf.home, ()), {}).get(leaf.weight, [])
-
     @cached_property
-    def _votes(self) -> dict[Names, dict[str, list[int]]]:
-        """Lists by the names of blocks what their matrices show, a bias twice, a name once."""
-        found: dict[Names, dict[str, list[int]]] = {}
-        for names, inside in self.held.items():
+    def votes(self) -> dict[tuple[Names, str], list[int]]:
+        """Lists the fan_out axes that the matrices of a block show, a bias twice, a name once.
+
+        They are told by the names of the block and by what their arrays are called.
+        """
+        found: dict[tuple[Names, str], list[int]] = {}
+        for names, inside in self._inside.items():
             for leaf in inside:
-                if leaf.is_matrix:
-                    each = (self._direction(leaf), self.bias_axis(leaf), self.bias_axis(leaf))
-                    votes = found.setdefault(names, {}).setdefault(leaf.weight, [])
-                    votes += [axis for axis in each if axis is not None]
+                axes = self._direction(leaf), self.bias_axis(leaf), self.bias_axis(leaf)
+                votes = found.setdefault((names, leaf.weight), [])
+                votes += [axis for axis in axes if axis is not None]
         return found
 
     @cached_property
@@ -580,19 +568,6 @@ class Network:
                 found.setdefault("", set()).update(axes)
         return found
 
-    def output_of(self, leaf: Leaf) -> Leaf | None:
-        """Finds the output projection beside Q, K and V, by its name or as all that is left."""
-        home = leaf.attention
-        held = self.attentions.get(home, [])
-        if home not in self._outputs:
-            self._outputs[home] = [other for other in held if other.says("output")]
-        named = [other for other in self._outputs[home] if other is not leaf]
-        unlike = self.unlike(leaf)
-        lettered = self._lettered[home] - (leaf.letter != "")
-        if not named and len(unlike) == 1 and (leaf.in_attention or lettered > 1):
-            named = unlike
-        return named[0] if named else None
-
 
 def orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
     """Finds the fan_out axis of a matrix, once for each leaf."""
@@ -614,7 +589,7 @@ def _orientation(leaf: Leaf, net: Network) -> tuple[int | None, str]:
         return axis, "the bias is as long as fan_out"
     if leaf.hides_axes:
         return None, ""
-    votes = net.votes(leaf)
+    votes = net.votes.get((net.blocks.get(leaf.home, ()), leaf.weight), [])
     if len(votes) > 1 and len({*votes}) == 1:
         return votes[0], "as the matrices beside it show"
     shown = net.shown.get(leaf.weight, set())
@@ -639,44 +614,10 @@ def fans(leaf: Leaf, net: Network) -> tuple[int, int]:
     return (last, first) if out_axis(leaf, net) == 0 else (first, last)
 
 
-def _experts_along_axis(inside: Sequence[Leaf], width: int) -> list[Leaf]:
-    """Lists leaves that begin with the number of experts, if two or more have a router's width."""
-    tall = [
-        leaf
-        for leaf in inside
-        if width in leaf.shape[1:] and not {"attention", "convolution"} & leaf.called
-    ]
-    is_of_one_rank = len({len(leaf.shape) for leaf in tall}) == 1
-    is_image = all(leaf.shape[0] == leaf.shape[1] for leaf in tall)
-    is_one_shape = len({leaf.shape for leaf in tall}) == 1 and {*tall[0].shape[1:]} != {width}
-    if (
-        len(tall) < 2
-        or is_image
-        or is_one_shape
-        or not (is_of_one_rank or any(m.says("gating") for m in tall))
-    ):
-        return []
-    return tall
-
-
-def _experts_as_modules(
-    numbered: dict[str, dict[str, list[Leaf]]], count: int, width: int
-) -> list[Leaf]:
-    """Lists the matrices of numbered modules, as many as there are experts."""
-    for modules in numbered.values():
-        if len(modules) != count or says("layers", *modules):
-            continue
-        held = [leaf for leaves in modules.values() for leaf in leaves]
-        few = len(held) <= 3 * count and all(width in leaf.shape for leaf in held)
-        is_attention = {"q", "k"} <= {m.letter for m in held} or any(m.in_attention for m in held)
-        if few and not is_attention:
-            return held
-    return []
-
-
-def is_vocabulary(leaf: Leaf) -> bool:
-    """Tells whether it is called as an embedding, and not as one of positions."""
-    return says("table", *leaf.keys[-2:]) and "positions" not in leaf.called
+def _varying(leaves: Sequence[Leaf]) -> set[int]:
+    """Finds the segments whose number differs between leaves."""
+    columns = zip(*(leaf.numbers for leaf in leaves), strict=True)
+    return {place for place, numbers in enumerate(columns) if len({*numbers}) > 1}
 
 
 def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
@@ -687,16 +628,13 @@ def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
     """
     ins, outs = ({step[side] for step in steps} for side in (1, 2))
     inputs = ins - outs
-    series: dict[tuple[str, Names], list[tuple[int, int]]] = {}
-    for leaf, into, out in sorted(steps, key=lambda step: _numbers(step[0])):
-        series.setdefault((leaf.home, leaf.names), []).append((into, out))
     found: set[int] = set()
-    for chain in series.values():
-        for place, ((before, made), (into, _)) in enumerate(itertools.pairwise(chain)):
+    for chain in grouped(sorted(steps, key=_numbers), lambda step: [_series(step)]).values():
+        for place, ((_, before, made), (_, into, _)) in enumerate(itertools.pairwise(chain)):
             more = into - made
             is_narrow = made == before and 0 < more < made
             if (made in ins or into in outs) and (more in inputs or is_narrow):
-                rest = {read - made for read, _ in chain[place + 2 :]}
+                rest = {read - made for _, read, _ in chain[place + 2 :]}
                 if more in inputs or rest.isdisjoint({0, *outs}):
                     found |= {made, into}
     return found
@@ -707,20 +645,14 @@ def _made(convolution: Leaf) -> int:
     return convolution.shape[0 if convolution.is_out_first else -1]
 
 
-def _numbers(leaf: Leaf) -> list[int]:
-    return [int(number or 0) for number in leaf.numbers]
+def _numbers(step: tuple[Leaf, int, int]) -> list[int]:
+    """Lists the numbers of a path, which is 0 for Haiku's first module."""
+    return [int(number or 0) for number in step[0].numbers]
 
 
-def _numbers_of(
-    leaves: Iterable[Leaf], choose: Callable[[list[int], list[int]], list[int]]
-) -> dict[tuple[str, Names], list[int]]:
-    """Gives for each series the numbers of its first leaf, or of its last."""
-    found: dict[tuple[str, Names], list[int]] = {}
-    for leaf in leaves:
-        numbers = _numbers(leaf)
-        series = leaf.home, leaf.names
-        found[series] = choose(found.get(series, numbers), numbers)
-    return found
+def _series(step: tuple[Leaf, int, int]) -> tuple[str, Names]:
+    """Gives what the matrices of one home have in common that differ in numbers alone."""
+    return step[0].home, step[0].names
 
 
 def _leads_back(size: int, ways: dict[int, set[int]]) -> bool:

@@ -20,11 +20,11 @@ AXES = (
 
 @dataclasses.dataclass
 class Case:
-    """A leaf, or some that are alike, while it is read.
+    """A leaf, while it is read.
 
     Attributes:
-      leaf: The first of them.
-      left: The readings that are left, likely first.
+      leaf: The leaf.
+      left: The readings that are left, likely first; none below two axes.
       reasons: Why the others went.
       columns: The segments of the path whose number may count layers; None for an axis, or nothing.
     """
@@ -47,38 +47,38 @@ class Case:
         if is_of_axes and not _sure({r.kind for r in self.left}) <= {r.kind for r in kept}:
             return False
         self.left = kept
-        if said.why:
+        if said.why and said.why not in self.reasons:
             self.reasons.append(said.why)
         return True
 
 
-def read(params: Any) -> list[tuple[Leaf, Case | None]]:
-    """Reads every leaf, in the tree's order; what is no array of two axes or more has no case."""
+def read(params: Any) -> list[Case]:
+    """Reads every leaf, in the tree's order."""
     leaves = leaves_of(params)
     net = Network(leaves)
     cases: dict[Any, Case] = {}
-    found: list[tuple[Leaf, Case | None]] = []
-    by_path: dict[str, Case] = {}
-    for leaf in leaves:
-        if len(leaf.array_shape) < 2:
-            found.append((leaf, None))
-            continue
-        # Equal layers are read once.
-        modules = (tuple(leaf.keys[:depth]) for depth in range(1, len(leaf.keys)))
-        module = next((m for m in modules if m in net.twins), ())
-        key = net.twins.get(module), *leaf.keys[len(module) :], *leaf.array_shape
+    keys = [_kind(leaf, net) for leaf in leaves]
+    for leaf, key in zip(leaves, keys, strict=True):
         if key not in cases:
             cases[key] = _case(leaf, net)
-        by_path[leaf.path] = cases[key]
-        found.append((leaf, cases[key]))
+    by_path = {leaf.path: cases[key] for leaf, key in zip(leaves, keys, strict=True)}
     _fit([*cases.values()], net, by_path)
     for case in cases.values():
         case.left = [each.along(case.leaf.layer_axis) for each in _in_order(case, net)]
-    return found
+    pairs = zip(leaves, keys, strict=True)
+    return [dataclasses.replace(cases[key], leaf=leaf) for leaf, key in pairs]
+
+
+def _kind(leaf: Leaf, net: Network) -> Any:
+    """Gives what equal leaves of equal layers have in common, so that they are read once."""
+    module = next((place for place in leaf.places if place in net.twins), "")
+    return net.twins.get(module), leaf.place.removeprefix(module), leaf.array_shape
 
 
 def _case(leaf: Leaf, net: Network) -> Case:
     """Removes from all readings of a leaf what its kind denies."""
+    if len(leaf.array_shape) < 2:
+        return Case(leaf, [], [])
     is_matrix = leaf.is_matrix and 0 not in leaf.shape
     parts = evidence.parts(leaf, net) if is_matrix else ()
     is_batch = says("members", *leaf.keys[: leaf.depth])
@@ -138,7 +138,7 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
     module, and for the ends of a list.
     """
     leaf = case.leaf
-    if len(case.left) == 1:
+    if len(case.left) < 2:
         return case.left
     is_inside = (net.widths | net.linked - net.ends).issuperset(leaf.shape)
     fallback_first = not is_inside if leaf.is_nameless else leaf.is_bare

@@ -1,52 +1,39 @@
 """Rules before they are written: one for all leaves that differ in names or numbers alone."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from teon_optax._reading.leaves import HOLE, Leaf
+from teon_optax._reading.leaves import HOLE, Leaf, grouped
+from teon_optax._reading.reading import Case
 from teon_optax._reading.readings import Reading
 from teon_optax._rule import Rule
 
 FALLBACK = Reading("table")
-
-
-class Member(NamedTuple):
-    """A leaf above 1-D, and what is known of it.
-
-    Attributes:
-      leaf: The leaf.
-      left: What it may be, the likely first.
-      columns: The segments of its path whose number may count layers.
-      reasons: Why nothing else is left.
-    """
-
-    leaf: Leaf
-    left: tuple[Reading, ...]
-    columns: tuple[int | None, ...]
-    reasons: tuple[str, ...]
+_ANY = r"\d+"
 
 
 class _Segment(NamedTuple):
-    """A pattern between two slashes: one of the names, with one of the numbers in its hole."""
+    """A pattern between two slashes: one of the names, with one of the numbers in its hole.
+
+    A number may be any, or nothing, as of Haiku's first block; no numbers are None.
+    """
 
     names: tuple[str, ...]
-    numbers: tuple[str, ...] | None  # None: it has none; (): any
-    is_optional: bool  # Haiku: block, block_1, block_2
+    numbers: tuple[str, ...] | None
 
     def regex(self, is_layer: bool) -> str:
         """Writes the pattern as a regular expression, whose number is the layer's if `is_layer`."""
         names = [re.sub(r"([][\\.^$*+?{}|()])", r"\\\1", name) for name in self.names]
         if self.numbers is None:
             return _one_of(names)
-        numbers = [number for number in self.numbers if number] or [r"\d+"]
+        numbers = [number for number in self.numbers if number]
         number = f"(?P<layer>{'|'.join(numbers)})" if is_layer else _one_of(numbers)
-        parts = [name.partition(HOLE)[::2] for name in names]
-        before, after = _one_of([part[0] for part in parts]), parts[0][1]
-        if self.is_optional and (not self.numbers or "" in self.numbers):
-            name = _one_of([part[0].removesuffix("_") for part in parts])
-            return name if self.numbers == ("",) else f"{name}(?:_{number})?"
-        return before + number + after
+        before = [name.partition(HOLE)[0] for name in names]
+        if "" in self.numbers:
+            name = _one_of([each.removesuffix("_") for each in before])
+            return f"{name}(?:_{number})?" if numbers else name
+        return _one_of(before) + number + names[0].partition(HOLE)[2]
 
 
 class Choice(NamedTuple):
@@ -65,13 +52,13 @@ class Draft(NamedTuple):
       choices: What the rule may be, the likely first.
       question: Whether leaves cannot be read ("ask"), or go to the fallback with a warning
         ("warn"); nothing where it is known what they are.
-      members: The leaves that it takes.
+      cases: The leaves that it takes, and what is known of them.
     """
 
     segments: tuple[_Segment, ...]
     choices: tuple[Choice, ...]
     question: str
-    members: tuple[Member, ...]
+    cases: tuple[Case, ...]
 
     @property
     def choice(self) -> Choice:
@@ -81,59 +68,53 @@ class Draft(NamedTuple):
     @property
     def leaves(self) -> list[Leaf]:
         """Lists the leaves that it takes."""
-        return [member.leaf for member in self.members]
+        return [case.leaf for case in self.cases]
 
 
 def _one_of(words: Sequence[str]) -> str:
+    """Writes alternatives, in parentheses if there are several."""
     words = [*dict.fromkeys(words)]
     return words[0] if len(words) == 1 else f"({'|'.join(words)})"
 
 
 def drafts_of(
-    members: Iterable[Member],
-    vectors: Iterable[Leaf],
-    stacks: Mapping[str, int],
+    cases: Sequence[Case], vectors: Sequence[Leaf], stacks: Mapping[str, int]
 ) -> list[Draft]:
-    """Makes drafts, one for leaves that differ in numbers alone.
-
-    Drafts that one rule may do for are joined.
-    """
-    all_alike: dict[tuple[Any, ...], list[Member]] = {}
-    beside: dict[tuple[str, ...], list[tuple[str | None, ...]]] = {}
-    for leaf in vectors:
-        beside.setdefault(leaf.names, []).append(leaf.numbers)
-    for member in members:
-        numbers = tuple(number is None for number in member.leaf.numbers)
-        all_alike.setdefault((member.leaf.names, numbers), []).append(member)
+    """Makes drafts, each for all leaves that one rule may do for; `vectors` are of no rule."""
+    beside = grouped(vectors, lambda leaf: [leaf.names])
+    kinds = grouped(
+        cases, lambda case: [(case.leaf.names, *(n is None for n in case.leaf.numbers))]
+    )
     return _joined(
         [
             draft
-            for (names, _), alike in all_alike.items()
+            for (names, *_), alike in kinds.items()
             for draft in _drafts(alike, stacks, beside.get(names, []))
         ]
     )
 
 
 def _drafts(
-    alike: list[Member], stacks: Mapping[str, int], vectors: Sequence[tuple[str | None, ...]]
+    alike: Sequence[Case], stacks: Mapping[str, int], vectors: Sequence[Leaf]
 ) -> Iterator[Draft]:
     """Yields one draft for leaves that are alike, or where they differ, one for each of them.
 
     Each has its own, too, where only its number tells a leaf from a vector, as in a list of arrays.
     """
-    first = alike[0].leaf.numbers
-    fixed = [c for c in range(len(first)) if all(m.leaf.numbers[c] == first[c] for m in alike)]
-    is_mixed = any(all(numbers[c] == first[c] for c in fixed) for numbers in vectors)
-    varying = {c for c in range(len(first)) if c not in fixed}
-    has_first = {c for c in range(len(first)) if any(m.leaf.numbers[c] == "" for m in alike)}
-    drafts = [_draft([member], varying, has_first, stacks, False) for member in alike]
-    kinds = {(draft.choices, draft.question, draft.members[0].columns) for draft in drafts}
-    if len(kinds) == 1 and not is_mixed:
-        yield _draft(alike, varying, has_first, stacks, True)
+    columns = [*zip(*(case.leaf.numbers for case in alike), strict=True)]
+    numbers = {c: (("", _ANY) if "" in n else (_ANY,)) for c, n in enumerate(columns)}
+    varying = {place for place, column in enumerate(columns) if len({*column}) > 1}
+    drafts = [_draft([case], {*case.columns} - varying, numbers, stacks) for case in alike]
+    is_mixed = any(
+        all(c in varying or leaf.numbers[c] == columns[c][0] for c in range(len(columns)))
+        for leaf in vectors
+    )
+    if len({(*draft[1:3], draft.cases[0].columns) for draft in drafts}) == 1 and not is_mixed:
+        yield _draft(alike, {*alike[0].columns} | varying, numbers, stacks)
         return
     found: dict[str, Draft] = {}
     for draft in drafts:
-        leaf = draft.members[0].leaf
+        leaf = draft.cases[0].leaf
         if found.setdefault(leaf.path, draft).choices != draft.choices:
             raise ValueError(
                 f'"{leaf.path}", shape {leaf.array_shape}, is the path of another leaf too, and '
@@ -143,35 +124,27 @@ def _drafts(
 
 
 def _draft(
-    members: list[Member],
-    varying: set[int],
-    has_first: set[int],
+    cases: Sequence[Case],
+    generic: set[int | None],
+    numbers: Mapping[int, tuple[str, ...]],
     stacks: Mapping[str, int],
-    is_whole: bool,
 ) -> Draft:
-    """Makes the rule for some of the leaves that are alike, with the choices where there are more.
+    """Makes the rule for leaves that are alike, with the choices where there are more than one.
 
-    A segment has any number where the numbers of these leaves vary or count layers, unless the rule
-    is for some of them only: it then keeps theirs.
+    The `generic` segments have any of the `numbers` there, the others keep theirs.
     """
-    leaf, left, columns, _ = members[0]
-    generic = {*varying, *columns} if is_whole else {*columns} - varying
+    leaf, left, columns = cases[0].leaf, cases[0].left, cases[0].columns
     segments = tuple(
-        _Segment(
-            (name,), None if number is None else () if c in generic else (number,), c in has_first
-        )
+        _Segment((name,), None if number is None else numbers[c] if c in generic else (number,))
         for c, (name, number) in enumerate(zip(leaf.names, leaf.numbers, strict=True))
     )
-    choices = [_choice(each, columns[0] if columns else None, stacks) for each in left]
-    is_projection = any(each.kind == "qkv" for each in left)
-    if is_projection and len(columns) > 1 and any(choice.stack > 1 for choice in choices):
-        choices = [_choice(each, column, stacks) for each in left for column in columns]
-    choices = tuple(dict.fromkeys(choices))
-    question = ""
+    is_stacked = stacks.get("qkv", 0) > 1 and any(each.kind == "qkv" for each in left)
+    layers = columns if is_stacked and columns else (columns[0] if columns else None,)
+    choices = tuple(dict.fromkeys(_choice(each, at, stacks) for each in left for at in layers))
     is_unproven = leaf.layer_axis is None and choices[0].reading.layer_axis is not None
-    if len(choices) > 1 or is_unproven:
-        question = "ask" if _is_asked(leaf, left) else "warn"
-    return Draft(segments, choices, question, tuple(members))
+    is_open = len(choices) > 1 or is_unproven
+    question = ("ask" if _is_asked(leaf, left) else "warn") if is_open else ""
+    return Draft(segments, choices, question, tuple(cases))
 
 
 def _is_asked(leaf: Leaf, left: Sequence[Reading]) -> bool:
@@ -190,23 +163,20 @@ def _choice(reading: Reading, layer: int | None, stacks: Mapping[str, int]) -> C
     counts = layer is not None or reading.layer_axis is not None
     stack = stacks.get(reading.kind, 0)
     stack = stack if counts else min(stack, 1)
-    if not stack:
-        return Choice(None, 0, FALLBACK)
-    return Choice(layer, stack, reading._replace(kind="hidden"))
+    return Choice(layer, stack, reading._replace(kind="")) if stack else Choice(None, 0, FALLBACK)
 
 
 def _joined(drafts: list[Draft]) -> list[Draft]:
-    """Joins drafts that differ in the name or the number of one segment, until none do."""
+    """Joins drafts that differ in the names or the numbers of one segment, until none do."""
     count = 0
     while count != len(drafts):
         count = len(drafts)
         for place in reversed(range(max((len(draft.segments) for draft in drafts), default=0))):
             for field in ("names", "numbers"):
-                found: dict[Any, Draft] = {}
+                found: dict[Any, list[Draft]] = {}
                 for draft in drafts:
-                    key = _but_for(draft, place, field)
-                    found[key] = _both(found[key], draft, place, field) if key in found else draft
-                drafts = [*found.values()]
+                    found.setdefault(_but_for(draft, place, field), []).append(draft)
+                drafts = [_in_one(some, place, field) for some in found.values()]
     return drafts
 
 
@@ -216,13 +186,13 @@ def _but_for(draft: Draft, place: int, field: str) -> Any:
     That is all but the names or the numbers of one segment; where only shapes tell leaves apart,
     the shapes too.
     """
-    leaf = draft.members[0].leaf
+    leaf = draft.cases[0].leaf
     if place >= len(draft.segments):
         return id(draft)
     segment, ends = draft.segments[place], ""
     if field == "names":
         (ends,) = {name.partition(HOLE)[2] for name in segment.names}
-    elif not segment.numbers:
+    elif segment.numbers is None or _ANY in segment.numbers:
         return id(draft)
     rest = (
         *draft.segments[:place],
@@ -233,17 +203,20 @@ def _but_for(draft: Draft, place: int, field: str) -> Any:
     return rest, draft.choices, draft.question, shape
 
 
-def _both(one: Draft, other: Draft, place: int, field: str) -> Draft:
-    """Joins two drafts that differ in the names or the numbers of one segment alone."""
-    a, b = one.segments[place], other.segments[place]
-    both = a._replace(**{field: (*getattr(a, field), *getattr(b, field))})
-    segments = *one.segments[:place], both, *one.segments[place + 1 :]
-    return one._replace(segments=segments, members=one.members + other.members)
+def _in_one(drafts: Sequence[Draft], place: int, field: str) -> Draft:
+    """Joins drafts that differ in the names or the numbers of one segment alone."""
+    if len(drafts) == 1:
+        return drafts[0]
+    values = tuple(each for draft in drafts for each in getattr(draft.segments[place], field))
+    segments = [*drafts[0].segments]
+    segments[place] = segments[place]._replace(**{field: values})
+    cases = tuple(case for draft in drafts for case in draft.cases)
+    return drafts[0]._replace(segments=tuple(segments), cases=cases)
 
 
 def rule_of(draft: Draft, choice: Choice) -> Rule:
     """Writes the rule of a draft, with one of its choices."""
-    leaf, reading = draft.members[0].leaf, choice.reading
+    leaf, reading = draft.cases[0].leaf, choice.reading
     parts = [segment.regex(place == choice.layer) for place, segment in enumerate(draft.segments)]
     before, *between, after = (re.escape(text) if text != "/" else text for text in leaf.separators)
     body = "".join(part + separator for part, separator in zip(parts, [*between, ""], strict=True))
