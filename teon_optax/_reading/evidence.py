@@ -446,7 +446,7 @@ def views(leaf: Leaf, net: Network) -> list[Reading]:
     output projection, or in a norm of heads; where neither does, three lengths are likely. A gate
     of heads lies behind their values.
     """
-    if is_pair(leaf, net) or _halves(leaf, net) and _may_alternate(leaf, net):
+    if is_pair(leaf, net) or _may_alternate(leaf, net):
         *rest, first, last = leaf.shape
         if out_axis(leaf, net) == 0:
             return [Reading("hidden", "b" * len(rest) + "obi", 1, (*rest, first // 2, 2, last))]
@@ -616,7 +616,7 @@ def _halves(leaf: Leaf, net: Network) -> bool:
 
 def _may_alternate(leaf: Leaf, net: Network) -> bool:
     """Tells whether gate and up may take turns, as in the experts with biases of gpt-oss."""
-    return len(leaf.shape) == 3 and net.bias_axis(leaf) is not None
+    return len(leaf.shape) == 3 and net.bias_axis(leaf) is not None and _halves(leaf, net)
 
 
 def _is_output(leaf: Leaf) -> bool:
