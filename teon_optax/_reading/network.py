@@ -518,7 +518,7 @@ class Network:
         """Gives the fan_out axis of a matrix whose name says that it reads or writes the stream.
 
         Only where one side is as wide as the stream, and the other wider: `down` and `up` of an
-        adapter go the other way.
+        adapter go the other way. K and V may read another stream, unless they are narrower.
         """
         if len(leaf.shape) == 3 and leaf.letter:
             ends = [leaf.shape[end] in self.norm_widths(leaf) for end in (0, -1)]
@@ -527,23 +527,28 @@ class Network:
         if len(stream) != 1 or leaf.home not in self.blocks:
             return None
         axes = [axis for axis, size in enumerate(leaf.shape[-2:]) if size in stream]
-        reads, writes = leaf.says("reads"), leaf.says("writes")
-        if len(axes) != 1 or reads == writes:
+        if len(axes) != 1:
             return None
         is_wider = leaf.shape[-2:][1 - axes[0]] > leaf.shape[-2:][axes[0]]
+        is_key = leaf.is_bare and leaf.letter != "" and not is_wider
+        reads, writes = leaf.says("reads", "fused") or is_key, leaf.says("writes")
+        if reads == writes:
+            return None
         is_projection = leaf.says("projection", "output")
         return (1 - axes[0] if reads else axes[0]) if is_wider or is_projection else None
 
     @cached_property
     def votes(self) -> dict[tuple[Names, str], list[int]]:
-        """Lists the fan_out axes that the matrices of a block show, a bias twice, a name once.
+        """Lists the fan_out axes that the matrices of a block show.
 
-        They are told by the names of the block and by what their arrays are called.
+        A bias, and Q, K and V in one, count twice, another name once. They are told by the names of
+        the block and by what their arrays are called.
         """
         found: dict[tuple[Names, str], list[int]] = {}
         for names, inside in self._inside.items():
             for leaf in inside:
-                axes = self._direction(leaf), self.bias_axis(leaf), self.bias_axis(leaf)
+                axes = [self._direction(leaf)] * (1 + leaf.says("fused"))
+                axes += [self.bias_axis(leaf)] * 2
                 votes = found.setdefault((names, leaf.weight), [])
                 votes += [axis for axis in axes if axis is not None]
         return found
@@ -621,22 +626,21 @@ def _varying(leaves: Sequence[Leaf]) -> set[int]:
 
 
 def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
-    """Finds the sizes between neighbours of a series of which the second reads an input as well.
+    """Finds sizes of what is read beside an input, and of what a series makes to stand beside one.
 
-    One of the sizes is between others, too. The input is one that another matrix reads alone; or
-    it is narrower than what the first makes, which no later one reads otherwise.
+    The input is one that another matrix reads alone. Or it is narrower than what is made before it
+    in a series, and read by no later one otherwise.
     """
-    ins, outs = ({step[side] for step in steps} for side in (1, 2))
-    inputs = ins - outs
-    found: set[int] = set()
+    ins, outs = {into for _, into, _ in steps}, {out for _, _, out in steps}
+    inputs, between = ins - outs, ins & outs
+    found = {into for into in inputs if any(into - each in between for each in inputs)}
     for chain in grouped(sorted(steps, key=_numbers), lambda step: [_series(step)]).values():
         for place, ((_, before, made), (_, into, _)) in enumerate(itertools.pairwise(chain)):
-            more = into - made
-            is_narrow = made == before and 0 < more < made
-            if (made in ins or into in outs) and (more in inputs or is_narrow):
-                rest = {read - made for _, read, _ in chain[place + 2 :]}
-                if more in inputs or rest.isdisjoint({0, *outs}):
-                    found |= {made, into}
+            if into in between and made not in ins and into - made in inputs:
+                found.add(made)
+            elif made == before and 0 < into - made < made and into in inputs:
+                later = {read - made for _, read, _ in chain[place + 2 :]}
+                found |= {into} if later.isdisjoint({0, *outs}) else set()
     return found
 
 
