@@ -256,7 +256,7 @@ def leaves_of(params: Any) -> list[Leaf]:
     ]
     blocks = _named_blocks(leaves)
     leaves = [
-        dataclasses.replace(leaf, block=leaf.keys[leaf.depth][: found.end()])
+        dataclasses.replace(leaf, block=found[0])
         if (found := _block_in(leaf)) and (leaf.names[: leaf.depth], found[1]) in blocks
         else leaf
         for leaf in leaves
@@ -358,19 +358,16 @@ def _with_holes(key: str) -> Iterator[tuple[str, str]]:
 
 def _scanned_modules(leaves: Sequence[Leaf]) -> dict[str, int]:
     """Finds the outermost modules whose leaves all count layers along one axis, which is 0 or 1."""
-    shared: dict[str, set[tuple[int, int]]] = {}
-    for leaf in leaves:
-        axes = {*enumerate(leaf.shape[:2])} if len(leaf.shape) > 1 else set()
-        for module in above(leaf.keys):
-            shared[module] = shared.get(module, axes) & axes
-    inside: dict[str, list[Leaf]] = {}
-    for leaf in leaves:
-        module = next((m for m in above(leaf.keys) if shared[m]), None)
-        if module is not None:
-            inside.setdefault(module, []).append(leaf)
+
+    def first_axes(leaf: Leaf) -> set[tuple[int, int]]:
+        return {*enumerate(leaf.shape[:2])} if len(leaf.shape) > 1 else set()
+
+    inside = grouped(leaves, lambda leaf: leaf.places[:-1])
+    shared = {module: set.intersection(*map(first_axes, held)) for module, held in inside.items()}
+    outermost = grouped(leaves, lambda leaf: [m for m in leaf.places[:-1] if shared[m]][:1])
     counted = {
-        module: [axis for axis, _ in shared[module] if _counts_layers(within, axis)]
-        for module, within in inside.items()
+        module: [axis for axis, _ in shared[module] if _counts_layers(held, axis)]
+        for module, held in outermost.items()
     }
     return {module: axes[0] for module, axes in counted.items() if len(axes) == 1}
 
@@ -404,7 +401,7 @@ def _counts_layers(inside: Sequence[Leaf], axis: int) -> bool:
 
 def _one_layer(leaf: Leaf, axes: dict[str, int]) -> Leaf:
     """Gives a leaf the shape of one layer, if a module around it is scanned along an axis."""
-    module = next((m for m in above(leaf.keys) if m in axes), None)
+    module = next((m for m in leaf.places[:-1] if m in axes), None)
     if module is None or not leaf.is_float:
         return leaf
     axis = axes[module]
