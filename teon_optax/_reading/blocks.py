@@ -87,9 +87,11 @@ def _is_network(module: str, held: Sequence[Leaf], repeated: Mapping[str, int]) 
     matrices = [leaf for leaf in held if leaf.is_matrix]
     if len(matrices) > 1 and says("network", held[0].noun(depth)):
         return True
-    if any(leaf.layer_depth for leaf in matrices):
-        inner = [leaf for leaf in matrices if leaf.layer_depth > depth]
-        return any(_is_repeated(leaf, leaf.layer_depth, repeated) for leaf in inner)
+    inner = [leaf for leaf in matrices if leaf.layer_depth > depth]
+    if any(_is_repeated(leaf, leaf.layer_depth, repeated) for leaf in inner):
+        return True
+    if any(0 < leaf.layer_depth <= depth for leaf in matrices):
+        return False
     if any(leaf.is_end for leaf in matrices):
         return True
     sizes = Counter(size for leaf in matrices for size in {*leaf.shape})

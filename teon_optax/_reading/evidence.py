@@ -466,7 +466,8 @@ def views(leaf: Leaf, net: Network) -> list[Reading]:
                 view = (d, heads, queries + 2, k)
                 found.append(Reading("qkv", "iopo", (queries, 1, 1), view))
         return found
-    read = {*output.shape} if output is not None and len(output.shape) == 2 else set()
+    sides = output.shape if output is not None else ()
+    read = {*sides} if len(sides) < 3 else {a * b for a, b in itertools.pairwise(sides)}
     is_gated = leaf.says("gated")
     for axis in (0, 1):
         d, length = leaf.shape[1 - axis], leaf.shape[axis]
