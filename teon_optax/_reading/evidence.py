@@ -451,16 +451,16 @@ def views(leaf: Leaf, net: Network) -> list[Reading]:
         if out_axis(leaf, net) == 0:
             return [Reading("hidden", "b" * len(rest) + "obi", 1, (*rest, first // 2, 2, last))]
         return [Reading("hidden", "b" * len(rest) + "iob", 1, (*rest, first, last // 2, 2))]
-    if parts_of(leaf) != 3 or len(leaf.shape) > 3:
+    if (count := parts_of(leaf)) == 1 or len(leaf.shape) > 3:
         return []
     found, output = [], net.output_of(leaf)
     lengths = {output.shape[1]} if output is not None and len(output.shape) == 3 else set()
     lengths |= net.head_lengths(leaf)
     if len(leaf.shape) == 3:
         d, heads, length = leaf.shape
-        if length % 3 == 0:
-            found.append(Reading("qkv", "iobo", view=(d, heads, 3, length // 3)))
-        for k in sorted(lengths):
+        if length % count == 0:
+            found.append(Reading("qkv", "iobo", view=(d, heads, count, length // count)))
+        for k in sorted(lengths) if count == 3 else ():
             queries = length // k - 2
             if length % k == 0 and queries > 1:
                 view = (d, heads, queries + 2, k)
@@ -472,9 +472,9 @@ def views(leaf: Leaf, net: Network) -> list[Reading]:
     for axis in (0, 1):
         d, length = leaf.shape[1 - axis], leaf.shape[axis]
         for k in [] if is_gated else sorted(lengths):
-            if length % (3 * k) == 0:
-                found.append(_turned("obo", 1, (length // (3 * k), 3, k), d, axis))
-        for total in sorted(read, reverse=True):
+            if length % (count * k) == 0:
+                found.append(_turned("obo", 1, (length // (count * k), count, k), d, axis))
+        for total in sorted(read, reverse=True) if count == 3 else ():
             wide = 2 * total if is_gated else total
             keys = (length - wide) // 2
             if keys < 1 or wide + 2 * keys != length or total % keys:

@@ -144,7 +144,8 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
     fallback_first = not is_inside if leaf.is_nameless else leaf.is_bare
     is_called = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
     hidden_first = evidence.is_pair(leaf, net) and not leaf.in_attention
-    by_heads, has_module = leaf.says("by heads"), leaf.weight != "" or len(leaf.shape) == 2
+    by_heads = leaf.says("by heads")
+    has_module = leaf.weight != "" or len(leaf.shape) == 2 or leaf.says("mlp")
     axis = out_axis(leaf, net)
     out_first = leaf.is_out_first if axis is None else axis == 0
     is_packed = any(r.kind == "hidden" and r.split not in (1, 2) for r in case.left)

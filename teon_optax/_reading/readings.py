@@ -125,6 +125,7 @@ def _layouts(kind: str, shape: Sequence[int], splits: Splits, is_batch: bool) ->
         yield "i" + "o" * (rank - 1)
     elif kind == "out":
         yield from _WRITERS.get(rank, ())
+        yield from (f"b{axes}" for axes in _WRITERS.get(rank - 1, ()) if is_batch)
     elif kind == "hidden":
         yield from batches
         yield from (axes for axes in _PARTED.get(rank, ()) if fan(axes, shape, "p") == 2)
@@ -134,7 +135,7 @@ def _layouts(kind: str, shape: Sequence[int], splits: Splits, is_batch: bool) ->
     else:
         yield from (axes for axes in _PARTED.get(rank, ()) if fan(axes, shape, "p") in splits)
         yield from _READERS.get(rank, ())
-        yield from batches if is_batch else ()
+        yield from (f"b{axes}" for axes in _READERS.get(rank - 1, ()) if is_batch)
 
 
 def _divides(axes: str, shape: Sequence[int], split: int | tuple[int, ...]) -> bool:
