@@ -543,9 +543,13 @@ def _beside_alike(leaf: Leaf, net: Network) -> list[tuple[int, int]]:
 
 
 def _may_be_fused(leaf: Leaf, net: Network) -> bool:
-    """Tells whether a matrix without a name of its own lies in a block or in attention."""
-    rows = "projection", "recurrent", "mlp" if len(net.matrices[leaf.home]) > 2 else "fused"
-    is_inside = leaf.home in net.blocks or leaf.in_attention
+    """Tells whether a matrix without a name of its own lies in a block or in attention, with few.
+
+    A block whose modules have no names has four of attention and three of a feed forward.
+    """
+    count = len(net.matrices[leaf.home])
+    rows = "projection", "recurrent", "mlp" if count > 2 else "fused"
+    is_inside = (leaf.home in net.blocks or leaf.in_attention) and count < 8
     return len(leaf.shape) == 2 and not leaf.hides_axes and is_inside and not leaf.says(*rows)
 
 
@@ -795,12 +799,13 @@ def _starts_chain(leaf: Leaf, net: Network) -> bool:
     column = next((c for c in range(leaf.depth, len(leaf.keys)) if leaf.numbers[c]), None)
     if column is None or leaf.shape[0] == leaf.shape[1]:
         return False
-    series = [other for other in net.alike(leaf) if other is not leaf]
+    others = (int(m.numbers[column] or 0) for m in net.alike(leaf) if m is not leaf)
+    if not all(int(leaf.numbers[column] or 0) < number for number in others):
+        return False
     into, out = fans(leaf, net)
-    is_first = all(int(leaf.numbers[column] or 0) < int(m.numbers[column] or 0) for m in series)
-    follows = any(fans(m, net)[0] == out for m in series)
+    follows = any(fans(m, net)[0] == out for m in net.alike(leaf))
     is_several = any(into % width == 0 for width in net.stream_of(leaf) if width > 1)
-    return is_first and follows and not is_several and net.is_source(leaf, into)
+    return follows and not is_several and net.is_source(leaf, into)
 
 
 # In the order of their strength.

@@ -77,10 +77,10 @@ def _is_apart(leaf: Leaf, column: int, net: Network) -> bool:
         or module in net.networks
     ):
         return True
-    modules, held = net.repeats(leaf, column), net.matrices.get(leaf.home, [])
-    are_heads = leaf.home == module and all(m.shape[-1] == leaf.shape[-1] for m in held)
-    readers = [m for m in net.matrices.get(above, []) if len(modules) * leaf.shape[-1] in m.shape]
-    # One matrix reads the heads of a layer; as many as there are modules follow these.
-    return (are_heads and 0 < len(readers) < len(modules)) or 0 < len(
-        _beside_two(leaf, column, net)
-    ) < 4
+    count, held = len(net.repeats(leaf, column)), net.matrices.get(leaf.home, [])
+    if leaf.home == module and all(m.shape[-1] == leaf.shape[-1] for m in held):
+        # One matrix reads the heads of a layer; as many as there are modules follow these.
+        width = count * leaf.shape[-1]
+        if 0 < sum(width in m.shape for m in net.matrices.get(above, [])) < count:
+            return True
+    return 0 < len(_beside_two(leaf, column, net)) < 4

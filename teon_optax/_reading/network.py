@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -106,14 +106,17 @@ class Network:
                 continue
             block = self.held.get(self.blocks.get(held[0].home, ()), ())
             around = {leaf.shape for leaf in (*held, *block) if leaf.is_matrix}
-            for shape in [s for s in around if len(s) == 2 and s[0] == s[1] > 1]:
+            squares = {leaf.shape for leaf in held if len(leaf.shape) == 2}
+            for shape in [s for s in squares if s[0] == s[1] > 1]:
+                alike = [leaf for leaf in held if leaf.shape == shape]
+                if any(leaf.letter for leaf in alike):
+                    continue
                 others = around - {shape}
                 heads = [other for other in others if len(other) > 2 and other.count(shape[0]) == 1]
                 edges = {s for o in others for s in (o[-1:] if o in heads else o)}
-                alike = [leaf for leaf in held if leaf.shape == shape]
                 is_least = all(math.prod(other) > math.prod(shape) for other in others)
                 is_apart = is_least and shape[0] not in edges and len(held) - len(alike) > 1
-                if is_apart and not any(leaf.letter for leaf in alike):
+                if is_apart:
                     found += alike
         return found
 
@@ -321,13 +324,11 @@ class Network:
     def _experts_as_modules(self, module: str, count: int, width: int) -> list[Leaf]:
         """Lists the matrices of numbered modules, as many as there are experts."""
         for modules in self.numbered.get(module, {}).values():
+            if len(modules) != count:
+                continue
             held = [leaf for each in modules for leaf in self.within.get(each, ())]
             few = len(held) <= 3 * count and all(width in leaf.shape for leaf in held)
-            if (
-                len(modules) != count
-                or not few
-                or any(says("layers", m.rpartition("/")[2]) for m in modules)
-            ):
+            if not few or any(says("layers", m.rpartition("/")[2]) for m in modules):
                 continue
             letters = {leaf.letter for leaf in held}
             if not ({"q", "k"} <= letters or any(leaf.in_attention for leaf in held)):
@@ -414,9 +415,9 @@ class Network:
         matrices = (leaf for leaf in self.floats if leaf.is_matrix)
         return grouped(matrices, lambda leaf: {*leaf.shape})
 
-    def repeats(self, leaf: Leaf, column: int) -> list[str]:
+    def repeats(self, leaf: Leaf, column: int) -> Collection[str]:
         """Lists the modules that differ from the one around a leaf in one number at most."""
-        return [*self.numbered[leaf.places[column]][leaf.names[column]]]
+        return self.numbered[leaf.places[column]][leaf.names[column]].keys()
 
     def inside(self, leaf: Leaf) -> list[Leaf]:
         """Lists the matrices of the block around a leaf, once for all its layers."""
