@@ -757,16 +757,8 @@ def place(leaf: Leaf, net: Network) -> Said | None:
 
 def _is_inside_series(leaf: Leaf, net: Network) -> bool:
     """Tells whether a matrix of its own numbered series comes behind it, back from its width."""
-    column = next(
-        (c for c in range(leaf.depth, len(leaf.keys)) if leaf.numbers[c] is not None), None
-    )
-    if column is None:
-        return False
-    number, sizes = int(leaf.numbers[column] or 0), fans(leaf, net)
-    return any(
-        int(other.numbers[column] or 0) > number and fans(other, net) == sizes[::-1]
-        for other in net.alike(leaf)
-    )
+    back, series = fans(leaf, net)[::-1], net.alike(leaf)
+    return any(fans(other, net) == back for other in series[series.index(leaf) + 1 :])
 
 
 def chain_end(leaf: Leaf, net: Network) -> Said | None:
@@ -779,7 +771,7 @@ def chain_end(leaf: Leaf, net: Network) -> Said | None:
         return None
     for column, number in enumerate(leaf.numbers[: leaf.depth]):
         if number:
-            place = "/".join(leaf.keys[: column + 1])
+            place = leaf.places[column + 1]
             numbers = net.series_numbers(leaf, column)
             is_series = column in net.varying[leaf.names]
             if len(numbers) < 2 or not is_series or net.repeating[leaf.names, leaf.array_shape]:
@@ -796,14 +788,11 @@ def chain_end(leaf: Leaf, net: Network) -> Said | None:
 
 def _starts_chain(leaf: Leaf, net: Network) -> bool:
     """Tells whether it begins a numbered chain in a block, and nothing writes its fan_in."""
-    column = next((c for c in range(leaf.depth, len(leaf.keys)) if leaf.numbers[c]), None)
-    if column is None or leaf.shape[0] == leaf.shape[1]:
-        return False
-    others = (int(m.numbers[column] or 0) for m in net.alike(leaf) if m is not leaf)
-    if not all(int(leaf.numbers[column] or 0) < number for number in others):
+    series = net.alike(leaf)
+    if leaf is not series[0] or not any(leaf.numbers[leaf.depth :]):
         return False
     into, out = fans(leaf, net)
-    follows = any(fans(m, net)[0] == out for m in net.alike(leaf))
+    follows = into != out and any(fans(other, net)[0] == out for other in series[1:])
     is_several = any(into % width == 0 for width in net.stream_of(leaf) if width > 1)
     return follows and not is_several and net.is_source(leaf, into)
 

@@ -158,6 +158,11 @@ class Leaf:
         """Tells whether a module around is called attention."""
         return says("attention", *self.keys[: self.depth])
 
+    @property
+    def series(self) -> tuple[str, Names]:
+        """Gives what the leaves of one module have in common that differ in numbers alone."""
+        return self.home, self.names
+
     @cached_property
     def attention(self) -> str:
         """Gives the place of the module called attention around it, or its home without one.

@@ -241,28 +241,29 @@ class Network:
         steps = self.steps
         tall = (leaf for leaf in self.outside if len(leaf.shape) > 2)
         channels = {_made(leaf) for leaf in tall if "convolution" in leaf.called}
-        writers = grouped(steps, lambda step: [step[2]])
-        readers = grouped(steps, lambda step: [step[1]])
+        leaves = [leaf for leaf, _, _ in steps]
+        writers = grouped(leaves, lambda leaf: [fans(leaf, self)[1]])
+        readers = grouped(leaves, lambda leaf: [fans(leaf, self)[0]])
         flat = {into for into in readers if any(into % size == 0 for size in channels - {1})}
         flat |= readers.keys() & self.channels
         linked, inside = flat | self._read_by_blocks | _beside_inputs(steps), self.widths | flat
-        lengths = Counter(_series(step) for step in steps)
+        lengths = Counter(leaf.series for leaf in leaves)
         for size in (readers.keys() & writers.keys()) - {1}:
-            before = grouped(writers[size], lambda step: [_series(step)])
-            behind = grouped(readers[size], lambda step: [_series(step)])
+            before = grouped(writers[size], lambda leaf: [leaf.series])
+            behind = grouped(readers[size], lambda leaf: [leaf.series])
             follows = any(
                 lengths[series] == 2
-                or min(map(_numbers, before[series])) < max(map(_numbers, behind[series]))
+                or min(map(_order, before[series])) < max(map(_order, behind[series]))
                 for series in before.keys() & behind.keys()
             )
-            ups = {leaf.home: leaf.shape for leaf, *_ in writers[size] if leaf.says("reads")}
-            downs = [leaf.home for leaf, *_ in readers[size] if leaf.says("writes")]
+            ups = {leaf.home: leaf.shape for leaf in writers[size] if leaf.says("reads")}
+            downs = [leaf.home for leaf in readers[size] if leaf.says("writes")]
             mlps = [ups[home] for home in downs if home in ups]
             if follows or len(before.keys() | behind.keys()) > 1:
                 linked.add(size)
             if follows or mlps:
                 inside.update({size}, *mlps)
-        ways = {into: {out for _, _, out in those} for into, those in readers.items()}
+        ways = {into: {fans(leaf, self)[1] for leaf in readers[into]} for into in readers}
         return linked, {size for size in linked - inside if _leads_back(size, ways)}
 
     @cached_property
@@ -432,13 +433,13 @@ class Network:
         return [other for other in self.matrices.get(leaf.home, []) if other is not leaf]
 
     def alike(self, leaf: Leaf) -> list[Leaf]:
-        """Lists the matrices of a leaf's module that differ from it in a number at most."""
-        return self._alike[leaf.home, leaf.names]
+        """Lists in order the matrices of a module that differ from a leaf in a number at most."""
+        return self._alike[leaf.series]
 
     @cached_property
     def _alike(self) -> dict[tuple[str, Names], list[Leaf]]:
         matrices = (leaf for held in self.matrices.values() for leaf in held)
-        return grouped(matrices, lambda leaf: [(leaf.home, leaf.names)])
+        return grouped(sorted(matrices, key=_order), lambda leaf: [leaf.series])
 
     @cached_property
     def around(self) -> dict[str, list[Leaf]]:
@@ -635,7 +636,9 @@ def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
     ins, outs = {into for _, into, _ in steps}, {out for _, _, out in steps}
     inputs, between = ins - outs, ins & outs
     found = {into for into in inputs if any(into - each in between for each in inputs)}
-    for chain in grouped(sorted(steps, key=_numbers), lambda step: [_series(step)]).values():
+    for chain in grouped(
+        sorted(steps, key=lambda step: _order(step[0])), lambda step: [step[0].series]
+    ).values():
         for place, ((_, before, made), (_, into, _)) in enumerate(itertools.pairwise(chain)):
             if into in between and made not in ins and into - made in inputs:
                 found.add(made)
@@ -650,14 +653,9 @@ def _made(convolution: Leaf) -> int:
     return convolution.shape[0 if convolution.is_out_first else -1]
 
 
-def _numbers(step: tuple[Leaf, int, int]) -> list[int]:
+def _order(leaf: Leaf) -> list[int]:
     """Lists the numbers of a path, which is 0 for Haiku's first module."""
-    return [int(number or 0) for number in step[0].numbers]
-
-
-def _series(step: tuple[Leaf, int, int]) -> tuple[str, Names]:
-    """Gives what the matrices of one home have in common that differ in numbers alone."""
-    return step[0].home, step[0].names
+    return [int(number or 0) for number in leaf.numbers]
 
 
 def _leads_back(size: int, ways: dict[int, set[int]]) -> bool:
