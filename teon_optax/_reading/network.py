@@ -543,14 +543,19 @@ class Network:
     def votes(self) -> dict[tuple[Names, str], list[int]]:
         """Lists the fan_out axes that the matrices of a block show.
 
-        A bias, and Q, K and V in one, count twice, another name once. They are told by the names of
-        the block and by what their arrays are called.
+        A bias, Q, K and V in one, and what has heads behind or before the stream count twice,
+        another name once. They are told by the names of the block and by what their arrays are
+        called.
         """
         found: dict[tuple[Names, str], list[int]] = {}
         for names, inside in self._inside.items():
             for leaf in inside:
                 axes = [self._direction(leaf)] * (1 + leaf.says("fused"))
                 axes += [self.bias_axis(leaf)] * 2
+                if len(leaf.shape) > 2 and (leaf.letter or leaf.says("fused")):
+                    widths = self.norm_widths(leaf)
+                    reads = [axis for axis, size in enumerate(leaf.shape) if size in widths]
+                    axes += [int(reads[0] < len(leaf.shape) - 1)] * 2 if len(reads) == 1 else []
                 votes = found.setdefault((names, leaf.weight), [])
                 votes += [axis for axis in axes if axis is not None]
         return found
