@@ -148,10 +148,7 @@ def _part_fits(leaf: Leaf, reading: Reading, partner: Leaf | None, net: Network)
 
 
 def alike(leaf: Leaf, net: Network, left: Left) -> Said | None:
-    """Keeps the axes that Q beside has, for a gate that is as long as its heads together or apart.
-
-    It stands for gates of attention with heads; trees of the tests show those otherwise, too.
-    """
+    """Keeps the axes of Q for a gate beside it, which is as long as all its heads."""
     if leaf.letter or leaf.says("output") or "out" in _kinds(left(leaf)):
         return None
     other = net.letters(leaf).get("q")
