@@ -11,7 +11,7 @@ from collections import Counter
 from teon_optax._reading.axes import Said, fit
 from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.names import says
-from teon_optax._reading.network import Network, fans, out_axis
+from teon_optax._reading.network import Network, Shape, fans, out_axis
 from teon_optax._reading.readings import ENDS, FALLBACK, Reading, Splits, fan, readings_of
 
 
@@ -119,16 +119,15 @@ def router(leaf: Leaf, net: Network) -> Said | None:
     if len(leaf.shape) != 2:
         is_called = leaf.path not in net.experts and says("router", module, leaf.name)
         return only("router, by name", "router") if is_called else never("", "router")
-    is_gate = leaf.says("gate") and not says("shared", module)
-    is_gate = is_gate and not any(other.says("router") for other in net.beside(leaf))
     has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in net.modules
-    if is_gate and not has_experts:
-        has_experts = sum(counted(leaf, other) > 1 for other in net.beside(leaf)) > 1
+    is_gate = leaf.says("gate") and not says("shared", module)
+    is_gate = is_gate and (has_experts or leaf.shape in _packing(leaf.home, net))
+    is_gate = is_gate and not any(other.says("router") for other in net.beside(leaf))
     # A gate to one number, as of a shared expert.
     is_one = 1 in leaf.shape and any(other.path in net.routers for other in net.beside(leaf))
     if leaf.path in net.routers:
         return only(f"router of {min(leaf.shape)} experts", "router")
-    if says("router", *modules, leaf.name) or (is_gate and has_experts):
+    if says("router", *modules, leaf.name) or is_gate:
         return only("router, by name", "router")
     return only("gate of a shared expert", "router") if is_one else never("", "router")
 
@@ -162,14 +161,14 @@ def _has_way_back(leaf: Leaf, net: Network) -> bool:
     return any(shape[0] == leaf.shape[0] and shape[-2:] == back for shape in beside)
 
 
-def counted(router: Leaf, leaf: Leaf) -> int:
+def counted(router: Shape, shape: Shape) -> int:
     """Counts the experts that a matrix may hold one after another, by a router; 0 for none."""
-    if len(router.shape) != 2 or len(leaf.shape) != 2 or router is leaf:
+    if len(router) != 2 or len(shape) != 2:
         return 0
-    for count, width in (sorted(router.shape), sorted(router.shape, reverse=True)):
-        sides = [size for size in leaf.shape if size != width] or [width]
-        is_counted = width in leaf.shape and sides[0] % count == 0
-        if count not in leaf.shape and (is_counted or count * width in leaf.shape):
+    for count, width in (sorted(router), sorted(router, reverse=True)):
+        sides = [size for size in shape if size != width] or [width]
+        is_counted = width in shape and sides[0] % count == 0
+        if count not in shape and (is_counted or count * width in shape):
             return count
     return 0
 
@@ -184,21 +183,24 @@ def packed(leaf: Leaf, net: Network) -> list[int]:
     if len(leaf.shape) != 2 or "shared" in leaf.called:
         return []
     if place is not None:
-        routers = [other for other in net.inside(leaf) if "router" in other.called]
+        routers = {other.shape for other in net.inside(leaf) if "router" in other.called}
         if any(number is not None for number in leaf.numbers[place : leaf.depth]):
             return []
     else:
         routers = _packing(leaf.home, net)
-    return sorted({count for each in routers if (count := counted(each, leaf))})[:1]
+    return sorted({count for each in routers if (count := counted(each, leaf.shape))})[:1]
 
 
-def _packing(home: str, net: Network) -> list[Leaf]:
+def _packing(home: str, net: Network) -> set[Shape]:
     """Lists what may count experts that lie one after another in two matrices of a module."""
     if home not in net.packing:
-        held = net.matrices[home]
-        routers = (m for m in held if m.says("router", "gate") and m.path not in net.routers)
-        found = [m for m in routers if sum(counted(m, other) > 1 for other in held) > 1]
-        net.packing[home] = found
+        held, shapes = net.matrices[home], Counter(leaf.shape for leaf in net.matrices[home])
+        routers = {m.shape for m in held if m.says("router", "gate") and m.path not in net.routers}
+        net.packing[home] = {
+            router
+            for router in routers
+            if sum(count for shape, count in shapes.items() if counted(router, shape) > 1) > 1
+        }
     return net.packing[home]
 
 

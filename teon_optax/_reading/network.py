@@ -84,7 +84,7 @@ class Network:
             self.matrices[leaf.home].remove(leaf)
             self.attentions[leaf.attention].matrices.remove(leaf)
         self.fans: dict[tuple[str, int], tuple[Counter[Any], Counter[int], Counter[int]]] = {}
-        self.packing: dict[str, list[Leaf]] = {}
+        self.packing: dict[str, set[Shape]] = {}
         self.orientations: dict[str, tuple[int | None, str]] = {}
         self.linked, self.ends = self._chains()
         self.routers: set[str] = set()
