@@ -27,7 +27,7 @@ _LAYER = "proj|projection|dense|linear|lin|layer|einsum|kernel|weight|w|head|hea
 
 NAMES = {
     "layers": "(?!.*embed)"
-    + _last("[a-z]*blocks?|layers|h|stack|stacked")
+    + _last("[a-z]*blocks?(?:_d)?|layers|h|stack|stacked")
     + "|layer|.*layer_stack.*",
     "layer": "(?:.*_)?[a-z]*layer(?!_norm)(?:_[a-z]+)?",  # with a number: a `final_layer` is none
     "scanned": "scan_.*|.*layer_stack.*",

@@ -636,7 +636,8 @@ def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
     """Finds sizes of what is read beside an input, and of what a series makes to stand beside one.
 
     The input is one that another matrix reads alone. Or it is narrower than what is made before it
-    in a series, and read by no later one otherwise.
+    in a series, and read by no later one otherwise; or a number, which all of a series read, as the
+    time is in a continuous flow.
     """
     ins, outs = {into for _, into, _ in steps}, {out for _, _, out in steps}
     inputs, between = ins - outs, ins & outs
@@ -644,8 +645,12 @@ def _beside_inputs(steps: Sequence[tuple[Leaf, int, int]]) -> set[int]:
     for chain in grouped(
         sorted(steps, key=lambda step: _order(step[0])), lambda step: [step[0].series]
     ).values():
-        for place, ((_, before, made), (_, into, _)) in enumerate(itertools.pairwise(chain)):
-            if into in between and made not in ins and into - made in inputs:
+        pairs = [*itertools.pairwise(chain)]
+        is_timed = len(pairs) > 1 and all(into == made + 1 for (_, _, made), (_, into, _) in pairs)
+        for place, ((_, before, made), (_, into, _)) in enumerate(pairs):
+            if is_timed:
+                found |= {made, into}
+            elif into in between and made not in ins and into - made in inputs:
                 found.add(made)
             elif made == before and 0 < into - made < made and into in inputs:
                 later = {read - made for _, read, _ in chain[place + 2 :]}
