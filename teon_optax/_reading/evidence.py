@@ -432,7 +432,8 @@ def _together(leaf: Leaf, net: Network) -> list[tuple[int, ...]]:
         splits = [(into, into, into, *[ways] * count) for count in (1, 2) if ways > 0]
         return [split for split in splits if sum(split) == out and out % read[0]]
     found: list[tuple[int, ...]] = []
-    for heads, ways in itertools.permutations(read if len(beside) == 2 else (), 2):
+    is_chain = any(other.names == leaf.names for other in net.beside(leaf))
+    for heads, ways in itertools.permutations(() if is_chain or len(beside) > 2 else read, 2):
         for count in (2, 1):
             keys = (out - heads - count * ways) // 2
             split = (heads, keys, keys, *[ways] * count)

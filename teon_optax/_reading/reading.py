@@ -141,7 +141,8 @@ def _in_order(case: Case, net: Network) -> list[Reading]:
     if len(case.left) < 2:
         return case.left
     is_inside = (net.widths | net.linked - net.ends).issuperset(leaf.shape)
-    fallback_first = not is_inside if leaf.is_nameless else leaf.is_bare
+    is_end = leaf.is_bare or leaf.home not in net.blocks and not net.ends.isdisjoint(leaf.shape)
+    fallback_first = not is_inside if leaf.is_nameless else is_end
     is_called = says("layers", *leaf.keys[: leaf.depth]) and {*leaf.numbers} == {None}
     hidden_first = evidence.is_pair(leaf, net) and not leaf.in_attention
     by_heads = leaf.says("by heads")
