@@ -119,7 +119,7 @@ def router(leaf: Leaf, net: Network) -> Said | None:
     if len(leaf.shape) != 2:
         is_called = leaf.path not in net.experts and says("router", module, leaf.name)
         return only("router, by name", "router") if is_called else never("", "router")
-    has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in net.modules
+    has_experts = says("mixture", module) or f"{leaf.home}/experts".lstrip("/") in net.within
     is_gate = leaf.says("gate") and not says("shared", module)
     is_gate = is_gate and (has_experts or leaf.shape in _packing(leaf.home, net))
     is_gate = is_gate and not any(other.says("router") for other in net.beside(leaf))

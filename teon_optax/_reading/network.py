@@ -77,7 +77,6 @@ class Network:
         self.unscanned = {
             module for leaf in self.floats if len(leaf.shape) == 1 for module in leaf.places[:-1]
         }
-        self.modules = {module for leaf in self.floats for module in leaf.places[:-1]}
         self.blocks, self.networks, self.twins = repeated_blocks(self.floats)
         self.mixers = {leaf.path: leaf for leaf in self._mixers()}
         for leaf in self.mixers.values():
