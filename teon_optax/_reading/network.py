@@ -221,7 +221,7 @@ class Network:
         called = (leaf.shape for leaf in self.outside if leaf.says("state"))
         return {min(shape) for shape in called if len(shape) == 2} | {*self.gates.values()}
 
-    @property
+    @cached_property
     def looked_up(self) -> set[int]:
         """Gives the widths of embeddings, which a matrix may read."""
         return {width for _, width in self.vocabularies}
