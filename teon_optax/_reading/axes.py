@@ -166,7 +166,7 @@ def by_partner(leaf: Leaf, net: Network, left: Left) -> Said | None:
 
     Only where an axis is open; of two matrices without heads `orientation` tells.
     """
-    if leaf.hides_axes:
+    if leaf.hides_axes or not net.attentions[leaf.attention].has_heads:
         return None
     kinds = _kinds(left(leaf))
     if kinds in ({"qkv"}, {"latent"}):

@@ -683,28 +683,15 @@ def bare(leaf: Leaf, net: Network) -> Said | None:
     """Removes matrices from what is an array of a block: a scale of heads, a state or a table."""
     if leaf.weight or leaf.home not in net.blocks or leaf.says("mlp"):
         return None
-    stream = net.stream_of(leaf)
-    tall = [m.shape for m in net.inside(leaf) if len(m.shape) == 3]
-    heads = [s[1:] for s in tall if any(o[2] == s[0] and o[0] % s[1] == 0 for o in tall)]
-    is_vector = leaf.shape in heads or leaf.shape[0] * leaf.shape[-1] in stream or 1 in leaf.shape
-    if len(leaf.shape) == 2 and is_vector:
+    if len(leaf.shape) != 2:
+        return None
+    is_several = leaf.shape[0] * leaf.shape[1] in net.stream_of(leaf)
+    if is_several or 1 in leaf.shape or leaf.shape in net.head_shapes(leaf):
         return only("vector of each head", "vector")
-    own = [axis for axis in range(len(leaf.shape)) if not _is_linked(axis, leaf, net)]
     is_named = leaf.says("projection", "output", "fused")
-    if len(leaf.shape) == 2 and own and not is_named:
+    if not is_named and not all(net.is_linked(axis, leaf) for axis in (0, 1)):
         return open_to("an array of a block that nothing follows", "table", "hidden")
     return None
-
-
-def _is_linked(axis: int, leaf: Leaf, net: Network) -> bool:
-    """Tells whether a bare matrix follows another in the block, or a module there is as long."""
-    size, others = leaf.shape[axis], [m for m in net.inside(leaf) if m.names != leaf.names]
-    is_width = size in net.stream_of(leaf)
-    beside = [m for m in net.beside(leaf) if len(m.shape) == 2]
-    # Squares of one size, which is no width, follow each other alone: they may mix heads.
-    beside = [m for m in beside if is_width or m.shape != leaf.shape]
-    follows = any(size == other.shape[1 - axis] for other in beside)
-    return follows or any(other.weight and size in other.shape for other in others)
 
 
 def place(leaf: Leaf, net: Network) -> Said | None:

@@ -33,6 +33,11 @@ class Attention:
         return [leaf for leaf in self.matrices if leaf.says(*rows)]
 
     @cached_property
+    def has_heads(self) -> bool:
+        """Tells whether a matrix has more than two axes."""
+        return any(len(leaf.shape) > 2 for leaf in self.matrices)
+
+    @cached_property
     def unlike(self) -> list[Leaf]:
         """Lists what is no Q, K or V by name."""
         return [leaf for leaf in self.matrices if not leaf.letter]
@@ -263,7 +268,7 @@ class Network:
             if follows or mlps:
                 inside.update({size}, *mlps)
         ways = {into: {fans(leaf, self)[1] for leaf in readers[into]} for into in readers}
-        return linked, {size for size in linked - inside if _leads_back(size, ways)}
+        return linked, (linked - inside) & _circles(ways)
 
     @cached_property
     def _read_by_blocks(self) -> set[int]:
@@ -426,6 +431,56 @@ class Network:
     @cached_property
     def _inside(self) -> dict[Names, list[Leaf]]:
         return {names: [m for m in held if m.is_matrix] for names, held in self.held.items()}
+
+    def head_shapes(self, leaf: Leaf) -> set[Shape]:
+        """Lists the shapes of heads that a projection makes and an output projection reads."""
+        return self._head_shapes.get(self.blocks.get(leaf.home, ()), set())
+
+    @cached_property
+    def _head_shapes(self) -> dict[Names, set[Shape]]:
+        found = {}
+        for names, held in self._inside.items():
+            tall = {m.shape for m in held if len(m.shape) == 3}
+            fits = (s for s in tall if any(o[2] == s[0] and o[0] % s[1] == 0 for o in tall))
+            found[names] = {shape[1:] for shape in fits}
+        return found
+
+    def is_linked(self, axis: int, leaf: Leaf) -> bool:
+        """Tells whether a bare matrix follows another in the block, or a module there is as long.
+
+        Squares of one size, which is no width, follow each other alone: they may mix heads.
+        """
+        size, (shapes, sizes) = leaf.shape[axis], self._plain[leaf.home]
+        followed = sizes[1 - axis, size]
+        if leaf.shape[1 - axis] == size:
+            followed -= 1 if size in self.stream_of(leaf) else shapes[leaf.shape]
+        names = self._weighted[self.blocks[leaf.home]].get(size, [])
+        return followed > 0 or any(each != leaf.names for each in names[:2])
+
+    @cached_property
+    def _plain(self) -> dict[str, tuple[Counter[Shape], Counter[tuple[int, int]]]]:
+        """Counts the shapes of 2-D matrices by home, and sizes with their axes."""
+        found = {}
+        for home, held in self.matrices.items():
+            shapes = Counter(leaf.shape for leaf in held if len(leaf.shape) == 2)
+            sizes: Counter[tuple[int, int]] = Counter()
+            for shape, count in shapes.items():
+                sizes.update(dict.fromkeys(enumerate(shape), count))
+            found[home] = shapes, sizes
+        return found
+
+    @cached_property
+    def _weighted(self) -> dict[Names, dict[int, list[Names]]]:
+        """Lists by block and size the names of matrices that are the weights of modules."""
+        return {
+            names: {
+                size: [*dict.fromkeys(leaf.names for leaf in leaves)]
+                for size, leaves in grouped(
+                    (leaf for leaf in held if leaf.weight), lambda leaf: {*leaf.shape}
+                ).items()
+            }
+            for names, held in self._inside.items()
+        }
 
     def beside(self, leaf: Leaf) -> list[Leaf]:
         """Lists the other matrices of a leaf's module."""
@@ -667,13 +722,41 @@ def _order(leaf: Leaf) -> list[int]:
     return [int(number or 0) for number in leaf.numbers]
 
 
-def _leads_back(size: int, ways: dict[int, set[int]]) -> bool:
-    """Tells whether some matrices one after another lead from a size back to it."""
-    reached, more = {size}, {size}
+def _circles(ways: dict[int, set[int]]) -> set[int]:
+    """Finds the sizes that some matrices one after another lead from, and back to.
+
+    Ends of chains are on no circle: they are taken off first, so that few sizes are left to follow.
+    """
+    back = _turned(ways)
+    left, ends = ways.keys() & back.keys(), ways.keys() ^ back.keys()
+    counts = {size: [len(way.get(size, ())) for way in (ways, back)] for size in left}
+    while ends:
+        end = ends.pop()
+        for side, way in enumerate((back, ways)):
+            for size in way.get(end, set()) & left:
+                counts[size][side] -= 1
+                if counts[size][side] == 0:
+                    left.discard(size)
+                    ends.add(size)
+    found = set()
+    while left:
+        size = left.pop()
+        circle = _reached(size, ways) & _reached(size, back)
+        found |= circle
+        left -= circle
+    return found
+
+
+def _turned(ways: dict[int, set[int]]) -> dict[int, set[int]]:
+    """Lists from which sizes matrices lead to a size, by those that they lead to."""
+    return {out: {*ins} for out, ins in grouped(ways, ways.__getitem__).items()}
+
+
+def _reached(size: int, ways: dict[int, set[int]]) -> set[int]:
+    """Finds the sizes that matrices one after another lead to from a size."""
+    found: set[int] = set()
+    more = {size}
     while more:
-        more = set().union(*(ways.get(each, ()) for each in more))
-        if size in more:
-            return True
-        more -= reached
-        reached |= more
-    return False
+        more = set().union(*(ways.get(each, ()) for each in more)) - found
+        found |= more
+    return found
