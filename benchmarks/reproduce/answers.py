@@ -143,7 +143,7 @@ def first_line(found: Sequence[Answer], records: Sequence[Record]) -> str:
     if not told:
         have = max((len(each.differences) for each in found), default=0)
         start = "**These runs cannot tell differences with an interval yet**"
-        return f"{start}: three pairs are the fewest, {have} are there.{rounding}"
+        return f"{start}: an interval takes three pairs, of which {have or 'none'} ran.{rounding}"
     widest = max(told, key=lambda each: each.half)
     deviation = max(each.deviation for each in told)
     seeds = len(widest.differences)
