@@ -64,6 +64,28 @@ def test_self_and_cross_attention_never_share_a_group():
     assert {path.format(0, 1), path.format(1, 1)} in members
 
 
+def test_a_first_module_without_a_number_may_have_a_rule_of_its_own():
+    """As Keras names attentions; only the first has an output projection to show its heads."""
+    first, second = "multi_head_attention", "multi_head_attention_1"
+    params = arrays(
+        {
+            f"{name}/{part}/kernel": (32, 4, 8)
+            for name in (first, second)
+            for part in ("key", "query")
+        }
+        | {f"{name}/{part}/bias": (4, 8) for name in (first, second) for part in ("key", "query")}
+        | {f"{name}/value/kernel": (32, 4, 8) for name in (first, second)}
+        | {f"{first}/attention_output/kernel": (4, 8, 32), "layer_normalization/beta": (32,)}
+        | {"dense/kernel": (32, 128), "dense_1/kernel": (128, 32)}
+        | {"dense_2/kernel": (32, 128), "dense_3/kernel": (128, 32)}
+        | {"token_embedding/embeddings": (64, 32)}
+    )
+    assert f"{second}/value/kernel" in refusal(params)
+    rules = default_rules(params, first=[Rule(f"^{second}/value/kernel$", 0)])
+    members = {group.members for group in plan(params, rules).groups}
+    assert (f"{first}/value/kernel",) in members
+
+
 def test_haikus_first_block_has_no_number_and_is_layer_0():
     module = {"w": array(D, D)}
     params = {

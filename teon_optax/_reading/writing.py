@@ -223,5 +223,7 @@ def rule_of(draft: Draft, choice: Choice) -> Rule:
     pattern = f"^{before}{body}{after}$"
     if not choice.stack:
         return Rule(pattern, 0)
-    axis = reading.layer_axis
-    return Rule(pattern, choice.stack, 1, reading.dims, axis, reading.split, view=reading.view)
+    # Haiku's and Keras' first module has no number, which would count it.
+    is_first = choice.layer is not None and not any(draft.segments[choice.layer].numbers or ())
+    stack, axis = 1 if is_first else choice.stack, reading.layer_axis
+    return Rule(pattern, stack, 1, reading.dims, axis, reading.split, view=reading.view)
