@@ -263,8 +263,7 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
     heads = []
 
     def by_heads(leaf: Leaf, left: Sequence[Reading]) -> Sequence[Reading]:
-        parted = [each for each in left if each.kind == "qkv" and each.split != 1]
-        fused = [each for each in parted if each.view is None]
+        fused = [r for r in left if r.kind == "qkv" and r.split != 1 and r.view is None]
         if len({reading.axes for reading in fused}) == 1:
             left = fused[:1]
         if len(left) == 1 and left[0].kind in ("qkv", "latent"):

@@ -276,10 +276,7 @@ def projection(leaf: Leaf, net: Network) -> Said | None:
     key, value = letters.get("k"), letters.get("v")
     if key and value and not leaf.in_attention and key.shape == value.shape[::-1] != value.shape:
         return None
-    return Said(
-        lambda r: r.kind == "qkv" and not has_parts(r),
-        "by name",
-    )
+    return Said(lambda r: r.kind == "qkv" and not has_parts(r), "by name")
 
 
 def latent(leaf: Leaf, net: Network) -> Said | None:
@@ -616,10 +613,10 @@ def _halves(leaf: Leaf, net: Network) -> bool:
     is_plain = outs[out // 2] > (pairs[down] if into == out // 2 else 0)
     if is_plain or not (sum(outs.values()) - is_own < 4 or leaf.says("reads")):
         return False
-    stream = net.stream_of(leaf) | (net.norm_widths(leaf) if out > into else set())
-    if len(net.stream_of(leaf)) == 1 and into not in stream and leaf.home in net.blocks:
-        return False  # an MLP of positions, of which 2 come in
-    return True
+    stream = net.stream_of(leaf)
+    widths = stream | (net.norm_widths(leaf) if out > into else set())
+    # An MLP of positions, of which 2 come in, reads another size.
+    return len(stream) != 1 or into in widths or leaf.home not in net.blocks
 
 
 def _may_alternate(leaf: Leaf, net: Network) -> bool:
@@ -681,9 +678,7 @@ def gating(leaf: Leaf, net: Network) -> Said | None:
 
 def bare(leaf: Leaf, net: Network) -> Said | None:
     """Removes matrices from what is an array of a block: a scale of heads, a state or a table."""
-    if leaf.weight or leaf.home not in net.blocks or leaf.says("mlp"):
-        return None
-    if len(leaf.shape) != 2:
+    if leaf.weight or leaf.home not in net.blocks or leaf.says("mlp") or len(leaf.shape) != 2:
         return None
     is_several = leaf.shape[0] * leaf.shape[1] in net.stream_of(leaf)
     if is_several or 1 in leaf.shape or leaf.shape in net.head_shapes(leaf):

@@ -626,8 +626,7 @@ class Network:
                 if leaf.is_bare and len(self.varying[leaf.names]) == 1:
                     series.setdefault(leaf.names, []).append(leaf)
         for chain in series.values():
-            (column,) = self.varying[chain[0].names]
-            chain.sort(key=lambda leaf: int(leaf.numbers[column] or 0))
+            chain.sort(key=_order)
             steps = [(a.shape, b.shape) for a, b in itertools.pairwise(chain)]
             axes = {axis for axis in (0, 1) if all(a[axis] == b[1 - axis] for a, b in steps)}
             if len(axes) == 1:
@@ -727,7 +726,7 @@ def _circles(ways: dict[int, set[int]]) -> set[int]:
 
     Ends of chains are on no circle: they are taken off first, so that few sizes are left to follow.
     """
-    back = _turned(ways)
+    back = {out: {*ins} for out, ins in grouped(ways, ways.__getitem__).items()}
     left, ends = ways.keys() & back.keys(), ways.keys() ^ back.keys()
     counts = {size: [len(way.get(size, ())) for way in (ways, back)] for size in left}
     while ends:
@@ -745,11 +744,6 @@ def _circles(ways: dict[int, set[int]]) -> set[int]:
         found |= circle
         left -= circle
     return found
-
-
-def _turned(ways: dict[int, set[int]]) -> dict[int, set[int]]:
-    """Lists from which sizes matrices lead to a size, by those that they lead to."""
-    return {out: {*ins} for out, ins in grouped(ways, ways.__getitem__).items()}
 
 
 def _reached(size: int, ways: dict[int, set[int]]) -> set[int]:
