@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from scipy import stats
 
 from benchmarks import results, update_cost
 from benchmarks.reproduce import training
@@ -18,7 +17,7 @@ from benchmarks.reproduce.configurations import ASKED, CONFIGURATIONS, build
 from benchmarks.reproduce.questions import CENTRE, REFERENCE, REST_CENTRE, SWEEP_SEED
 from benchmarks.reproduce.records import SETUP, Job, Record, Setup, job_of, loss_of, rate_of, read
 from benchmarks.reproduce.schedule import losses
-from benchmarks.reproduce.statistics import CONFIDENCE, noise
+from benchmarks.reproduce.statistics import CONFIDENCE, half_width, noise, pooled
 
 NAME = "questions"
 PAGE = Path(__file__).parents[2] / "docs" / "what_to_set.md"
@@ -32,35 +31,22 @@ class Answer(NamedTuple):
         name: Of the configuration.
         rate: Peak learning rate of its matrices.
         differences: Of validation losses, the reference's taken away, by seed.
+        half: Half the width of the mean's interval; nan where no configuration has two pairs.
     """
 
     name: str
     rate: float
     differences: dict[int, float]
+    half: float
 
     @property
     def mean(self) -> float:
         """Averages over seeds."""
         return float(np.mean(list(self.differences.values())))
 
-    @property
-    def deviation(self) -> float:
-        """Gives the standard deviation of the pairs; nan for one."""
-        values = list(self.differences.values())
-        return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-    @property
-    def half(self) -> float:
-        """Gives half the width of Student's interval of the mean; nan for one pair."""
-        count = len(self.differences)
-        if count < 2:
-            return math.nan
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1))
-        return quantile * self.deviation / math.sqrt(count)
-
     def __str__(self) -> str:
         if math.isnan(self.half):
-            return f"{self.mean:+.4f} (one pair)"
+            return f"{self.mean:+.4f} (no interval)"
         return f"{self.mean:+.4f} ± {self.half:.4f}"
 
 
@@ -70,9 +56,10 @@ def report(out: Path, update_docs: bool = False) -> None:
     if not records:
         raise SystemExit(f"no runs in {out}")
     setup = json.loads((out / SETUP).read_text())
-    found = answers(records, setup["steps"])
-    summary = [first_line(found, records), table(found, setup), caption(setup, records)]
-    page = [*summary, noise_table(records), sweep_table(records, setup["steps"])]
+    steps = setup["steps"]
+    found = answers(records, steps)
+    summary = [first_line(found, records, steps), table(found, setup), caption(setup, records)]
+    page = [*summary, noise_table(records), sweep_table(records, steps)]
     record = {
         "benchmark": NAME,
         **setup,
@@ -88,7 +75,7 @@ def report(out: Path, update_docs: bool = False) -> None:
         },
         "environment": records[-1]["environment"],
     }
-    results.write(out, NAME, record, _joined(page), draw(found, records, setup["steps"]))
+    results.write(out, NAME, record, _joined(page), draw(found, records, steps))
     if update_docs:
         results.update_readme(f"reproduce-{NAME}", _joined(summary), PAGE)
 
@@ -99,6 +86,7 @@ def _joined(parts: Sequence[str]) -> str:
 
 def answers(records: Sequence[Record], steps: int) -> list[Answer]:
     """Pairs every configuration with the reference; one without a pair is not there."""
+    deviation, freedom = noise_of_a_run(records, steps)
     found = []
     for name in (name for names in ASKED for name in names):
         for collect in (runs_of, first_runs_of):
@@ -109,9 +97,22 @@ def answers(records: Sequence[Record], steps: int) -> list[Answer]:
                 if seed in reference
             }
             if differences:
-                found.append(Answer(name, rate_of(next(iter(own.values()))["k"]), differences))
+                rate = rate_of(next(iter(own.values()))["k"])
+                half = half_width(deviation, freedom, len(differences))
+                found.append(Answer(name, rate, differences, half))
                 break
     return found
+
+
+def noise_of_a_run(records: Sequence[Record], steps: int) -> tuple[float, int]:
+    """Gives the standard deviation of one run and its degrees of freedom, from all pairs."""
+    names = [REFERENCE, *(name for names in ASKED for name in names)]
+    of_names = {name: runs_of(records, name, steps) for name in names}
+    losses = {
+        name: {seed: loss for seed, run in runs.items() if math.isfinite(loss := loss_of(run))}
+        for name, runs in of_names.items()
+    }
+    return pooled({name: by_seed for name, by_seed in losses.items() if by_seed})
 
 
 def runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Record]:
@@ -133,25 +134,26 @@ def first_runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int,
     return {run["seed"]: run for run in records if job_of(run) == job}
 
 
-def first_line(found: Sequence[Answer], records: Sequence[Record]) -> str:
+def first_line(found: Sequence[Answer], records: Sequence[Record], steps: int) -> str:
     """Says which differences these runs can tell."""
     apart = [max(map(loss_of, runs)) - min(map(loss_of, runs)) for runs in noise(records).values()]
     rounding = (
         f" Two runs that differ by rounding alone end {max(apart):.5f} apart." if apart else ""
     )
-    told = [each for each in found if len(each.differences) > 2]
-    if not told:
-        have = max((len(each.differences) for each in found), default=0)
+    deviation, freedom = noise_of_a_run(records, steps)
+    if not freedom:
         start = "**These runs cannot tell differences with an interval yet**"
-        return f"{start}: an interval takes three pairs, of which {have or 'none'} ran.{rounding}"
-    widest = max(told, key=lambda each: each.half)
-    deviation = max(each.deviation for each in told)
-    seeds = len(widest.differences)
-    six = float(stats.t.ppf((1 + CONFIDENCE) / 2, 5)) * deviation / math.sqrt(6)
+        return f"{start}: it takes two pairs of one configuration.{rounding}"
+    counts = sorted({len(each.differences) for each in found}, reverse=True)
+    told = ", ".join(
+        f"{half_width(deviation, freedom, count):.4f} with {count} pair{'s' * (count > 1)}"
+        for count in counts
+    )
     return (
-        f"**These runs tell differences beyond {widest.half:.4f}** (the widest 95 % interval, of "
-        f"{seeds} pairs; {WANTED} was wanted). Paired differences have a standard deviation of "
-        f"{deviation:.4f} at most, with which six pairs would tell {six:.4f}.{rounding}"
+        f"**These runs tell differences beyond {told}** (95 % intervals; {WANTED} was wanted, and "
+        f"six pairs would tell {half_width(deviation, freedom, 6):.4f}). Paired differences have a "
+        f"standard deviation of {math.sqrt(2) * deviation:.4f}, estimated from all pairs with "
+        f"{freedom} degrees of freedom.{rounding}"
     )
 
 
@@ -203,8 +205,9 @@ def caption(setup: Mapping[str, Any], records: Sequence[Record]) -> str:
         f"{len(records)} runs of {setup['steps']} steps of {tokens:,} tokens; model "
         f"`{setup['model']}`, stack 1, `polar_express`, in Muon's scale. Losses are those of the "
         f"averaged weights on {setup['eval_tokens']:,} held-out tokens, differences are paired by "
-        f"seed, with Student's {CONFIDENCE:.0%} interval; a single pair may be on the seed that "
-        "rates are swept on, at the rate before the sweep. "
+        f"seed, with Student's {CONFIDENCE:.0%} interval, for which all pairs together say how far "
+        "chance moves a run; a single pair may be on the seed that rates are swept on, at the rate "
+        "before the sweep. "
         f"{results.caption({'environment': where})}"
     )
 

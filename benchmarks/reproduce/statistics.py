@@ -62,21 +62,41 @@ def series(records: Sequence[Record], steps: int) -> dict[str, Series]:
     return found
 
 
-def pooled(found: Mapping[str, Series]) -> tuple[float, int]:
+def pooled(found: Mapping[str, Mapping[int, float]]) -> tuple[float, int]:
     """Estimates what is left of one run once means of optimizers and seeds are taken out.
 
+    Args:
+        found: Losses by seed of each optimizer; they need not have the same seeds.
+
     Returns:
-        Its standard deviation, and its degrees of freedom, over the seeds that all have. Chaos is
-        the same for all of them, so that one estimate from all pairs is better than one from each
-        pair alone.
+        Its standard deviation, and its degrees of freedom, by least squares. Chaos is the same for
+        all of them, so that one estimate from all pairs is better than one from each pair alone.
     """
-    seeds = sorted(set.intersection(*(set(each.runs) for each in found.values())))
-    freedom = (len(seeds) - 1) * (len(found) - 1)
+    names, seeds = list(found), sorted({seed for losses in found.values() for seed in losses})
+    runs = [(name, seed) for name, losses in found.items() for seed in losses]
+    design = np.zeros((len(runs), len(names) + len(seeds)))
+    for row, (name, seed) in zip(design, runs, strict=True):
+        row[names.index(name)] = row[len(names) + seeds.index(seed)] = 1
+    losses = np.array([found[name][seed] for name, seed in runs])
+    means, _, rank, _ = np.linalg.lstsq(design, losses)
+    freedom = len(runs) - int(rank)
     if freedom < 1:
         return math.nan, 0
-    table = np.array([each.losses(seeds) for each in found.values()])
-    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    return float(np.sqrt((rest**2).sum() / freedom)), freedom
+    return float(np.linalg.norm(losses - design @ means)) / math.sqrt(freedom), freedom
+
+
+def half_width(deviation: float, freedom: int, pairs: int) -> float:
+    """Gives half the width of Student's interval for the mean of so many paired differences.
+
+    Args:
+        deviation: Standard deviation of one run, of which a pair has two.
+        freedom: Degrees of freedom that the deviation was estimated with; 0 gives nan.
+        pairs: Number of pairs.
+    """
+    if not freedom:
+        return math.nan
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+    return quantile * deviation * math.sqrt(2 / pairs)
 
 
 def difference(found: Mapping[str, Series], ours: str, theirs: str) -> Difference | None:
@@ -86,11 +106,11 @@ def difference(found: Mapping[str, Series], ours: str, theirs: str) -> Differenc
     seeds = sorted(found[ours].runs.keys() & found[theirs].runs.keys())
     if not seeds:
         return None
-    spread, freedom = pooled(found)
-    half = math.nan
-    if freedom and len(seeds) > 1:
-        quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
-        half = quantile * spread * math.sqrt(2 / len(seeds))
+    common = set.intersection(*(set(each.runs) for each in found.values()))
+    losses = {
+        name: {seed: loss_of(each.runs[seed]) for seed in common} for name, each in found.items()
+    }
+    half = half_width(*pooled(losses), len(seeds)) if len(seeds) > 1 else math.nan
     values = found[ours].losses(seeds) - found[theirs].losses(seeds)
     return Difference(float(values.mean()), half, len(seeds))
 
