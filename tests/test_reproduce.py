@@ -384,6 +384,21 @@ def test_all_pairs_together_say_how_far_chance_moves_a_run():
     )
 
 
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [
+        (0.006, 0.005, "loses"),
+        (math.inf, 0.005, "loses"),
+        (-0.006, 0.005, "gains"),
+        (0.001, 0.004, "equal within 0.005"),
+        (-0.002, 0.004, "not told"),
+        (0.001, math.nan, "not told"),
+    ],
+)
+def test_an_interval_says_what_can_be_concluded(mean, half, verdict):
+    assert answers.Answer("jordan", 0.02, {1: mean}, half).verdict == verdict
+
+
 def test_pairs_at_another_rate_are_no_pairs_of_the_same_answer():
     other = [r | {"k": 4, "val_loss": 9.0} for r in pairs_of(0.0) if r["configuration"] != "muon"]
     (found,) = answers.answers([*pairs_of(0.001, 0.003, 0.002), *other], STEPS)
@@ -412,7 +427,7 @@ def test_the_page_of_the_questions_has_what_was_run_alone(tmp_path):
     assert text.startswith("**These runs cannot tell differences with an interval yet**")
     text = page(pairs_of(0.001, 0.003, 0.002))
     assert text.startswith("**These runs tell differences beyond 0.0025 with 3 pairs**")
-    assert "| `jordan` | +0.0020 ± 0.0025 | 3 | 0.02 | 1.00 | 1.00 |" in text
+    assert "| `jordan` | +0.0020 ± 0.0025 | equal within 0.005 | 3 | 0.02 | 1.00 | 1.00 |" in text
     assert "schatten" not in text and "TEON" not in text
     assert (tmp_path / "questions.png").read_bytes().startswith(b"\x89PNG")
 

@@ -44,6 +44,15 @@ class Answer(NamedTuple):
         """Averages over seeds."""
         return float(np.mean(list(self.differences.values())))
 
+    @property
+    def verdict(self) -> str:
+        """Says what the interval lets one conclude."""
+        if self.mean - self.half > 0:
+            return "loses"
+        if self.mean + self.half < 0:
+            return "gains"
+        return f"equal within {WANTED}" if abs(self.mean) + self.half <= WANTED else "not told"
+
     def __str__(self) -> str:
         if math.isnan(self.half):
             return f"{self.mean:+.4f} (no interval)"
@@ -174,13 +183,22 @@ def table(found: Sequence[Answer], setup: Mapping[str, Any]) -> str:
             [
                 title_of(each.name),
                 str(each),
+                each.verdict,
                 str(len(each.differences)),
                 f"{each.rate:.2g}",
                 f"{own_products / products:.2f}",
                 f"{own_state / state:.2f}",
             ]
         )
-    header = "in place of our Muon", "loss minus its", "pairs", "learning rate", "products", "state"
+    header = (
+        "in place of our Muon",
+        "loss minus its",
+        "so it",
+        "pairs",
+        "learning rate",
+        "products",
+        "state",
+    )
     return results.markdown(header, rows)
 
 
