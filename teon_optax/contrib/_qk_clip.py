@@ -3,18 +3,19 @@
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from teon_optax._arguments import check_number
 from teon_optax._memory import kept_beside, on_device, widened
 from teon_optax._paths import LeafType, cached, paths_of, tree_types
-from teon_optax._plan.layout import Layout, seen, to_leaf
+from teon_optax._plan.layout import Layout, unseen
 from teon_optax._plan.plan import plan_of
 from teon_optax._reading.default import rules_by_role
 from teon_optax._rule import Rule, checked_rules
@@ -24,7 +25,8 @@ from teon_optax.contrib._matrices import placed_like
 _WORD = re.compile(r"[bw]?(qkv|qk|kv|q|k|v|quer(?:y|ies)|keys?|values?)")
 _BIAS = re.compile(r"(.*_)?bias|b|b[qkv]+")
 _NORM = re.compile(
-    r"(.*_)?(qk?|k|query|key)_?(layer_?)?(norm|ln)(_.*)?|(.*_)?(norm|ln)_(qk?|k|query|key)"
+    r"(.*_)?(qk?|k|query|key)_?((layer|rms|l2)_?)?(norm|ln)(_.*)?"
+    r"|(.*_)?(layer|rms|l2)?(norm|ln)_?(qk?|k|query|key)"
 )
 
 
@@ -54,7 +56,9 @@ def clip_qk(
       threshold: The largest logit that is left as it is.
       rules: Which leaves are projections of Q and K, and how their axes lie, heads before what a
         head holds; stack and mode do not matter. None reads them off the tree as `default_rules`
-        does. Parts of a fused projection are Q, K and V, in the order of its name.
+        does. Parts of a fused projection are Q, K and V, in the order of its name. Heads that lie
+        along several axes, as groups and the heads of a group, are counted in the order of the
+        leaf's axes, or its view's.
       query: Regular expression that is found in the path of projections of Q; None goes by words
         such as `query`, `q_proj` and `wq`.
       key: The same for K.
@@ -130,6 +134,7 @@ class _Projection(NamedTuple):
       shapes: Their shapes.
       layout: How it holds its kernels.
       holds: "q", "k" or "v" for all of it, or a letter for each of its parts.
+      parts: The axis along which its parts lie, and how long each is there; None for one of all.
       rows: Rows of the logits that its layers have.
     """
 
@@ -138,20 +143,29 @@ class _Projection(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     layout: Layout
     holds: str
+    parts: tuple[int, tuple[int, ...]] | None
     rows: tuple[int, ...]
 
     @property
-    def width(self) -> int:
-        """Counts the features of one layer, of all parts together."""
+    def order(self) -> tuple[int, ...]:
+        """Orders the axes of features: those of heads as they lie, then what a head holds."""
         layout = self.layout
-        return math.prod(layout.shape) // layout.size(layout.layer + layout.fan_in)
+        # A rule with `split` has to name its axis first, wherever that one lies.
+        last = max(layout.fan_out) if len(layout.sizes) > 1 else layout.fan_out[-1]
+        others = {*range(len(layout.shape))} - {*layout.layer, *layout.fan_in, last}
+        return (*sorted(others), last)
+
+    def lengths(self, letter: str) -> tuple[int, ...]:
+        """Lists the lengths of these axes in the part that is Q, K or V."""
+        axis, sizes = self.parts or (None, ())
+        return tuple(
+            sizes[self.holds.index(letter)] if each == axis else self.layout.shape[each]
+            for each in self.order
+        )
 
     def features(self, letter: str) -> int:
         """Counts the features of one layer of Q, of K or of V."""
-        if len(self.layout.arrays) > 1:
-            rest = self.layout.size(self.layout.fan_out[1:])
-            return self.layout.arrays[self.holds.index(letter)] * rest
-        return self.width // len(self.holds)
+        return math.prod(self.lengths(letter))
 
 
 class _Stack(NamedTuple):
@@ -239,17 +253,27 @@ def _held(path: str, layout: Layout, query: str | None, key: str | None) -> tupl
     at, letters = _named(segments)
     if given:
         letters = given
-    parts = len(layout.arrays) if len(layout.arrays) > 1 else layout.coupled * layout.alone
-    if not letters and parts == 3:
+    if not letters and _parts(layout, 3) is not None:
         letters = "qkv"
-    if not letters or (len(letters) > 1 and parts != len(letters)):
+    if not letters or (len(letters) > 1 and _parts(layout, len(letters)) is None):
         raise ValueError(
             f"`clip_qk` cannot tell which of Q, K and V {path!r}, shape {layout.shape}, holds"
-            + (f" in its {parts} parts" if letters else "")
-            + ": pass `rules=` with its `split`, or `query=` and `key=`, regular expressions that "
-            "are found in the paths of projections."
+            + (", or along which axis" if letters else "")
+            + ": pass `rules=` whose `split` is the number of its parts, or their sizes, or "
+            "`query=` and `key=`, regular expressions that are found in the paths of projections."
         )
     return "/".join(segments[:at]), letters
+
+
+def _parts(layout: Layout, count: int) -> tuple[int, tuple[int, ...]] | None:
+    """Finds the axis along which so many parts lie, and their lengths there; None if none does.
+
+    They are those of the rule's `split`, or lie along an axis of their own.
+    """
+    if len(layout.sizes) == count:
+        return layout.fan_out[0], layout.sizes
+    own = [axis for axis in layout.batch + layout.heads if layout.shape[axis] == count]
+    return (own[0], (1,) * count) if len(own) == 1 and len(layout.sizes) == 1 else None
 
 
 def _named(segments: Sequence[str]) -> tuple[int, str]:
@@ -314,7 +338,7 @@ def _stack(
     projections: list[_Projection] = []
     for index, own in rows.items():
         module, holds = held[index]
-        _refuse_what_changes_features(module, paths)
+        _refuse_what_changes_features(module, paths, {module for module, _ in held.values()})
         biases = tuple(
             other
             for other, path in enumerate(paths)
@@ -322,18 +346,28 @@ def _stack(
         )
         shapes = tuple(types[bias].shape for bias in biases)
         layout = layouts[index][0]
-        projections.append(_Projection(index, biases, shapes, layout, holds, tuple(own)))
+        parts = _parts(layout, len(holds)) if len(holds) > 1 else None
+        projections.append(_Projection(index, biases, shapes, layout, holds, parts, tuple(own)))
     return _Stack(name, len(layers), tuple(projections))
 
 
-def _refuse_what_changes_features(module: str, paths: Sequence[str]) -> None:
-    """Raises if a module of attention normalizes Q or K, or adds low-rank factors to them."""
+def _refuse_what_changes_features(
+    module: str, paths: Sequence[str], modules: Collection[str]
+) -> None:
+    """Raises if a module of attention normalizes Q or K, or adds low-rank factors to them.
+
+    Args:
+      module: The one.
+      paths: Paths of all leaves.
+      modules: All modules of attention; what lies in one inside of `module` is not its own.
+    """
+    inner = tuple(f"{each}/" for each in modules if each != module and _is_inside(each, module))
     for path in paths:
-        inside = path.removeprefix(f"{module}/" if module else "")
-        if module and inside == path:
+        if not _is_inside(path, module) or path.startswith(inner):
             continue
+        inside = path.removeprefix(f"{module}/" if module else "")
         segments = inside.lower().split("/")
-        if len(segments) <= 2 and any(map(_NORM.fullmatch, segments)):
+        if (module or len(segments) <= 2) and any(map(_NORM.fullmatch, segments)):
             raise ValueError(
                 f"`clip_qk`: {path!r} normalizes Q or K after the projection, so that the size "
                 "of its kernel changes no logit. Leave `clip_qk` out: the norm bounds logits."
@@ -343,6 +377,11 @@ def _refuse_what_changes_features(module: str, paths: Sequence[str]) -> None:
                 f"`clip_qk`: {path!r} is a low-rank factor of Q or K, which `clip_qk` does not "
                 "clip with the kernel."
             )
+
+
+def _is_inside(path: str, module: str) -> bool:
+    """Tells whether a path begins with that of a module."""
+    return not module or path.startswith(f"{module}/")
 
 
 def _is_bias(path: str, kernel: str) -> bool:
@@ -390,10 +429,18 @@ def _logits_by_stack(given: Any, stacks: Mapping[str, _Stack]) -> dict[str, Any]
 
 def _roots(logits: jax.Array, threshold: Any) -> jax.Array:
     """Computes what each layer and head is multiplied by, [layers, heads]."""
-    logits = widened(logits)
+    logits = _whole(widened(logits))
     limit = jnp.asarray(threshold, logits.dtype)
     above = (logits > limit) & jnp.isfinite(logits)
     return jnp.sqrt(jnp.where(above, limit / jnp.where(above, logits, limit), 1))
+
+
+def _whole(logits: jax.Array) -> jax.Array:
+    """Gives each device of an explicit mesh all logits, which heads of K and biases need."""
+    own = jax.typeof(logits).sharding
+    if not any(own.spec):
+        return logits
+    return jax.sharding.reshard(logits, NamedSharding(own.mesh, PartitionSpec()))
 
 
 def _factors(stack: _Stack, roots: jax.Array) -> dict[int, jax.Array]:
@@ -405,17 +452,12 @@ def _factors(stack: _Stack, roots: jax.Array) -> dict[int, jax.Array]:
     of["v"] = jnp.ones_like(of["k"])
     found: dict[int, jax.Array] = {}
     for projection in stack.projections:
-        vectors = []
-        for letter in projection.holds:
-            own = of[letter][np.array(projection.rows)]
-            vectors.append(jnp.repeat(own, projection.features(letter) // own.shape[1], axis=1))
-        factor = _as_leaf(vectors, projection.layout)
-        found[projection.leaf] = factor
-        whole = seen(factor, projection.layout)
-        fan_in = projection.layout.fan_in
-        along = whole[tuple(0 if axis in fan_in else slice(None) for axis in range(whole.ndim))]
+        layout = projection.layout
+        whole = _in_view({letter: of[letter] for letter in projection.holds}, projection)
+        found[projection.leaf] = unseen(jnp.broadcast_to(whole, layout.shape), layout)
+        along = jnp.squeeze(whole, layout.fan_in)
         for bias, shape in zip(projection.biases, projection.shapes, strict=True):
-            if along.size != math.prod(shape) or (projection.layout.layer and along.shape != shape):
+            if along.size != math.prod(shape) or (layout.layer and along.shape != shape):
                 raise ValueError(
                     f"`clip_qk`: a bias of Q or K has shape {shape}, where its kernel has "
                     f"{along.shape} beside fan_in, so it cannot be clipped with it."
@@ -424,20 +466,31 @@ def _factors(stack: _Stack, roots: jax.Array) -> dict[int, jax.Array]:
     return found
 
 
-def _as_leaf(vectors: Sequence[jax.Array], layout: Layout) -> jax.Array:
-    """Makes an array like a leaf of what belongs to its features, constant along fan_in.
+def _in_view(of: Mapping[str, jax.Array], projection: _Projection) -> jax.Array:
+    """Lays out what belongs to heads as a leaf's axes lie, with length 1 along fan_in.
 
     Args:
-      vectors: [layers, features] of the whole leaf, or of each of its parts.
-      layout: How the leaf holds its kernels.
+      of: [layers of the stack, heads] for each letter of the projection.
+      projection: Of which leaf.
     """
-    counts = layout.size(layout.layer) * layout.coupled, layout.alone
-    if len(layout.arrays) == 1:
-        vectors = [jnp.stack(vectors, axis=1)]
-    fan_in = layout.size(layout.fan_in)
-    rows = [vector.reshape(*counts, 1, -1) for vector in vectors]
-    matrices = [jnp.broadcast_to(row, (*counts, fan_in, row.shape[-1])) for row in rows]
-    return to_leaf(matrices, layout)
+    layout, order = projection.layout, projection.order
+    axis, _ = projection.parts or (order[-1], ())
+    along = 1 + order.index(axis)
+    arrays: dict[str, jax.Array] = {}
+    for letter, all_layers in of.items():
+        own, lengths = all_layers[np.array(projection.rows)], projection.lengths(letter)
+        each = jnp.repeat(own, math.prod(lengths) // own.shape[1], axis=1)
+        arrays[letter] = each.reshape(-1, *lengths)
+    if {"q", "k"} <= arrays.keys() and axis != order[-1]:
+        # The axis of the parts counts heads: those of Q that lie along it share K.
+        q, count = arrays["q"], arrays["k"].shape[along]
+        by_group = q.reshape(*q.shape[:along], count, -1, *q.shape[along + 1 :])
+        arrays["k"] = jnp.min(by_group, axis=along + 1)
+    joined = jnp.concatenate([*arrays.values()], axis=along)
+    joined = joined if layout.layer else joined[0]
+    axes = (*layout.layer, *order, *layout.fan_in)
+    ones = (1,) * len(layout.fan_in)
+    return joined.reshape(*joined.shape, *ones).transpose(np.argsort(axes))
 
 
 def _shrunk(update: jax.Array, param: jax.Array, factor: jax.Array) -> jax.Array:

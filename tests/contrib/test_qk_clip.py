@@ -102,6 +102,23 @@ def unequal(kernel):
     return [unflat(part) for part in np.split(kernel, bounds, axis=-1)]
 
 
+SHARING = HEADS // GROUPS
+
+
+def in_turns(parts):
+    """The heads of Q of each group, then its one of K and its one of V: (width, -1)."""
+    q, k, v = parts
+    q = q.reshape(WIDTH, GROUPS, SHARING, SIZE)
+    return np.concatenate([q, k[:, :, None], v[:, :, None]], 2).reshape(WIDTH, -1)
+
+
+def out_of_turns(kernel):
+    kernel = kernel.reshape(WIDTH, GROUPS, SHARING + 2, SIZE)
+    q, k, v = np.split(kernel, [SHARING, SHARING + 1], 2)
+    return [q.reshape(WIDTH, HEADS, SIZE), k[:, :, 0], v[:, :, 0]]
+
+
+TURNS: Any = {"view": (WIDTH, GROUPS, SHARING + 2, SIZE), "split": (SHARING, 1, 1)}
 LAYER = r"h_(?P<layer>\d+)/attn/qkv"
 # How leaves hold the kernels, how many heads of K there are, and rules, where they are not read.
 HOLDINGS = {
@@ -149,6 +166,33 @@ HOLDINGS = {
         ),
         HEADS,
         [Rule(LAYER, view=(WIDTH, HEADS, 3, SIZE), dims=D(0, (1, 3)))],
+    ),
+    "fused, each head a matrix": (
+        fused(lambda parts: np.stack(parts, 1), lambda kernel: list(np.moveaxis(kernel, 1, 0))),
+        HEADS,
+        [Rule(LAYER, dims=D(0, (1, 3)), split=3)],
+    ),
+    "fused, by groups in turns": (
+        fused(in_turns, out_of_turns),
+        GROUPS,
+        [Rule(LAYER, dims=D(0, (2, 1, 3)), **TURNS)],
+    ),
+    "fused, by groups in turns, each group a matrix": (
+        fused(in_turns, out_of_turns),
+        GROUPS,
+        [Rule(LAYER, dims=D(0, (2, 3)), **TURNS)],
+    ),
+    "groups along an axis": (
+        per_layer(
+            lambda x: x.reshape(WIDTH, GROUPS, -1, SIZE), lambda x: x.reshape(WIDTH, -1, SIZE)
+        ),
+        GROUPS,
+        [Rule(r"block_(?P<layer>\d+)/attn", dims=D(0, (2, 1, 3)))],
+    ),
+    "heads behind what they hold": (
+        per_layer(lambda x: np.swapaxes(x, 1, 2), lambda x: np.swapaxes(x, 1, 2)),
+        GROUPS,
+        [Rule(r"block_(?P<layer>\d+)/attn", dims=D(0, (2, 1)))],
     ),
 }
 
@@ -263,9 +307,13 @@ def test_16_bit_params_keep_their_dtype_and_logits_may_be_of_16_bits():
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")], ids=str)
-def test_on_a_mesh_logits_come_back_and_leaves_stay_where_they_lay(spec, axis_type):
-    kernels, _ = gaussians(groups=HEADS)
+@pytest.mark.parametrize(
+    ("groups", "spec"),
+    [(HEADS, P("data", None)), (HEADS, P(None, "data")), (1, P("data", None))],
+    ids=str,
+)
+def test_on_a_mesh_logits_come_back_and_leaves_stay_where_they_lay(groups, spec, axis_type):
+    kernels, _ = gaussians(groups=groups)
     tree, taken = HOLDINGS["kernels"][0]
     mesh = jax.make_mesh((4,), ("data",), axis_types=(axis_type,))
     before = largest_logits(kernels)
@@ -274,13 +322,14 @@ def test_on_a_mesh_logits_come_back_and_leaves_stay_where_they_lay(spec, axis_ty
     with jax.set_mesh(mesh):
         state, zeros = transform.init(put), jax.tree.map(jnp.zeros_like, put)
         update = jax.jit(transform.update)
-        logits = jnp.asarray(before, jnp.float32)
+        # Along the heads, as a tensor-parallel model makes them.
+        logits = jax.device_put(np.float32(before), NamedSharding(mesh, P(None, "data")))
         updates, _ = update(zeros, state, put, attention_logits=logits)
     assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, put)
     for new, old in zip(jax.tree.leaves(updates), jax.tree.leaves(put), strict=True):
         assert new.sharding.is_equivalent_to(old.sharding, new.ndim)
     new = taken(jax.tree.map(lambda w, u: np.asarray(w) + np.asarray(u), put, updates))
-    np.testing.assert_allclose(largest_logits(new), np.minimum(before, THRESHOLD), rtol=1e-5)
+    np.testing.assert_allclose(largest_logits(new), expected_logits(before, groups), rtol=1e-5)
 
 
 def attended(params, x):
@@ -341,6 +390,28 @@ def test_in_training_logits_that_grow_stay_near_the_threshold():
 
 def attention(*names, shape=(4, 4), **more):
     return {"attn": {name: {"kernel": jnp.ones(shape)} for name in names} | more}
+
+
+@pytest.mark.parametrize(
+    "norm", ["q_norm", "QueryNorm", "k_rms_norm", "q_rmsnorm", "key_l2norm", "ln_q", "rms_norm_k"]
+)
+@pytest.mark.parametrize("above", [(), ("norms",)], ids=["beside", "one module deeper"])
+def test_normalized_q_or_k_are_refused(above, norm):
+    norms = {name: {norm: {"scale": jnp.ones(4)}} for name in above} or {norm: jnp.ones(4)}
+    params = {"block_0": attention("query", "key", **norms)}
+    with pytest.raises(ValueError, match="normalizes Q or K after the projection"):
+        clip_qk().init(params)
+
+
+def test_norms_of_another_attention_inside_do_not_count():
+    inner = attention("query", "key", q_norm=jnp.ones(4))["attn"]
+    params = {"block_0": attention("query", "key")["attn"] | {"latent": inner}}
+    ours = [Rule("block_0/(query|key)"), Rule("latent")]
+    with pytest.raises(ValueError, match="'block_0/latent/q_norm' normalizes Q or K"):
+        clip_qk(rules=ours).init(params)
+    del inner["q_norm"]
+    params["block_0"]["mlp"] = {"norm": jnp.ones(4)}
+    clip_qk(rules=ours).init(params)
 
 
 @pytest.mark.parametrize(
