@@ -10,6 +10,7 @@ import optax
 from jax.core import Tracer
 
 from teon_optax._paths import leaf_paths
+from teon_optax._plan.layout import Layout
 from teon_optax._planning import plan
 from teon_optax._rule import Rule, checked_rules
 from teon_optax.contrib._matrices import (
@@ -18,6 +19,8 @@ from teon_optax.contrib._matrices import (
     magnitude,
     root_mean_square,
     sum_of_squares,
+    to_parts,
+    wide_view,
 )
 
 
@@ -47,7 +50,7 @@ def project_to_sphere(rules: Iterable[Rule] | None = None) -> optax.GradientTran
 
     Raises:
       ValueError: In `init`, if rules do not fit the tree or a matrix is zero, which a sphere of
-        radius 0 would keep so.
+        radius 0 would keep so. Under `jax.jit`, where no value is known, zeros pass.
 
     Examples:
       >>> import optax
@@ -88,7 +91,7 @@ def scale_to_param_norm(rules: Iterable[Rule] | None = None) -> optax.GradientTr
 
     Raises:
       ValueError: In `init`, if rules do not fit the tree or a matrix is zero, whose updates would
-        all be zero.
+        all be zero. Under `jax.jit`, where no value is known, zeros pass.
 
     Examples:
       >>> import optax
@@ -127,16 +130,26 @@ def _of_params(name: str, function: Any, rules: Any) -> optax.GradientTransforma
 
 
 def _refuse_zeros(name: str, params: Any, rules: tuple[Rule, ...] | None) -> None:
-    """Raises if a leaf that rules take is zero, as far as values are known outside of `jax.jit`."""
+    """Raises if a matrix that rules take is zero, as far as values are known: not in `jax.jit`."""
     leaves = leaf_paths(params)
-    taken = [leaves[index] for index in sorted(plan(params, rules).taken)]
-    known = [each for each in taken if isinstance(each[1], (jax.Array, np.ndarray))]
-    zeros = [path for path, leaf in known if not isinstance(leaf, Tracer) and not jnp.any(leaf)]
+    zeros = []
+    for index, layout in sorted(plan(params, rules).layouts.items()):
+        path, leaf = leaves[index]
+        if isinstance(leaf, (jax.Array, np.ndarray)) and not isinstance(leaf, Tracer):
+            count = _count_zeros(leaf, layout)
+            zeros += [f"{count} of the matrices of {path!r}"] if count else []
     if zeros:
         raise ValueError(
-            f"`contrib.{name}` would keep what is zero at zero: {zeros}. Initialize it otherwise, "
-            "or leave it to another optimizer with `Rule(..., stack=0)`."
+            f"`contrib.{name}` would keep what is zero at zero: {', '.join(zeros)}. Initialize it "
+            "otherwise, or leave it to another optimizer with `Rule(..., stack=0)`."
         )
+
+
+def _count_zeros(leaf: Any, layout: Layout) -> int:
+    """Counts the matrices of a leaf that are zero."""
+    _, _, fan_in, fan_out = layout.axes
+    parts = to_parts(wide_view(jnp.asarray(leaf), layout), layout)
+    return sum(int(jnp.sum(~jnp.any(part, fan_in + fan_out))) for part in parts)
 
 
 def _projected(

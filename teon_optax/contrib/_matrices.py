@@ -77,7 +77,7 @@ def each_matrix(
     for position, layout in layouts.items():
         index = positions[position]
         leaf, last = leaves[index], inputs[-1][index]
-        given = [_wide(each[index], layout) for each in inputs]
+        given = [wide_view(each[index], layout) for each in inputs]
         _, _, fan_in, fan_out = layout.axes
         parts = zip(*(to_parts(each, layout) for each in given), strict=True)
         results = zip(*(function(*part, fan_in, fan_out) for part in parts), strict=True)
@@ -90,7 +90,7 @@ def each_matrix(
     return structure.unflatten(leaves), structure.unflatten(more)
 
 
-def _wide(leaf: jax.Array, layout: Layout) -> jax.Array:
+def wide_view(leaf: jax.Array, layout: Layout) -> jax.Array:
     """Moves a leaf to the memory of its device, in float32 at least, and to its rule's view.
 
     What was kept of an update before has the axes of the view already.
