@@ -31,7 +31,9 @@ def normalize_matrices(
         col: O <- O / sqrt(s + eps mean(s)),  s = sum_fan_out O^2, one for each column
         row: O <- O / sqrt(s + eps mean(s)),  s = sum_fan_in O^2, one for each row
 
-    Then the whole matrix is multiplied so that it is as long as `scale` says.
+    Then the whole matrix is multiplied so that it is as long as `scale` says if no row or column
+    is zero; where a part of the vectors that were divided last is, it is shorter, by the root of
+    the share that is left.
 
     Args:
       rules: Which leaves hold matrices, and how, in the form that `orthogonalize` takes; the
