@@ -111,18 +111,20 @@ def labels(
 
         optax.partition({"teon": chain, "fallback": optax.adamw(3e-4)}, labels(params, rules))
 
-    Optax calls labels that are callable, as models of Equinox are: give it
-    `lambda params: labels(params, rules)` for these.
+    Where the tree that Optax gets is no such tree, give it a function of that tree,
+    `lambda params: labels(params, rules)`: models of Equinox are callable, and would be called as
+    labels; `nnx.Optimizer` keeps the values of `nnx.state`, without its variables.
 
     Args:
       params: Tree of arrays, or of anything with `shape` and `dtype`.
       rules: The first rule whose pattern is found in a leaf's path takes it; None means
         `default_rules(params)`. Or several such sets of rules, by the label of the leaves that they
-        take; a leaf that several take has the label of the first.
+        take; a leaf that several take has the label of the first. What a set leaves out with
+        `stack=0`, another may take.
 
     Returns:
       The tree of params with a label for each leaf: "teon", or that of the rules that take it;
-      "fallback" where none do, or a rule with `stack=0`.
+      "fallback" where none do.
 
     Raises:
       ValueError: If rules do not fit the leaves that they take, or a label is "fallback".

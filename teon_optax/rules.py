@@ -8,7 +8,7 @@ Each works on every tree that `default_rules` reads, and can be printed, pasted 
 import dataclasses
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from teon_optax._paths import leaf_paths
@@ -17,7 +17,7 @@ from teon_optax._planning import plan
 from teon_optax._reading.default import PAPER, default_rules, rules_by_role
 from teon_optax._reading.leaves import Leaf
 from teon_optax._reading.readings import Reading
-from teon_optax._rule import Rule, Rules
+from teon_optax._rule import Rule, Rules, checked_rules
 
 __all__ = ["all_hidden", "attention_out", "by_role", "lora", "muon", "paper", "per_head"]
 
@@ -30,7 +30,7 @@ _ROLES = {
 }
 
 
-def paper(params: Any, stack: int = 2, mode: int = 1, first: Sequence[Rule] = ()) -> Rules:
+def paper(params: Any, stack: int = 2, mode: int = 1, first: Iterable[Rule] = ()) -> Rules:
     r"""Stacks Q, K and V in pairs of layers, in mode 1, as the paper does; the rest is Muon's.
 
     These are the `default_rules`, unless `stack` or `mode` is another.
@@ -62,13 +62,14 @@ def paper(params: Any, stack: int = 2, mode: int = 1, first: Sequence[Rule] = ()
     _check_stack("paper", stack)
     if isinstance(mode, bool) or mode not in (1, 2, 3):
         raise ValueError(f"`rules.paper(params, mode={mode!r})`: mode should be 1, 2 or 3.")
+    first = checked_rules(first, "first")
     found = rules_by_role(params, first, PAPER | {"qkv": stack})
     given, ours = found[: len(first)], found[len(first) :]
     in_mode = (dataclasses.replace(rule, mode=mode) if rule.stack > 1 else rule for rule in ours)
     return Rules((*given, *in_mode))
 
 
-def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
+def muon(params: Any, first: Iterable[Rule] = ()) -> Rules:
     """Gives the matrices of `paper` to Muon, each alone (and each part of a fused projection).
 
     Args:
@@ -81,7 +82,7 @@ def muon(params: Any, first: Sequence[Rule] = ()) -> Rules:
     return rules_by_role(params, first, dict.fromkeys(PAPER, 1))
 
 
-def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
+def all_hidden(params: Any, stack: int = 2, first: Iterable[Rule] = ()) -> Rules:
     """Stacks every hidden matrix, K layers of a series; what has no layer number stays alone.
 
     The paper found this worse than stacking Q, K and V alone.
@@ -101,7 +102,7 @@ def all_hidden(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules
     return rules_by_role(params, first, dict.fromkeys(PAPER, stack))
 
 
-def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Rules:
+def attention_out(params: Any, stack: int = 2, first: Iterable[Rule] = ()) -> Rules:
     """Stacks Q, K, V and attention's output projection over K layers; the rest is Muon's.
 
     An output projection is a matrix so called (`out`, `o_proj`, `c_proj` ..) beside Q, K or V, and
@@ -123,7 +124,7 @@ def attention_out(params: Any, stack: int = 2, first: Sequence[Rule] = ()) -> Ru
     return rules_by_role(params, first, PAPER | {"qkv": stack, "out": stack})
 
 
-def by_role(params: Any, first: Sequence[Rule] = ()) -> dict[str, Rules]:
+def by_role(params: Any, first: Iterable[Rule] = ()) -> dict[str, Rules]:
     r"""Sorts the rules of `default_rules` by what matrices do, so that each kind has a rate.
 
     The names are "qkv", the projections of Q, K and V (and what makes heads of a latent vector);
@@ -133,10 +134,11 @@ def by_role(params: Any, first: Sequence[Rule] = ()) -> dict[str, Rules]:
 
     Args:
       params: Tree of arrays, or of anything with `shape` and `dtype`.
-      first: Rules for what `default_rules` cannot read. They get a name of their own, "first".
+      first: Rules for what `default_rules` cannot read. They get a name of their own, "first",
+        which then needs a rate too; the other kinds leave out what these rules fit.
 
     Returns:
-      A dict from names to rules with stack 1 or more; a kind that a tree lacks has no rules.
+      A dict from names to rules; a kind that a tree lacks has no rules.
 
     Raises:
       ValueError: Where `default_rules` raises it.
@@ -159,6 +161,7 @@ def by_role(params: Any, first: Sequence[Rule] = ()) -> dict[str, Rules]:
       >>> labels(params, kinds)["block_3"]["attn"]["out"]
       {'kernel': 'out'}
     """
+    first = checked_rules(first, "first")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         default_rules(params, first)  # for its errors and its warning
@@ -171,9 +174,11 @@ def by_role(params: Any, first: Sequence[Rule] = ()) -> dict[str, Rules]:
             return [each._replace(kind="experts") for each in left] if is_expert else left
 
         found = {"first": Rules(first)} if first else {}
+        left_out = [Rule(rule.pattern, stack=0) for rule in first]
         for name, of_role in _ROLES.items():
             rules = rules_by_role(params, first, {"qkv": 0} | of_role, apart)
-            found[name] = Rules(rule for rule in rules[len(first) :] if rule.stack)
+            taking = [rule for rule in rules[len(first) :] if rule.stack]
+            found[name] = Rules([*left_out, *taking] if taking else ())
     for each in caught:
         warnings.warn(each.message, each.category, stacklevel=2)
     return found
@@ -182,15 +187,22 @@ def by_role(params: Any, first: Sequence[Rule] = ()) -> dict[str, Rules]:
 def _experts(params: Any, rules: Sequence[Rule]) -> set[str]:
     """Finds the paths of leaves, of those that rules take, whose matrices are experts.
 
-    They lie along an axis, or their module is called so: `expert_3`, and not `shared_expert`.
+    They lie along an axis, or their module is called so: `expert_3`, `local_experts/3`, `Expert_3`,
+    and not `shared_expert`.
     """
     series = plan(params, rules).series
     stacked = {leaf for each in series if each.experts > 1 for leaf in each.leaves}
     return {
         path
         for index, (path, _) in enumerate(leaf_paths(params))
-        if index in stacked or re.search(r"(^|/)experts?(_?\d+)?/", path)
+        if index in stacked or any(map(_is_expert, path.split("/")[:-1]))
     }
+
+
+def _is_expert(module: str) -> bool:
+    """Tells whether the last word of a module's name is expert, of one that is not shared."""
+    words = re.findall("[a-z]+", re.sub("(?=[A-Z][a-z])", "_", module).lower())
+    return words[-1:] in (["expert"], ["experts"]) and "shared" not in words
 
 
 def _check_stack(name: str, stack: Any) -> None:
@@ -201,7 +213,7 @@ def _check_stack(name: str, stack: Any) -> None:
         )
 
 
-def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:
+def lora(params: Any, first: Iterable[Rule] = ()) -> Rules:
     r"""Gives low-rank factors B (rank, fan_out) to Muon, A (fan_in, rank) to the fallback.
 
     B starts at zero, so that its updates alone decide where the adapted matrix goes; it is small
@@ -243,7 +255,7 @@ def lora(params: Any, first: Sequence[Rule] = ()) -> Rules:
     return rules
 
 
-def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = ()) -> Rules:
+def per_head(params: Any, head_dim: int | None = None, first: Iterable[Rule] = ()) -> Rules:
     """Gives each head of Q, K and V, and of what makes heads of a latent vector, to Muon alone.
 
     A fused projection needs no answer here: its heads are `head_dim` long wherever they lie.
@@ -260,6 +272,7 @@ def per_head(params: Any, head_dim: int | None = None, first: Sequence[Rule] = (
       ValueError: If `head_dim` is needed, or does not divide a projection's fan_out, or if there
         is no projection.
     """
+    first = checked_rules(first, "first")
     heads = []
 
     def by_heads(leaf: Leaf, left: Sequence[Reading]) -> Sequence[Reading]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from teon_optax import Rule, labels, orthogonalize, polar_express, rules, teon
 
@@ -105,3 +106,19 @@ def test_labels_of_a_tree_that_can_be_called_are_given_as_a_function():
     transforms: Any = {"teon": orthogonalize(UP, method="svd"), "fallback": optax.set_to_zero()}
     updates = update_of(optax.partition(transforms, lambda tree: labels(tree, UP)), model)
     assert np.linalg.matrix_rank(updates.up) == 4 and not updates.bias.any()
+
+
+def test_labels_of_a_model_of_nnx_are_given_as_a_function():
+    model: Any = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+    rules = (Rule("kernel"),)
+    transforms: Any = {"teon": orthogonalize(rules, method="svd"), "fallback": optax.set_to_zero()}
+    partitioned = optax.partition(transforms, lambda tree: labels(tree, rules))
+    optimizer, before = nnx.Optimizer(model, partitioned, wrt=nnx.Param), model.kernel[...]
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(jnp.ones(4)) ** 2))(model))
+    assert not model.bias[...].any() and (model.kernel[...] != before).all()
+
+
+def test_what_a_set_leaves_out_another_may_take():
+    named = {"qkv": (*QUERIES, Rule("", stack=0)), "hidden": UP}
+    found = labels(params(), named)
+    assert found["up"] == "hidden" and found["bias"] == "fallback"

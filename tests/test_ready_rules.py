@@ -170,6 +170,47 @@ def test_a_kind_that_a_tree_lacks_has_no_rules_and_what_comes_first_has_its_own_
     assert labels(params, kinds) == {"block_0": {"attn": expected}}
 
 
+def test_no_kind_takes_what_comes_first_also_where_it_goes_to_the_fallback():
+    params = mixture()
+    first = (Rule("block_0/attn/query", stack=0), Rule("block_1/attn/out", mode=2))
+    kinds = rules.by_role(params, iter(first))
+    found = labels(params, kinds)
+    assert found["block_0"]["attn"]["query"] == {"kernel": "fallback"}
+    assert found["block_1"]["attn"]["query"] == {"kernel": "qkv"}
+    assert found["block_1"]["attn"]["out"] == {"kernel": "first"}
+    given = ("block_0/attn/query/kernel", "block_1/attn/out/kernel")
+    of_kinds = (plan(params, kinds[name]) for name in ("qkv", "out", "hidden", "experts"))
+    assert not {leaf for each in of_kinds for leaf in treatments(each)} & {*given}
+    one = treatments(plan(params, default_rules(params, first)))
+    several: dict = {}
+    for some in kinds.values():
+        several |= treatments(plan(params, some))
+    assert several == one
+
+
+@pytest.mark.parametrize(
+    ("module", "kind"),
+    [
+        ("expert_3", "experts"),
+        ("Expert_3", "experts"),
+        ("MLPExpert_3", "experts"),
+        ("experts/3", "experts"),
+        ("local_experts/3", "experts"),
+        ("shared_expert", "hidden"),
+        ("SharedExpert_0", "hidden"),
+        ("shared_experts/0", "hidden"),
+        ("expert_gate", "hidden"),
+    ],
+)
+def test_modules_of_experts_are_known_by_the_last_word_of_their_name(module, kind):
+    up = {"up": {"kernel": array(16, 40)}, "down": {"kernel": array(40, 16)}}
+    for name in reversed(module.split("/")):
+        up = {name: up}
+    params = {f"block_{i}": {"moe": up} for i in range(2)}
+    kinds = rules.by_role(params)
+    assert kinds[kind] and sum(map(bool, kinds.values())) == 1
+
+
 def test_what_default_rules_ask_and_warn_of_rules_by_role_do_too():
     with pytest.raises(ValueError, match="which axes are heads, layers, fan_in"):
         rules.by_role({"attn": {name: array(16, 16, 16) for name in ("query", "key", "value")}})

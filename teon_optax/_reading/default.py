@@ -28,7 +28,7 @@ WORDS = {
 }
 
 
-def default_rules(params: Any, first: Sequence[Rule] = ()) -> Rules:
+def default_rules(params: Any, first: Iterable[Rule] = ()) -> Rules:
     r"""Reads the rules that `rules=None` means for a tree off its structure, sizes and names.
 
     Q, K and V projections get stack 2 and mode 1, other matrices stack 1. Embeddings, heads, norms,
@@ -84,7 +84,7 @@ def _kept(
 
 def rules_by_role(
     params: Any,
-    first: Sequence[Rule],
+    first: Iterable[Rule],
     stacks: Mapping[str, int],
     change: Change = lambda leaf, left: left,
 ) -> Rules:
