@@ -405,6 +405,16 @@ def test_pairs_at_another_rate_are_no_pairs_of_the_same_answer():
     assert found.mean == pytest.approx(0.002)
 
 
+@pytest.mark.parametrize(("more", "rate"), [(-0.1, 0.04), (0.1, 0.02), (math.inf, 0.02)])
+def test_of_two_rates_with_as_many_pairs_the_better_counts(more, rate):
+    runs = pairs_of(0.001, 0.003)
+    again = [r | {"k": 4, "val_loss": r["val_loss"] + more} for r in runs[2:]]
+    for each in again:
+        each["val_loss"] = each["val_loss"] if math.isfinite(each["val_loss"]) else None
+    (found,) = answers.answers([*runs, *again], STEPS)
+    assert found.rate == pytest.approx(rate)
+
+
 def test_a_pair_on_the_seed_of_the_sweeps_counts_until_there_are_others():
     of_sweep = [r | {"seed": 0} for r in pairs_of(0.004)]
     (found,) = answers.answers(of_sweep, STEPS)

@@ -127,14 +127,18 @@ def noise_of_a_run(records: Sequence[Record], steps: int) -> tuple[float, int]:
 def runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Record]:
     """Collects a configuration's runs by seed, at the rates that most of its seeds have.
 
-    The seed that rates are chosen on is left out.
+    Of several such rates it is the best. The seed that rates are chosen on is left out.
     """
     at: dict[tuple[int, int], dict[int, Record]] = {}
     for run in records:
         known = run["configuration"], run["steps"], run["nudge"]
         if known == (name, steps, 0) and run["seed"] != SWEEP_SEED:
             at.setdefault((run["k"], run["rest_k"]), {})[run["seed"]] = run
-    return dict(sorted(max(at.values(), key=len).items())) if at else {}
+
+    def count_and_gain(runs: dict[int, Record]) -> tuple[int, float]:
+        return len(runs), -float(np.mean([loss_of(run) for run in runs.values()]))
+
+    return dict(sorted(max(at.values(), key=count_and_gain).items())) if at else {}
 
 
 def first_runs_of(records: Sequence[Record], name: str, steps: int) -> dict[int, Record]:
