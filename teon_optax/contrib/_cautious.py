@@ -17,7 +17,7 @@ def add_cautious_weight_decay(
 
         u <- u + weight_decay I(u x >= 0) x
 
-    In one pair of our runs it did not pay: it ended .011 above plain decay, within ± .018
+    In one pair of our runs it did not pay: it ended .011 above plain decay, within ± .026
     (docs/what_to_set.md).
 
     Args:

@@ -36,7 +36,7 @@ def add_lookahead(
         m_(t+1) = decay m_t + (1 - decay) (u_t + b_t m_t)      update = u_t + b_(t+1) m_(t+1)
 
     Where the schedule b ends at 0, params end at x itself. In one pair of our runs it did not pay:
-    it ended .012 above Muon without it, within ± .018 (docs/what_to_set.md).
+    it ended .012 above Muon without it, within ± .026 (docs/what_to_set.md).
 
     Args:
       step_size: b, a number or a schedule. The best known run has .6 times the rate over its

@@ -34,7 +34,7 @@ def normalize_matrices(
     Then the whole matrix is multiplied so that it is as long as `scale` says if no row or column
     is zero; where a part of the vectors that were divided last is, it is shorter, by the root of
     the share that is left. In two pairs of our runs "row" before `orthogonalize` ended .017 below
-    Muon without it, within ± .012 (docs/what_to_set.md).
+    Muon without it, within ± .018 (docs/what_to_set.md).
 
     Args:
       rules: Which leaves hold matrices, and how, in the form that `orthogonalize` takes; the

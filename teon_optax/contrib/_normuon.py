@@ -25,7 +25,7 @@ def scale_by_normuon(
         v <- beta2 v + (1 - beta2) mean_fan_in O^2      N = O / (sqrt(v) + eps)
 
     The update is N |O|_F / |N|_F, or rms sqrt(fan_in fan_out) N / |N|_F: the paper's with 0.2.
-    In two pairs of our runs it ended .018 below Muon, within ± .012 (docs/what_to_set.md).
+    In two pairs of our runs it ended .018 below Muon, within ± .018 (docs/what_to_set.md).
 
     Args:
       rules: Which leaves hold matrices, and how, in the form that `orthogonalize` takes; the
