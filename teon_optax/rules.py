@@ -6,7 +6,6 @@ Each works on every tree that `default_rules` reads, and can be printed, pasted 
 """
 
 import dataclasses
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from teon_optax._plan.layout import layout_of
 from teon_optax._planning import plan
 from teon_optax._reading.default import PAPER, default_rules, rules_by_role
 from teon_optax._reading.leaves import Leaf
+from teon_optax._reading.names import spoken
 from teon_optax._reading.readings import Reading
 from teon_optax._rule import Rule, Rules, checked_rules
 
@@ -201,7 +201,7 @@ def _experts(params: Any, rules: Sequence[Rule]) -> set[str]:
 
 def _is_expert(module: str) -> bool:
     """Tells whether the last word of a module's name is expert, of one that is not shared."""
-    words = re.findall("[a-z]+", re.sub("(?=[A-Z][a-z])", "_", module).lower())
+    words = spoken(module).split("_")
     return words[-1:] in (["expert"], ["experts"]) and "shared" not in words
 
 
