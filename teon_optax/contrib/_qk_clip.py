@@ -3,7 +3,7 @@
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -338,7 +338,7 @@ def _stack(
     projections: list[_Projection] = []
     for index, own in rows.items():
         module, holds = held[index]
-        _refuse_what_changes_features(module, paths, {module for module, _ in held.values()})
+        _refuse_what_changes_features(module, paths)
         biases = tuple(
             other
             for other, path in enumerate(paths)
@@ -351,21 +351,12 @@ def _stack(
     return _Stack(name, len(layers), tuple(projections))
 
 
-def _refuse_what_changes_features(
-    module: str, paths: Sequence[str], modules: Collection[str]
-) -> None:
-    """Raises if a module of attention normalizes Q or K, or adds low-rank factors to them.
-
-    Args:
-      module: The one.
-      paths: Paths of all leaves.
-      modules: All modules of attention; what lies in one inside of `module` is not its own.
-    """
-    inner = tuple(f"{each}/" for each in modules if each != module and _is_inside(each, module))
+def _refuse_what_changes_features(module: str, paths: Sequence[str]) -> None:
+    """Raises if a module of attention normalizes Q or K, or adds low-rank factors to them."""
     for path in paths:
-        if not _is_inside(path, module) or path.startswith(inner):
-            continue
         inside = path.removeprefix(f"{module}/" if module else "")
+        if module and inside == path:
+            continue
         segments = inside.lower().split("/")
         if (module or len(segments) <= 2) and any(map(_NORM.fullmatch, segments)):
             raise ValueError(
@@ -377,11 +368,6 @@ def _refuse_what_changes_features(
                 f"`clip_qk`: {path!r} is a low-rank factor of Q or K, which `clip_qk` does not "
                 "clip with the kernel."
             )
-
-
-def _is_inside(path: str, module: str) -> bool:
-    """Tells whether a path begins with that of a module."""
-    return not module or path.startswith(f"{module}/")
 
 
 def _is_bias(path: str, kernel: str) -> bool:

@@ -403,7 +403,7 @@ def test_normalized_q_or_k_are_refused(above, norm):
         clip_qk().init(params)
 
 
-def test_norms_of_another_attention_inside_do_not_count():
+def test_norms_of_an_attention_inside_are_found_and_those_of_an_mlp_do_not_count():
     inner = attention("query", "key", q_norm=jnp.ones(4))["attn"]
     params = {"block_0": attention("query", "key")["attn"] | {"latent": inner}}
     ours = [Rule("block_0/(query|key)"), Rule("latent")]
